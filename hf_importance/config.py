@@ -1,0 +1,108 @@
+"""All settings, checked at construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+Metric = Literal["logit_gradient", "loss", "last_layer_gradient", "uniform"]
+Sampling = Literal["reshuffled", "replacement"]
+
+
+def _setting(default: object, text: str) -> object:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ImportanceConfig:
+    """How importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
+
+    Raises:
+        ValueError: where a value is out of its range; the message says which and what to pass instead.
+        TypeError: where it has the wrong type.
+
+    >>> ImportanceConfig(uniform_fraction=0.5).metric
+    'logit_gradient'
+    """
+
+    metric: Metric = _setting(
+        "logit_gradient",
+        "What importance is: the norm of the gradient of an example's loss with respect to the logits "
+        "(logit_gradient) or to the weights of a linear last layer (last_layer_gradient), its loss (loss), or the same "
+        "for all (uniform: plain reshuffling, all weights 1).",
+    )
+    sampling: Sampling = _setting(
+        "reshuffled",
+        "reshuffled: passes that visit each example as often as its rate says, in random order. "
+        "replacement: independent draws, as in the paper.",
+    )
+    memory_momentum: float = _setting(0.2, "Share of the old importance when a new one is measured, in [0, 1).")
+    uniform_fraction: float = _setting(
+        0.3, "Floor of the rates, in [0, 1]: this share of the visits is uniform, and weights stay below its inverse."
+    )
+    max_rate: float = _setting(64.0, "No example is visited more often than this many times the average, at least 1.")
+    weight_exponent: float = _setting(
+        1.0,
+        "Weight of a visit is rate^-exponent, in [0, 1]. 1 keeps the gradient unbiased; less prefers important "
+        "examples, which pays only with clean labels.",
+    )
+    budget: float = _setting(1.0, "Visits per epoch over the number of examples, above 0.")
+    prune_mass: float = _setting(
+        0.0,
+        "At the end of each pass stop drawing the examples that together hold less than this share of the importance, "
+        "in [0, 1). 0 prunes nothing.",
+    )
+    importance_increment: float = _setting(
+        0.0,
+        "Added to every known importance at the end of each pass, at least 0: the paper's way to forget no example.",
+    )
+    seed: int | None = _setting(None, "Seed of the sampler; by default data_seed or seed of TrainingArguments.")
+
+    @classmethod
+    def paper(cls, memory_momentum: float = 0.2, importance_increment: float = 1e-3) -> ImportanceConfig:
+        """The sampler of Salaün et al. 2023: with replacement, without a floor or a cap.
+
+        They give α ∈ {0, 0.1, 0.2, 0.3} for the momentum and no figure for the increment, which is our choice.
+        """
+        return cls(
+            sampling="replacement",
+            memory_momentum=memory_momentum,
+            uniform_fraction=0.0,
+            max_rate=math.inf,
+            importance_increment=importance_increment,
+        )
+
+    def __post_init__(self) -> None:
+        self._check_choice("metric", get_args(Metric))
+        self._check_choice("sampling", get_args(Sampling))
+        self._check_range("memory_momentum", "in [0, 1)", lambda x: 0 <= x < 1)
+        self._check_range("uniform_fraction", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_range("max_rate", "at least 1", lambda x: x >= 1)
+        self._check_range("weight_exponent", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_range("budget", "above 0 and finite", lambda x: 0 < x < math.inf)
+        self._check_range("prune_mass", "in [0, 1)", lambda x: 0 <= x < 1)
+        self._check_range("importance_increment", "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        if self.seed is not None:
+            if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+                raise TypeError(self._message("seed", "an int or None"))
+            if self.seed < 0:
+                raise ValueError(self._message("seed", "at least 0"))
+        if self.metric == "uniform" and self.prune_mass:
+            raise ValueError(self._message("prune_mass", "0 with metric='uniform', which tells no examples apart"))
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(self._message(name, "one of " + ", ".join(map(repr, choices))))
+
+    def _check_range(self, name: str, wanted: str, accepts: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(self._message(name, f"a number {wanted}"))
+        if not accepts(value):
+            raise ValueError(self._message(name, wanted))
+
+    def _message(self, name: str, wanted: str) -> str:
+        default = next(f.default for f in fields(self) if f.name == name)
+        return f"ImportanceConfig.{name} must be {wanted}, but is {getattr(self, name)!r} (default: {default!r})."

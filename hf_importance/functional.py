@@ -1,0 +1,275 @@
+"""The mathematics: logits and labels → per-example loss and importance → rate → weight. Pure tensors, no state.
+
+The importance of an example is the norm of the gradient of its loss with respect to the logits (Salaün et al. 2023,
+arXiv 2311.14468). For the losses below it has a closed form, so that it costs one softmax and no backward pass.
+Losses keep the gradient; importances never do. Both are computed in float32, or in float64 for float64 logits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that has no loss, as in `torch.nn.functional.cross_entropy`."""
+
+# ---- per-example losses ----------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each example, summed over its positions.
+
+    Args:
+        logits: `[batch, *positions, classes]`; no positions for classification, one axis of them for tokens.
+        labels: classes `[batch, *positions]` in 0 … classes − 1, or -100 where there is no loss; or probabilities of
+            the shape of `logits`.
+        label_smoothing: ε in [0, 1]: the share of each label that is spread evenly over all classes.
+
+    Returns:
+        `[batch]`, ≥ 0.
+
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
+    tensor([1.3863, 0.0000])
+    """
+    logits = _at_least_float32(logits)
+    if labels.is_floating_point():
+        target = _smooth(labels.to(logits.dtype), label_smoothing)
+        log_p = logits.log_softmax(-1)
+        losses = -torch.where(target > 0, target * log_p, 0.0).sum(-1)  # a class of probability 0 may have logit −inf
+    else:
+        flat = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]) if logits.numel() else logits.flatten(0, -2),
+            labels.flatten(),
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+        losses = flat.view(labels.shape)
+    return _per_example(losses).sum(1)
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of each example, averaged over its labels (multi-label classification).
+
+    Args:
+        logits: `[batch, labels]`.
+        labels: `[batch, labels]`, each in [0, 1].
+
+    Returns:
+        `[batch]`, ≥ 0.
+
+    >>> binary_cross_entropy(torch.zeros(1, 3), torch.tensor([[1.0, 0.0, 1.0]]))
+    tensor([0.6931])
+    """
+    logits, labels = _same_shape(logits, labels)
+    present = torch.where(labels > 0, labels * F.logsigmoid(logits), 0.0)  # 0·log 0 = 0, also at logits of ±inf
+    absent = torch.where(labels < 1, (1 - labels) * F.logsigmoid(-logits), 0.0)
+    return -(present + absent).mean(1)
+
+
+def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Squared error of each example, averaged over its outputs (regression).
+
+    Args:
+        logits: `[batch]` or `[batch, outputs]`.
+        labels: the same number of elements.
+
+    Returns:
+        `[batch]`, ≥ 0.
+
+    >>> squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([2.])
+    """
+    logits, labels = _same_shape(logits, labels)
+    return (logits - labels).square().mean(1)
+
+
+# ---- importance: norm of the gradient of those losses with respect to the logits -------------------------------------
+
+
+@torch.no_grad()
+def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """‖p − t‖₂ with p = softmax(logits) and t the (smoothed) label; over tokens the root of the sum of its squares.
+
+    Arguments as for [`cross_entropy`]. The gradient sums to zero over the classes, so its component at the label is
+    taken as minus the sum of the others: 1 − p_y itself would cancel to nothing once p_y rounds to 1.
+
+    Returns:
+        `[batch]`, in 0 … √2 for one position; NaN where the logits leave it undefined.
+
+    >>> cross_entropy_importance(torch.tensor([[20.0, 0.0]]), torch.tensor([0]))
+    tensor([2.9149e-09])
+    """
+    gradient = _at_least_float32(logits).softmax(-1)
+    if labels.is_floating_point():
+        target = _smooth(labels.to(gradient.dtype), label_smoothing)
+        gradient = gradient * target.sum(-1, keepdim=True) - target
+        label = target.argmax(-1, keepdim=True)
+    else:
+        ignored = labels == IGNORE_INDEX
+        label = labels.masked_fill(ignored, 0).unsqueeze(-1)
+        gradient -= label_smoothing / gradient.shape[-1]
+    gradient.scatter_(-1, label, 0.0)
+    squares = gradient.sum(-1).square() + gradient.square_().sum(-1)
+    if not labels.is_floating_point():
+        squares.masked_fill_(ignored, 0.0)
+    return _per_example(squares).sum(1).sqrt()
+
+
+@torch.no_grad()
+def binary_cross_entropy_importance(logits: Tensor, labels: Tensor) -> Tensor:
+    """‖(σ(z) − y) / C‖₂ for C labels. Arguments as for [`binary_cross_entropy`].
+
+    Returns:
+        `[batch]`, in 0 … 1/√C.
+
+    >>> binary_cross_entropy_importance(torch.zeros(1, 4), torch.ones(1, 4))
+    tensor([0.2500])
+    """
+    logits, labels = _same_shape(logits, labels)
+    gradient = (1 - labels) * logits.sigmoid() - labels * (-logits).sigmoid()  # σ(z) − y without cancellation
+    return torch.linalg.vector_norm(gradient, dim=1) / logits.shape[1]
+
+
+@torch.no_grad()
+def squared_error_importance(logits: Tensor, labels: Tensor) -> Tensor:
+    """‖2(z − y) / d‖₂ for d outputs. Arguments as for [`squared_error`].
+
+    Returns:
+        `[batch]`, ≥ 0.
+
+    >>> squared_error_importance(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0]))
+    tensor([4., 0.])
+    """
+    logits, labels = _same_shape(logits, labels)
+    return 2 / logits.shape[1] * torch.linalg.vector_norm(logits - labels, dim=1)
+
+
+def autograd_importance(losses: Tensor, logits: Tensor) -> Tensor:
+    """‖∂L/∂z‖₂ of any loss that separates over examples, by a backward pass through the loss alone.
+
+    Args:
+        losses: `[batch]`, computed from `logits`; its graph is kept for the training step.
+        logits: `[batch, …]`, part of that graph. Nothing before it is differentiated.
+
+    Returns:
+        `[batch]`, ≥ 0.
+
+    >>> logits = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    >>> autograd_importance(0.5 * logits.square().sum(1), logits)
+    tensor([5.])
+    """
+    (gradient,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+    return torch.linalg.vector_norm(_per_example(_at_least_float32(gradient)), dim=1)
+
+
+@torch.no_grad()
+def last_layer_importance(importance: Tensor, features: Tensor, bias: bool = True) -> Tensor:
+    """Norm of the gradient with respect to a linear last layer: g·√(‖h‖² + 1), as ∂L/∂W = (∂L/∂z) hᵀ, ∂L/∂b = ∂L/∂z.
+
+    Args:
+        importance: g `[batch]`, the norm of the gradient with respect to the logits.
+        features: h `[batch, hidden]`, what the layer was given.
+        bias: whether the layer has one; without it the factor is ‖h‖.
+
+    >>> last_layer_importance(torch.tensor([2.0]), torch.full((1, 3), 1.0))
+    tensor([4.])
+    """
+    return importance * (_at_least_float32(features).square().sum(1) + float(bias)).sqrt()
+
+
+# ---- importance → rate → weight --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rates(importance: Tensor, uniform_fraction: float, max_rate: float) -> Tensor:
+    """Expected visits relative to uniform sampling: proportional to the importance, with a floor.
+
+    r ∝ min((1 − f)·q/q̄ + f, max_rate) with f = `uniform_fraction` and q̄ the mean of the importances that are known;
+    1 before normalisation where an importance is unknown, and for all when none is known or all are 0.
+
+    Args:
+        importance: q `[examples]`, ≥ 0, NaN where unknown.
+        uniform_fraction: f in [0, 1]; no rate is below f, so no weight is above 1/f.
+        max_rate: ≥ 1.
+
+    Returns:
+        r `[examples]`, of mean 1: the probability of each draw is p = r / N.
+
+    >>> rates(torch.tensor([0.0, 1.0, 2.0, float("nan")]), uniform_fraction=0.5, max_rate=64.0)
+    tensor([0.5000, 1.0000, 1.5000, 1.0000])
+    """
+    rate = unnormalised_rates(importance, importance.nanmean(dtype=torch.float64).item(), uniform_fraction, max_rate)
+    return rate / rate.mean(dtype=torch.float64).to(rate.dtype)
+
+
+@torch.no_grad()
+def unnormalised_rates(importance: Tensor, mean: float, uniform_fraction: float, max_rate: float) -> Tensor:
+    """[`rates`] before normalisation, of any selection of examples, given the mean importance q̄ of all (NaN if unknown).
+
+    >>> unnormalised_rates(torch.tensor([0.0, 3.0]), mean=1.0, uniform_fraction=0.5, max_rate=1.5)
+    tensor([0.5000, 1.5000])
+    """
+    rate = importance / (mean or torch.nan)  # all 0: nothing to prefer, as if nothing were known
+    return rate.mul_(1 - uniform_fraction).add_(uniform_fraction).clamp_(max=max_rate).nan_to_num_(nan=1.0)
+
+
+def weights(rate: Tensor, exponent: float = 1.0) -> Tensor:
+    """(1 / (N p))^exponent = r^−exponent: with exponent 1 the expected weighted loss is the mean loss over all examples.
+
+    >>> weights(torch.tensor([0.5, 1.0, 2.0]))
+    tensor([2.0000, 1.0000, 0.5000])
+    """
+    return rate.pow(-exponent)
+
+
+# ---- what a batch tells about the sampling ---------------------------------------------------------------------------
+
+
+def effective_sample_size(weight: Tensor) -> Tensor:
+    """(Σw)² / Σw² (Kish 1965): the number of equally weighted examples that would estimate a mean as well.
+
+    >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    tensor(2.)
+    """
+    return weight.sum().square() / weight.square().sum()
+
+
+def variance_ratio(importance: Tensor, weight: Tensor) -> Tensor:
+    """mean(w² q²) / mean(w q²): second moment of the gradient estimate over that of uniform sampling, below 1 = a gain.
+
+    Drawn with p = r/N and w = 1/r, the numerator estimates Σ q²/(N r), the denominator Σ q²/N.
+
+    Args:
+        importance: q `[visits]`, measured at the visits that the weights belong to.
+        weight: w `[visits]`, with exponent 1.
+
+    >>> variance_ratio(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0]))
+    tensor(1.3333)
+    """
+    squares = importance.square()
+    return (weight.square() * squares).sum() / (weight * squares).sum()
+
+
+# ---- shapes and types ------------------------------------------------------------------------------------------------
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _per_example(x: Tensor) -> Tensor:
+    """`[batch, …]` → `[batch, elements]`, also where the batch is empty or there is no further axis."""
+    return x.unsqueeze(-1).flatten(1)
+
+
+def _smooth(target: Tensor, label_smoothing: float) -> Tensor:
+    return target * (1 - label_smoothing) + label_smoothing / target.shape[-1]
+
+
+def _same_shape(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.numel() != labels.numel() or len(logits) != len(labels):
+        raise ValueError(f"logits {list(logits.shape)} and labels {list(labels.shape)} must have the same shape.")
+    logits = _per_example(_at_least_float32(logits))
+    return logits, _per_example(labels.to(logits.dtype))

@@ -1,0 +1,104 @@
+"""What is remembered of every example: its importance. The one array that training changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_importance import functional
+
+
+class ImportanceMemory:
+    """The importances of all examples, and the rates that follow from them.
+
+    The floor of the rates needs the mean importance, and their normalisation needs a sum over all examples. Both are
+    taken afresh once per pass ([`begin_pass`]). In between the mean stays as it is, and the sum follows each update by
+    its difference, so that an update costs the batch and not the data set.
+
+    Args:
+        length: number of examples.
+        momentum: share of the old importance in the new one, in [0, 1); α of Salaün et al. 2023.
+        uniform_fraction: floor of the rates, in [0, 1].
+        max_rate: cap of the rates before normalisation, ≥ 1.
+
+    >>> memory = ImportanceMemory(3, momentum=0.0)
+    >>> memory.update(torch.tensor([0, 2]), torch.tensor([0.5, 1.5]))
+    >>> memory.importance
+    tensor([0.5000,    nan, 1.5000])
+    """
+
+    def __init__(
+        self, length: int, momentum: float = 0.2, uniform_fraction: float = 0.3, max_rate: float = 64.0
+    ) -> None:
+        self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
+        self._known = 0
+        self.pruned = torch.zeros(length, dtype=torch.bool)
+        self.momentum = momentum
+        self.uniform_fraction = uniform_fraction
+        self.max_rate = max_rate
+        self.begin_pass()
+
+    def __len__(self) -> int:
+        return len(self.importance)
+
+    @torch.no_grad()
+    def update(self, index: Tensor, importance: Tensor) -> None:
+        """Remember what was measured: q ← α·q + (1 − α)·measured, or the measurement itself where q was unknown.
+
+        Args:
+            index: int64 `[visits]`. Visits of one example in one batch count as one, with their mean.
+            importance: `[visits]`, ≥ 0. Where it is not finite, the example becomes unknown again.
+        """
+        index, visit, count = index.unique(return_inverse=True, return_counts=True)
+        measured = torch.zeros(len(index)).index_add_(0, visit, importance.float()) / count
+        measured.masked_fill_(~measured.isfinite(), torch.nan)
+        old, old_rate = self.importance[index], self._unnormalised(index)
+        self.importance[index] = torch.where(old.isnan(), measured, measured.lerp(old, self.momentum))
+        self._known += int(old.isnan().sum()) - int(self.importance[index].isnan().sum())
+        rate = self._unnormalised(index)
+        self._sum += (rate - old_rate).sum(dtype=torch.float64).item()
+        self._peak = max(self._peak, rate.max().item() if len(rate) else 0.0)
+
+    def begin_pass(self, increment: float = 0.0, prune_mass: float = 0.0) -> None:
+        """Take the mean and the sum afresh, O(examples).
+
+        Args:
+            increment: ε added to every known importance, so that no example is forgotten (Salaün et al. 2023, the last
+                line of their algorithm).
+            prune_mass: prune the examples that together hold less than this share of the importance of those not yet
+                pruned: the smallest ones, of equal ones the first. Unknown ones stay.
+        """
+        self.importance += increment
+        if prune_mass > 0:
+            self._prune(prune_mass)
+        self._mean = self._kept().nanmean(dtype=torch.float64).item()
+        rate = self._unnormalised(slice(None))
+        self._sum = rate.sum(dtype=torch.float64).item()
+        self._peak = rate.max().item()
+        self._drawable = len(self) - int(self.pruned.sum())
+
+    def rates(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """float64 `[visits]`: the rates of some examples, by default of all; their mean over the drawable ones is 1."""
+        return self._unnormalised(index).double() / (self._sum / self._drawable)
+
+    @property
+    def largest_rate(self) -> float:
+        """No rate is above it. It is reached at the start of a pass, and may be above all rates later."""
+        return self._peak / (self._sum / self._drawable)
+
+    @property
+    def seen(self) -> float:
+        """Share of the examples whose importance is known."""
+        return self._known / len(self)
+
+    def _unnormalised(self, index: Tensor | slice) -> Tensor:
+        rate = functional.unnormalised_rates(self.importance[index], self._mean, self.uniform_fraction, self.max_rate)
+        return rate.masked_fill_(self.pruned[index], 0.0)
+
+    def _kept(self) -> Tensor:
+        return torch.where(self.pruned, torch.nan, self.importance)
+
+    def _prune(self, mass: float) -> None:
+        importance, order = self._kept().sort(stable=True)  # unknown and pruned ones come last
+        cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
+        self.pruned[order[: int((cumulated < mass * cumulated[-1]).sum())]] = True
