@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Metric = Literal["logit_gradient", "loss", "last_layer_gradient", "uniform"]
 Sampling = Literal["reshuffled", "replacement"]
 
 
-def _setting(default: object, text: str) -> object:
+def _setting(default: object, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 

@@ -41,7 +41,7 @@ class ImportanceDataset(Dataset):
 
 
 class ImportanceCollator:
-    """Collates the examples with `collate` and puts the draw beside them, as one object that no device transfer touches.
+    """Collates the examples with `collate` and puts the draw beside them: one object that no device transfer touches.
 
     Raises:
         TypeError: if `collate` does not return a mapping.

@@ -206,7 +206,7 @@ def rates(importance: Tensor, uniform_fraction: float, max_rate: float) -> Tenso
 
 @torch.no_grad()
 def unnormalised_rates(importance: Tensor, mean: float, uniform_fraction: float, max_rate: float) -> Tensor:
-    """[`rates`] before normalisation, of any selection of examples, given the mean importance q̄ of all (NaN if unknown).
+    """[`rates`] before normalisation, of any selection of examples, given the mean importance q̄ of all or NaN.
 
     >>> unnormalised_rates(torch.tensor([0.0, 3.0]), mean=1.0, uniform_fraction=0.5, max_rate=1.5)
     tensor([0.5000, 1.5000])
@@ -216,7 +216,7 @@ def unnormalised_rates(importance: Tensor, mean: float, uniform_fraction: float,
 
 
 def weights(rate: Tensor, exponent: float = 1.0) -> Tensor:
-    """(1 / (N p))^exponent = r^−exponent: with exponent 1 the expected weighted loss is the mean loss over all examples.
+    """(1 / (N p))^exponent = r^−exponent; with exponent 1 the expected weighted loss is the mean over all examples.
 
     >>> weights(torch.tensor([0.5, 1.0, 2.0]))
     tensor([2.0000, 1.0000, 0.5000])

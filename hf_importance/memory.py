@@ -11,9 +11,9 @@ from hf_importance import functional
 class ImportanceMemory:
     """The importances of all examples, and the rates that follow from them.
 
-    The floor of the rates needs the mean importance, and their normalisation needs a sum over all examples. Both are
-    taken afresh once per pass ([`begin_pass`]). In between the mean stays as it is, and the sum follows each update by
-    its difference, so that an update costs the batch and not the data set.
+    The floor of the rates needs the mean importance, and their normalisation a sum over all examples. Both are taken
+    afresh once per pass ([`begin_pass`]), so that an update costs the batch and not the data set. Draws between passes
+    need a sum that is right at any time: with `follow_updates` it follows each update by its difference.
 
     Args:
         length: number of examples.
@@ -31,8 +31,9 @@ class ImportanceMemory:
         self, length: int, momentum: float = 0.2, uniform_fraction: float = 0.3, max_rate: float = 64.0
     ) -> None:
         self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
-        self._known = 0
         self.pruned = torch.zeros(length, dtype=torch.bool)
+        self.follow_updates = False
+        self._known = 0
         self.momentum = momentum
         self.uniform_fraction = uniform_fraction
         self.max_rate = max_rate
@@ -50,14 +51,19 @@ class ImportanceMemory:
             importance: `[visits]`, ≥ 0. Where it is not finite, the example becomes unknown again.
         """
         index, visit, count = index.unique(return_inverse=True, return_counts=True)
-        measured = torch.zeros(len(index)).index_add_(0, visit, importance.float()) / count
-        measured.masked_fill_(~measured.isfinite(), torch.nan)
-        old, old_rate = self.importance[index], self._unnormalised(index)
-        self.importance[index] = torch.where(old.isnan(), measured, measured.lerp(old, self.momentum))
-        self._known += int(old.isnan().sum()) - int(self.importance[index].isnan().sum())
-        rate = self._unnormalised(index)
-        self._sum += (rate - old_rate).sum(dtype=torch.float64).item()
-        self._peak = max(self._peak, rate.max().item() if len(rate) else 0.0)
+        measured = torch.zeros(len(index)).index_add_(0, visit, importance.float()).div_(count)
+        old = self.importance[index]
+        unknown = old.isnan()
+        new = torch.where(unknown, measured, measured.lerp(old, self.momentum))
+        new.masked_fill_(~new.isfinite(), torch.nan)
+        self._known += int(unknown.sum()) - int(new.isnan().sum())
+        if self.follow_updates and len(index):
+            self._follow(self._unnormalised(old, index), self._unnormalised(new, index))
+        self.importance[index] = new
+
+    def _follow(self, old_rate: Tensor, new_rate: Tensor) -> None:
+        self._sum += (new_rate - old_rate).sum(dtype=torch.float64).item()
+        self._peak = max(self._peak, new_rate.max().item())
 
     def begin_pass(self, increment: float = 0.0, prune_mass: float = 0.0) -> None:
         """Take the mean and the sum afresh, O(examples).
@@ -72,14 +78,14 @@ class ImportanceMemory:
         if prune_mass > 0:
             self._prune(prune_mass)
         self._mean = self._kept().nanmean(dtype=torch.float64).item()
-        rate = self._unnormalised(slice(None))
+        rate = self._unnormalised(self.importance, slice(None))
         self._sum = rate.sum(dtype=torch.float64).item()
         self._peak = rate.max().item()
         self._drawable = len(self) - int(self.pruned.sum())
 
     def rates(self, index: Tensor | slice = slice(None)) -> Tensor:
         """float64 `[visits]`: the rates of some examples, by default of all; their mean over the drawable ones is 1."""
-        return self._unnormalised(index).double() / (self._sum / self._drawable)
+        return self._unnormalised(self.importance[index], index).double() / (self._sum / self._drawable)
 
     @property
     def largest_rate(self) -> float:
@@ -91,8 +97,8 @@ class ImportanceMemory:
         """Share of the examples whose importance is known."""
         return self._known / len(self)
 
-    def _unnormalised(self, index: Tensor | slice) -> Tensor:
-        rate = functional.unnormalised_rates(self.importance[index], self._mean, self.uniform_fraction, self.max_rate)
+    def _unnormalised(self, importance: Tensor, index: Tensor | slice) -> Tensor:
+        rate = functional.unnormalised_rates(importance, self._mean, self.uniform_fraction, self.max_rate)
         return rate.masked_fill_(self.pruned[index], 0.0)
 
     def _kept(self) -> Tensor:

@@ -70,6 +70,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         seed: int = 0,
     ) -> None:
         self.memory = memory
+        memory.follow_updates = sampling == "replacement"
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.visits_per_epoch = max(1, round(budget * len(memory)))

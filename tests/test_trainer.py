@@ -1,0 +1,382 @@
+"""Behaviour through the public API, on real runs."""
+
+import copy
+import warnings
+
+import datasets
+import oracles
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_importance import ImportanceConfig, ImportanceTrainer, functional
+
+
+class Recorder(ImportanceTrainer):
+    """Keeps the draw, the examples and the unweighted losses of every training step, and the memory at that time."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self._draw is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.steps.append((self._draw, inputs["input_ids"][:, 0].tolist(), loss.item(), self.importances))
+        return loss
+
+
+# ---- draws ------------------------------------------------------------------------------------------------------------
+
+WORKERS = [
+    {},
+    {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4},
+    {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "gradient_accumulation_steps": 3},
+]
+
+
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+@pytest.mark.parametrize("settings", WORKERS, ids=["in process", "prefetch", "persistent, accumulation"])
+def test_index_and_weight_are_those_of_the_draw(tmp_path, monkeypatch, sampling, settings):
+    """Though up to 12 batches are drawn ahead, and the memory moves on in the meantime."""
+    drawn = {}
+    draw = ImportanceTrainer.get_train_dataloader.__globals__["ImportanceBatchSampler"]._draw
+
+    def watched(self, size):
+        result = draw(self, size)
+        rate = self.memory.rates(torch.tensor(result.index))
+        drawn[result.number] = (result, rate)
+        return result
+
+    monkeypatch.setattr("hf_importance.sampler.ImportanceBatchSampler._draw", watched)
+    run = tiny.trained(
+        tmp_path, tiny.bert(), tiny.texts(), Recorder, {"sampling": sampling, "memory_momentum": 0.0}, **settings
+    )
+    assert len(run.steps) == 15
+    assert [step[0].number for step in run.steps] == list(range(15))
+    for used, first_tokens, _, _ in run.steps:
+        assert used == drawn[used.number][0]
+        assert used.index == first_tokens, "the batch holds the examples that were drawn"
+    later = [step for step in run.steps if step[0].number >= 5]
+    if sampling == "replacement":  # draws read the memory as it is
+        assert all(torch.allclose(1 / drawn[s[0].number][1], torch.tensor(s[0].weight).double()) for s in run.steps)
+    config = run.importance
+    looked_up = [
+        1 / functional.rates(memory, config.uniform_fraction, config.max_rate)[used.index]
+        for used, _, _, memory in later
+    ]
+    at_draw = [torch.tensor(used.weight) for used, _, _, _ in later]
+    assert (torch.cat(looked_up) - torch.cat(at_draw)).abs().max() > 1e-3, "control: a later look-up differs"
+
+
+@pytest.mark.parametrize(
+    ("budget", "drop_last", "steps"), [(1.0, False, 7), (1.0, True, 6), (0.5, False, 4), (1.5, False, 10)]
+)
+def test_epoch_has_the_batches_that_its_loader_announces(tmp_path, budget, drop_last, steps):
+    """50 examples in batches of 8. The schedule rests on it: the learning rate ends at 0."""
+    run = tiny.trainer(
+        tmp_path,
+        tiny.bert(),
+        tiny.texts(50),
+        importance={"budget": budget},
+        dataloader_drop_last=drop_last,
+        logging_steps=1,
+        num_train_epochs=2,
+    )
+    loader = run.get_train_dataloader()
+    assert len(loader) == steps == len(list(loader))
+    run.train()
+    assert run.state.global_step == 2 * steps
+    assert run.state.epoch == 2.0
+    assert tiny.logged(run, "learning_rate")[-1] == pytest.approx(1e-2 / (2 * steps))
+
+
+def test_important_examples_are_drawn_more(tmp_path):
+    run = tiny.trained(
+        tmp_path, tiny.bert(), tiny.texts(), Recorder, {"metric": "loss"}, num_train_epochs=40, learning_rate=3e-3
+    )
+    visits = torch.zeros(40)
+    for used, _, _, _ in run.steps[5 * 20 :]:
+        visits += torch.bincount(torch.tensor(used.index), minlength=40)
+    order = run.importances.argsort()
+    assert visits[order[-10:]].mean() > 1.5 * visits[order[:10]].mean()
+
+
+# ---- importances ------------------------------------------------------------------------------------------------------
+
+FROZEN = {"learning_rate": 0.0, "num_train_epochs": 1}
+
+
+def losses_of(task):
+    return {
+        "single": (tiny.opinionated_bert(), oracles.cross_entropy),
+        "multi": (tiny.opinionated_bert(), oracles.binary_cross_entropy),
+        "regression": (tiny.opinionated_bert(num_labels=1), oracles.squared_error),
+    }[task]
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("task", ["single", "multi", "regression"])
+def test_importances_are_the_gradient_norms(tmp_path, task, settings):
+    """A run that learns nothing leaves the importances of the model as it is."""
+    model, loss = losses_of(task)
+    data = tiny.texts(task=task)
+    run = tiny.trained(tmp_path, model, data, **FROZEN, **settings)
+    logits = torch.cat([model(row["input_ids"][None], row["attention_mask"][None]).logits for row in data]).detach()
+    labels = [torch.as_tensor(row["labels"]) for row in data]
+    expected = torch.stack([oracles.gradient_norm(loss, z, y) for z, y in zip(logits, labels, strict=True)])
+    tolerance = (5e-2 if settings.get("bf16") else 1e-5) * expected.max()
+    assert (run.importances - expected).abs().max() < tolerance
+    assert (run.importances - expected.roll(1)).abs().max() > 5 * tolerance, "control: order matters"
+
+
+def test_importance_is_unknown_until_seen(tmp_path):
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=2)
+    assert run.importances.isnan().all()
+    run.train()
+    assert run.importances.isfinite().sum() == 16
+    assert tiny.logged(run, "importance/seen") == []
+
+
+def test_every_training_starts_afresh(tmp_path):
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)
+    seen = run.importances.isfinite()
+    run.args.data_seed = 9
+    run.train()
+    assert run.importances.isfinite().sum() == 8
+    assert not torch.equal(run.importances.isfinite(), seen)
+
+
+@pytest.mark.parametrize("metric", ["loss", "last_layer_gradient"])
+def test_other_metrics(tmp_path, metric):
+    model, data = tiny.bert(), tiny.texts()
+    run = tiny.trained(tmp_path, model, data, importance={"metric": metric}, **FROZEN)
+    expected = []
+    for row in data:
+        loss = model(row["input_ids"][None], row["attention_mask"][None], labels=torch.tensor([row["labels"]])).loss
+        gradients = torch.autograd.grad(loss, model.classifier.parameters())
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        expected.append(loss.detach() if metric == "loss" else norm)
+    assert torch.allclose(run.importances, torch.stack(expected), rtol=1e-4)
+    assert not list(run.model.classifier._forward_pre_hooks), "the model is left as it was found"
+
+
+# ---- what is logged ---------------------------------------------------------------------------------------------------
+
+
+def test_log_carries_the_measurements(tmp_path):
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, logging_steps=4, num_train_epochs=4)
+    logs = [log for log in run.state.log_history if "loss" in log]
+    assert len(logs) == 5
+    for k, log in enumerate(logs):
+        window = run.steps[4 * k : 4 * k + 4]
+        weight = torch.cat([torch.tensor(step[0].weight, dtype=torch.float64) for step in window])
+        assert log["importance/weight_max"] == pytest.approx(weight.max().item())
+        assert log["importance/effective_sample_size"] == pytest.approx(
+            (weight.sum() ** 2 / weight.square().sum() / len(weight)).item()
+        )
+        assert log["loss"] == pytest.approx(sum(step[2] for step in window) / 4, rel=1e-5)
+        assert log["importance/seen"] == min(1.0, 32 * (k + 1) / 40)
+    assert logs[0]["importance/variance_ratio"] == pytest.approx(1.0)
+    assert logs[-1]["importance/variance_ratio"] < 0.999
+    assert logs[-1]["importance/weight_max"] > 1.0
+    assert "importance/mean" not in next(iter(run.evaluate(tiny.texts()))), "only beside a training loss"
+
+
+def test_measured_variance_and_mean_are_right(tmp_path):
+    """With frozen importances the measured ratio tends to Σq²/r / Σq², the mean to q̄; seeded, 300 epochs of 20 visits."""
+    run = tiny.trained(
+        tmp_path,
+        tiny.opinionated_bert(),
+        tiny.texts(20),
+        importance={"metric": "loss"},
+        learning_rate=0.0,
+        num_train_epochs=300,
+        per_device_train_batch_size=20,
+        logging_steps=300,
+    )
+    q = run.importances.double()
+    rate = functional.rates(q, 0.3, 64.0)
+    assert tiny.logged(run, "importance/mean")[0] == pytest.approx(q.mean().item(), rel=2e-2)
+    expected = ((q.square() / rate).mean() / q.square().mean()).item()
+    assert tiny.logged(run, "importance/variance_ratio")[0] == pytest.approx(expected, rel=2e-2)
+    assert expected < 0.9, "control: the ratio is not 1"
+
+
+def test_logged_loss_is_the_mean_loss_over_the_data(tmp_path):
+    """Not that of the drawn examples, which are harder."""
+    model, data = tiny.opinionated_bert(num_labels=1), tiny.texts(task="regression")
+    run = tiny.trained(
+        tmp_path,
+        model,
+        data,
+        Recorder,
+        {"memory_momentum": 0.0},
+        learning_rate=0.0,
+        num_train_epochs=101,
+        logging_steps=1,
+    )
+    mean = sum((model(r["input_ids"][None]).logits.item() - r["labels"]) ** 2 for r in data) / len(data)
+    logged = torch.tensor(tiny.logged(run, "loss"))[5:]
+    assert logged.mean().item() == pytest.approx(mean, rel=0.02)
+    drawn = torch.tensor([i for used, *_ in run.steps[5:] for i in used.index])
+    losses = torch.tensor([(model(r["input_ids"][None]).logits.item() - r["labels"]) ** 2 for r in data])
+    assert losses[drawn].mean().item() > 1.1 * mean, "control: the drawn examples are harder"
+
+
+# ---- everything else of Trainer ---------------------------------------------------------------------------------------
+
+
+def test_evaluate_and_predict_are_those_of_trainer(tmp_path):
+    model, data = tiny.bert(), tiny.texts()
+    metrics = {"compute_metrics": lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}}
+    run = tiny.trained(
+        tmp_path, model, data, more={**metrics, "eval_dataset": data}, eval_strategy="steps", eval_steps=4
+    )
+    plain = tiny.trainer(tmp_path, run.model, data, Trainer, more={**metrics, "eval_dataset": data})
+    for key, value in plain.evaluate().items():
+        if not key.endswith(("time", "_per_second", "epoch")):
+            assert run.evaluate()[key] == value
+    assert (run.predict(data).predictions == plain.predict(data).predictions).all()
+    assert len(tiny.logged(run, "eval_accuracy")) >= 3
+
+
+def test_datasets_with_columns_that_the_model_does_not_know(tmp_path):
+    rows = tiny.texts()
+    columns = {key: [torch.as_tensor(row[key]).tolist() for row in rows] for key in rows[0]}
+    data = datasets.Dataset.from_dict({**columns, "note": [f"text {i}" for i in range(40)]})
+    run = tiny.trained(tmp_path, tiny.bert(), data, Recorder)
+    assert all(used.index == first for used, first, *_ in run.steps)
+    same = tiny.trained(tmp_path, tiny.bert(), rows)
+    assert tiny.difference(run, same) == 0.0
+
+
+def test_set_transform_is_asked_at_every_visit(tmp_path):
+    asked = []
+
+    def transform(rows):
+        asked.extend(rows["i"])
+        data = tiny.texts()
+        return {key: [data[i][key] for i in rows["i"]] for key in data[0]}
+
+    data = datasets.Dataset.from_dict({"i": list(range(40))})
+    data.set_transform(transform)
+    run = tiny.trained(tmp_path, tiny.bert(), data, Recorder, remove_unused_columns=False)
+    assert asked == [i for used, *_ in run.steps for i in used.index]
+
+
+def test_custom_loss(tmp_path):
+    model, data = tiny.bert(), tiny.texts()
+    weight = torch.tensor([0.5, 1.0, 2.0, 4.0])
+
+    def weighted(outputs, labels):
+        return nn.functional.cross_entropy(outputs["logits"], labels, weight=weight, reduction="none")
+
+    run = tiny.trained(tmp_path, model, data, more={"per_example_loss_func": weighted}, **FROZEN)
+    usual = tiny.trained(tmp_path, model, data, **FROZEN)
+    labels = torch.tensor([row["labels"] for row in data])
+    assert torch.allclose(run.importances, weight[labels] * usual.importances, rtol=1e-5)
+
+
+class WithoutConfig(nn.Module):
+    """A module of the user's own, with the usual loss."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(tiny.LENGTH, tiny.CLASSES), scale
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.layer(input_ids / tiny.WORDS)
+        loss = None if labels is None else self.scale * nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def test_model_of_the_users_own(tmp_path):
+    data, model = tiny.texts(), WithoutConfig()
+    plain = tiny.trained(tmp_path, model, data, tiny.Plain)
+    ours = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"})
+    assert tiny.difference(ours, plain) <= 1e-6
+    run = tiny.trainer(tmp_path, WithoutConfig(scale=1.1), data)
+    before = copy.deepcopy(run.model.state_dict())
+    with pytest.raises(ValueError, match=r"loss of its own.*per_example_loss_func"):
+        run.train()
+    assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------------
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(tiny.texts())
+
+
+REFUSED_AT_ONCE = {
+    "compute_loss_func": ({"more": {"compute_loss_func": lambda *_, **__: 0}}, "per_example_loss_func"),
+    "order": ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random'"),
+    "dispatch": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must not be True"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_AT_ONCE)
+def test_refused_at_construction(tmp_path, case):
+    settings, message = REFUSED_AT_ONCE[case]
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), **settings)
+
+
+def test_streams_and_foreign_configs_are_refused_at_construction(tmp_path):
+    with pytest.raises(ValueError, match="Stream is a stream.*load it without streaming"):
+        tiny.trainer(tmp_path, tiny.bert(), Stream(), max_steps=1)
+    with pytest.raises(TypeError, match="importance must be an ImportanceConfig, but is dict"):
+        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), more={"importance": {"budget": 1.0}})
+
+
+def without_labels():
+    return [{k: v for k, v in row.items() if k != "labels"} for row in tiny.texts()]
+
+
+class ReturnsTuple(nn.Linear):
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return (super().forward(input_ids / tiny.WORDS),)
+
+
+REFUSED_IN_TRAINING = {
+    "no labels": (tiny.bert, without_labels, {}, r"no \['labels'\].*label_names"),
+    "smoothing": (
+        lambda: tiny.bert(problem_type="regression"),
+        tiny.texts,
+        {"label_smoothing_factor": 0.1},
+        "label_smoothing_factor is for single-label classification, not regression",
+    ),
+    "no logits": (
+        lambda: ReturnsTuple(tiny.LENGTH, tiny.CLASSES), tiny.texts, {}, "must return a dict with a tensor 'logits'"
+    ),
+    "loss per batch": (
+        tiny.bert,
+        tiny.texts,
+        {"more": {"per_example_loss_func": lambda outputs, labels: outputs["logits"].sum()}},
+        r"must return a tensor of shape \[8\], but returned \[\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_IN_TRAINING)
+def test_refused_in_training(tmp_path, case):
+    model, data, settings, message = REFUSED_IN_TRAINING[case]
+    run = tiny.trainer(tmp_path, model(), data(), **settings)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_correct_use_is_silent(tmp_path, recwarn):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.trained(tmp_path, tiny.bert(), tiny.texts(), importance={})
+        ImportanceConfig.paper()
+    assert not recwarn.list

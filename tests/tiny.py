@@ -1,0 +1,127 @@
+"""Tiny models from configs, tiny data, and real trainers on them."""
+
+import copy
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_importance import ImportanceConfig, ImportanceTrainer
+
+WORDS, LENGTH, CLASSES = 60, 8, 4
+
+
+def bert(num_labels=CLASSES, dropout=0.0, **config):
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=WORDS,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=LENGTH,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=num_labels,
+            **config,
+        )
+    )
+
+
+def opinionated_bert(**config):
+    """Its outputs differ between examples from the start."""
+    return bert(initializer_range=0.7, **config)
+
+
+def vit(num_labels=CLASSES):
+    torch.manual_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=num_labels,
+        )
+    )
+
+
+def texts(n=40, task="single"):
+    """Rows for [`bert`]. The first token tells the position in the data, so that a batch tells which examples it has."""
+    g = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(n):
+        words = torch.randint(5, WORDS, (LENGTH,), generator=g)
+        words[0] = i
+        label = {
+            "single": lambda w: int(w[1:].sum()) % CLASSES,
+            "multi": lambda w: (w[1 : 1 + CLASSES] % 2).float(),
+            "regression": lambda w: float(w[1:].float().mean() / WORDS),
+        }[task](words)
+        rows.append({"input_ids": words, "attention_mask": torch.ones_like(words), "labels": label})
+    return rows
+
+
+def images(n=40):
+    g = torch.Generator().manual_seed(2)
+    return [{"pixel_values": torch.randn(1, 8, 8, generator=g), "labels": i % CLASSES} for i in range(n)]
+
+
+class Plain(Trainer):
+    """`Trainer` without its fault for heads that take `**kwargs` but average their loss over the micro-batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = False
+
+
+def arguments(tmp_path, **changes):
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 5,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**settings, **changes})
+
+
+def trainer(tmp_path, model, data, cls=ImportanceTrainer, importance=None, more=None, **changes):
+    """A trainer on a copy of `model`; `importance` are settings of `ImportanceConfig`, `more` arguments of the trainer."""
+    more = dict(more or {})
+    if importance is not None:
+        more["importance"] = ImportanceConfig(**importance)
+    return cls(model=copy.deepcopy(model), args=arguments(tmp_path, **changes), train_dataset=data, **more)
+
+
+def trained(*args, **kwargs):
+    result = trainer(*args, **kwargs)
+    result.train()
+    return result
+
+
+def difference(a, b):
+    """Largest difference between the parameters of two trainers' models."""
+    pairs = zip(a.model.parameters(), b.model.parameters(), strict=True)
+    return max((p - q).abs().max().item() for p, q in pairs)
+
+
+def logged(a, key):
+    return [log[key] for log in a.state.log_history if key in log]
