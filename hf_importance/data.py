@@ -51,6 +51,7 @@ class ImportanceCollator:
         self.collate = collate
 
     def __call__(self, examples_and_draw: tuple[list[Any], Draw]) -> MutableMapping[str, Any]:
+        """What `DataLoader` calls with what it got from [`ImportanceDataset`]."""
         examples, draw = examples_and_draw
         batch = self.collate(examples)
         if not isinstance(batch, MutableMapping):

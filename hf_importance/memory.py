@@ -62,7 +62,7 @@ class ImportanceMemory:
         self.importance[index] = new
 
     def _follow(self, old_rate: Tensor, new_rate: Tensor) -> None:
-        self._sum += (new_rate - old_rate).sum(dtype=torch.float64).item()
+        self._sum += (new_rate.double() - old_rate.double()).sum().item()
         self._peak = max(self._peak, new_rate.max().item())
 
     def begin_pass(self, increment: float = 0.0, prune_mass: float = 0.0) -> None:

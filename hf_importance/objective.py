@@ -126,7 +126,7 @@ class _LastLayer:
         features, self._features = self._features, None
         if features is None or features.dim() != 2 or len(features) != len(gradient_norm):
             raise ValueError(
-                f"metric='last_layer_gradient' needs features [{len(gradient_norm)}, hidden] at the last layer, and got "
+                f"metric='last_layer_gradient' needs features [{len(gradient_norm)}, hidden] at the last layer, not "
                 f"{None if features is None else list(features.shape)}: use metric='logit_gradient'."
             )
         return functional.last_layer_importance(gradient_norm, features, self._bias)

@@ -30,7 +30,7 @@ class Recorder(ImportanceTrainer):
         return loss
 
 
-# ---- draws ------------------------------------------------------------------------------------------------------------
+# ---- draws -----------------------------------------------------------------------------------------------------------
 
 WORKERS = [
     {},
@@ -106,7 +106,7 @@ def test_important_examples_are_drawn_more(tmp_path):
     assert visits[order[-10:]].mean() > 1.5 * visits[order[:10]].mean()
 
 
-# ---- importances ------------------------------------------------------------------------------------------------------
+# ---- importances -----------------------------------------------------------------------------------------------------
 
 FROZEN = {"learning_rate": 0.0, "num_train_epochs": 1}
 
@@ -165,7 +165,7 @@ def test_other_metrics(tmp_path, metric):
     assert not list(run.model.classifier._forward_pre_hooks), "the model is left as it was found"
 
 
-# ---- what is logged ---------------------------------------------------------------------------------------------------
+# ---- what is logged --------------------------------------------------------------------------------------------------
 
 
 def test_log_carries_the_measurements(tmp_path):
@@ -188,7 +188,7 @@ def test_log_carries_the_measurements(tmp_path):
 
 
 def test_measured_variance_and_mean_are_right(tmp_path):
-    """With frozen importances the measured ratio tends to Σq²/r / Σq², the mean to q̄; seeded, 300 epochs of 20 visits."""
+    """With frozen importances the ratio tends to (Σ q²/r) / Σ q², the mean to q̄; seeded, 300 epochs of 20 visits."""
     run = tiny.trained(
         tmp_path,
         tiny.opinionated_bert(),
@@ -228,7 +228,7 @@ def test_logged_loss_is_the_mean_loss_over_the_data(tmp_path):
     assert losses[drawn].mean().item() > 1.1 * mean, "control: the drawn examples are harder"
 
 
-# ---- everything else of Trainer ---------------------------------------------------------------------------------------
+# ---- everything else of Trainer --------------------------------------------------------------------------------------
 
 
 def test_evaluate_and_predict_are_those_of_trainer(tmp_path):
@@ -307,7 +307,7 @@ def test_model_of_the_users_own(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -330,7 +330,7 @@ def test_refused_at_construction(tmp_path, case):
 
 
 def test_streams_and_foreign_configs_are_refused_at_construction(tmp_path):
-    with pytest.raises(ValueError, match="Stream is a stream.*load it without streaming"):
+    with pytest.raises(ValueError, match=r"Stream is a stream.*load it without streaming"):
         tiny.trainer(tmp_path, tiny.bert(), Stream(), max_steps=1)
     with pytest.raises(TypeError, match="importance must be an ImportanceConfig, but is dict"):
         tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), more={"importance": {"budget": 1.0}})

@@ -59,7 +59,7 @@ def vit(num_labels=CLASSES):
 
 
 def texts(n=40, task="single"):
-    """Rows for [`bert`]. The first token tells the position in the data, so that a batch tells which examples it has."""
+    """Rows for [`bert`]. The first token is the position in the data, so that a batch tells which examples it has."""
     g = torch.Generator().manual_seed(1)
     rows = []
     for i in range(n):
@@ -104,7 +104,7 @@ def arguments(tmp_path, **changes):
 
 
 def trainer(tmp_path, model, data, cls=ImportanceTrainer, importance=None, more=None, **changes):
-    """A trainer on a copy of `model`; `importance` are settings of `ImportanceConfig`, `more` arguments of the trainer."""
+    """A trainer on a copy of `model`. `importance`: settings of `ImportanceConfig`, `more`: arguments of its own."""
     more = dict(more or {})
     if importance is not None:
         more["importance"] = ImportanceConfig(**importance)

@@ -1,0 +1,285 @@
+"""Each closed form against autograd, one example at a time in float64; then extremes, types and shapes."""
+
+import math
+
+import oracles
+import pytest
+import torch
+from torch import tensor
+
+from hf_importance import functional as F
+
+CLASSES, BATCH, TOKENS = 5, 7, 6
+
+
+def logits(*shape, scale=3.0):
+    return scale * torch.randn(*shape, dtype=torch.float64)
+
+
+def classes(*shape, ignored=0.0):
+    labels = torch.randint(CLASSES, shape)
+    return labels.masked_fill(torch.rand(shape) < ignored, -100)
+
+
+def distributions(*shape):
+    found = torch.rand(*shape, CLASSES, dtype=torch.float64)
+    found[..., 0] = 0.0
+    return found / found.sum(-1, keepdim=True)
+
+
+CASES = {  # name: loss, importance, oracle, logits, labels, further arguments
+    "hard": (F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, CLASSES), classes, ()),
+    "smoothed": (F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, CLASSES), classes, (0.2,)),
+    "soft": (F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, CLASSES), distributions, ()),
+    "soft and smoothed": (
+        F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, CLASSES), distributions, (0.1,)
+    ),
+    "tokens": (
+        F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, TOKENS, CLASSES),
+        lambda *shape: classes(*shape, ignored=0.4), ()
+    ),
+    "smoothed tokens": (
+        F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, TOKENS, CLASSES),
+        lambda *shape: classes(*shape, ignored=0.4), (0.3,)
+    ),
+    "soft tokens": (
+        F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, TOKENS, CLASSES), distributions, ()
+    ),
+    "multi-label": (
+        F.binary_cross_entropy, F.binary_cross_entropy_importance, oracles.binary_cross_entropy, (BATCH, CLASSES),
+        lambda *shape: torch.randint(2, (*shape, CLASSES)).double(), ()
+    ),
+    "soft multi-label": (
+        F.binary_cross_entropy, F.binary_cross_entropy_importance, oracles.binary_cross_entropy, (BATCH, CLASSES),
+        lambda *shape: torch.rand(*shape, CLASSES, dtype=torch.float64), ()
+    ),
+    "one output": (
+        F.squared_error, F.squared_error_importance, oracles.squared_error, (BATCH, 1),
+        lambda *shape: torch.randn(shape, dtype=torch.float64), ()
+    ),
+    "outputs": (
+        F.squared_error, F.squared_error_importance, oracles.squared_error, (BATCH, 4),
+        lambda *shape: torch.randn(*shape, 4, dtype=torch.float64), ()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_importance_are_those_of_the_oracle(case):
+    loss, importance, oracle, shape, make_labels, more = CASES[case]
+    z = logits(*shape)
+    y = make_labels(*shape[:-1])
+    pairs = list(zip(z, y, strict=True))
+    wanted = torch.stack([oracles.value(oracle, a, b, *more) for a, b in pairs])
+    norms = torch.stack([oracles.gradient_norm(oracle, a, b, *more) for a, b in pairs])
+    torch.testing.assert_close(loss(z, y, *more), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(importance(z, y, *more), norms, rtol=1e-12, atol=1e-12)
+    wrong = importance(z, y.roll(1, 0), *more)
+    assert (wrong - norms).abs().max() > 1e-3, "control: another label has another gradient"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_has_the_gradient_whose_norm_is_the_importance(case):
+    loss, importance, _, shape, make_labels, more = CASES[case]
+    z = logits(*shape).requires_grad_()
+    y = make_labels(*shape[:-1])
+    losses = loss(z, y, *more)
+    measured = importance(z, y, *more)
+    assert not measured.requires_grad
+    torch.testing.assert_close(F.autograd_importance(losses, z), measured, rtol=1e-12, atol=1e-12)
+    losses.sum().backward()  # the graph is still there
+    assert z.grad is not None
+
+
+def test_masked_positions_have_no_part():
+    z, y = logits(3, TOKENS, CLASSES), classes(3, TOKENS, ignored=0.5)
+    y[0] = -100
+    torch.testing.assert_close(F.cross_entropy(z, y)[0], tensor(0.0, dtype=torch.float64))
+    assert F.cross_entropy_importance(z, y)[0] == 0.0
+    changed = z.masked_fill((y == -100).unsqueeze(-1), 50.0)
+    assert torch.equal(F.cross_entropy_importance(changed, y), F.cross_entropy_importance(z, y))
+    changed[y != -100] += torch.arange(CLASSES)
+    assert not torch.allclose(F.cross_entropy_importance(changed, y), F.cross_entropy_importance(z, y)), "control"
+
+
+# ---- extremes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_cross_entropy_at_large_logits(dtype):
+    z = tensor([[1e4, -1e4, 0.0], [1e4, -1e4, 0.0]], dtype=dtype)
+    y = tensor([0, 1])
+    assert F.cross_entropy(z, y).tolist() == pytest.approx([0.0, 2e4], rel=1e-2)
+    assert F.cross_entropy_importance(z, y).tolist() == pytest.approx([0.0, math.sqrt(2)])
+    assert F.cross_entropy_importance(z, y, 0.3).isfinite().all()
+
+
+def test_cross_entropy_importance_does_not_cancel():
+    """1 − p_y is 0 in float32 from a margin of 17 on; the sum of the other probabilities is not."""
+    z = tensor([[40.0, 0.0, 0.0]])
+    other = math.exp(-40)
+    assert F.cross_entropy_importance(z, tensor([0])).item() == pytest.approx(math.sqrt(6) * other, rel=1e-6)
+    soft = F.cross_entropy_importance(z, tensor([[1.0, 0.0, 0.0]])).item()
+    assert soft == pytest.approx(math.sqrt(6) * other, rel=1e-6)
+    naive = (z.softmax(-1) - tensor([[1.0, 0.0, 0.0]])).norm().item()
+    assert abs(naive / (math.sqrt(6) * other) - 1) > 0.1, "control: the plain difference is wrong"
+
+
+def test_cross_entropy_at_minus_infinity():
+    """A class that is masked out has probability 0; as the label it costs infinitely much."""
+    z = tensor([[1.0, -math.inf, 0.0], [1.0, -math.inf, 0.0]])
+    y = tensor([0, 1])
+    losses, importance = F.cross_entropy(z, y), F.cross_entropy_importance(z, y)
+    assert losses[0] == pytest.approx(math.log(1 + math.exp(-1)))
+    assert losses[1] == math.inf
+    p = 1 / (1 + math.exp(1))
+    assert importance.tolist() == pytest.approx([math.sqrt(2) * p, math.sqrt((1 - p) ** 2 + p**2 + 1)])
+    soft = tensor([[1.0, 0.0, 0.0]])
+    assert F.cross_entropy(z[:1], soft).tolist() == pytest.approx([losses[0].item()])
+    assert F.cross_entropy_importance(torch.full((1, 3), -math.inf), y[:1]).isnan().all(), "undefined, and says so"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_binary_cross_entropy_at_large_logits(dtype):
+    z = tensor([[1e4, -1e4], [1e4, -1e4], [math.inf, -math.inf]], dtype=dtype)
+    y = tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    assert F.binary_cross_entropy(z, y).tolist() == pytest.approx([0.0, 1e4, 0.0], rel=1e-2)
+    assert F.binary_cross_entropy_importance(z, y).tolist() == pytest.approx([0.0, 1 / math.sqrt(2), 0.0])
+    small = F.binary_cross_entropy_importance(tensor([[30.0]]), tensor([[1.0]])).item()
+    assert small == pytest.approx(math.exp(-30), rel=1e-6), "no cancellation"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_squared_error_at_large_outputs(dtype):
+    z = tensor([[1e4], [-1e4]], dtype=dtype)
+    assert F.squared_error(z, tensor([0.0, 0.0])).tolist() == pytest.approx([1e8, 1e8], rel=1e-2)
+    assert F.squared_error_importance(z, tensor([0.0, 0.0])).tolist() == pytest.approx([2e4, 2e4], rel=1e-2)
+
+
+# ---- types and shapes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_half_precision_is_computed_in_float32(case, dtype):
+    loss, importance, _, shape, make_labels, more = CASES[case]
+    half = logits(*shape).to(dtype)
+    y = make_labels(*shape[:-1])
+    y = y.float() if y.is_floating_point() else y
+    for function in (loss, importance):
+        assert function(half, y, *more).dtype == torch.float32
+        assert torch.equal(function(half, y, *more), function(half.float(), y, *more))
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_small_batches(case, batch):
+    loss, importance, _, shape, make_labels, more = CASES[case]
+    z = logits(batch, *shape[1:])
+    y = make_labels(*z.shape[:-1])
+    assert loss(z, y, *more).shape == importance(z, y, *more).shape == (batch,)
+    z.requires_grad_()
+    assert F.autograd_importance(loss(z, y, *more), z).shape == (batch,)
+
+
+def test_one_class_has_nothing_to_learn():
+    z, y = logits(3, 1), torch.zeros(3, dtype=torch.int64)
+    for smoothing in (0.0, 0.2):
+        assert F.cross_entropy(z, y, smoothing).tolist() == [0.0] * 3
+        assert F.cross_entropy_importance(z, y, smoothing).tolist() == pytest.approx([0.0] * 3, abs=1e-12)
+
+
+def test_labels_of_another_shape_are_refused():
+    for function in (F.squared_error, F.binary_cross_entropy, F.squared_error_importance):
+        with pytest.raises(ValueError, match=r"logits \[2, 3\] and labels \[2\] must have the same shape"):
+            function(torch.zeros(2, 3), torch.zeros(2))
+
+
+def test_arguments_are_left_alone():
+    for loss, importance, _, shape, make_labels, more in CASES.values():
+        z, y = logits(*shape), make_labels(*shape[:-1])
+        before = z.clone(), y.clone()
+        loss(z, y, *more), importance(z, y, *more)
+        assert torch.equal(z, before[0])
+        assert torch.equal(y, before[1])
+    q = torch.rand(5)
+    before = q.clone()
+    F.rates(q, 0.3, 2.0)
+    assert torch.equal(q, before)
+
+
+# ---- last layer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_last_layer_importance_is_the_norm_over_its_parameters(bias):
+    layer = torch.nn.Linear(3, CLASSES, bias=bias, dtype=torch.float64)
+    features, y = torch.randn(BATCH, 3, dtype=torch.float64), classes(BATCH)
+    found = F.last_layer_importance(F.cross_entropy_importance(layer(features), y), features, bias)
+    for k in range(BATCH):
+        gradients = torch.autograd.grad(F.cross_entropy(layer(features[k : k + 1]), y[k : k + 1]), layer.parameters())
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        assert found[k].item() == pytest.approx(norm, rel=1e-12)
+    other = F.last_layer_importance(F.cross_entropy_importance(layer(features), y), features, not bias)
+    assert (found - other).abs().min() > 1e-6, "control"
+
+
+# ---- importance → rate → weight --------------------------------------------------------------------------------------
+
+IMPORTANCES = {
+    "some": [0.5, 2.0, 0.0, 4.0],
+    "unknown": [0.5, math.nan, 3.0, math.nan],
+    "outlier": [1.0, 1.0, 1000.0],
+    "none known": [math.nan, math.nan],
+    "all zero": [0.0, 0.0, 0.0],
+    "zero and unknown": [0.0, math.nan],
+    "one": [0.7],
+    "tiny": [1e-30, 3e-30],
+}
+
+
+@pytest.mark.parametrize("uniform_fraction", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("max_rate", [1.0, 1.7, 64.0, math.inf])
+@pytest.mark.parametrize("case", IMPORTANCES)
+def test_rates(case, uniform_fraction, max_rate):
+    q = tensor(IMPORTANCES[case], dtype=torch.float64)
+    found = F.rates(q, uniform_fraction, max_rate)
+    assert found.tolist() == pytest.approx(oracles.rates(q.tolist(), uniform_fraction, max_rate), rel=1e-12)
+    assert found.mean().item() == pytest.approx(1.0, rel=1e-12)
+    assert (found >= uniform_fraction * (1 - 1e-12)).all(), "no weight above 1/f"
+
+
+def test_rates_prefer_the_important_unless_all_is_uniform():
+    q = tensor([1.0, 2.0, 3.0])
+    assert F.rates(q, 0.0, math.inf).tolist() == pytest.approx([0.5, 1.0, 1.5])
+    assert F.rates(q, 0.3, math.inf).diff().min() > 0
+    assert F.rates(q, 1.0, math.inf).tolist() == [1.0, 1.0, 1.0]
+    assert F.rates(torch.full((3,), 2.5), 0.3, 64.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_weights():
+    rate = tensor([0.25, 1.0, 4.0])
+    assert F.weights(rate).tolist() == [4.0, 1.0, 0.25]
+    assert F.weights(rate, 0.5).tolist() == [2.0, 1.0, 0.5]
+    assert F.weights(rate, 0.0).tolist() == [1.0, 1.0, 1.0]
+
+
+# ---- what a batch tells ----------------------------------------------------------------------------------------------
+
+
+def test_effective_sample_size():
+    assert F.effective_sample_size(torch.full((8,), 0.3)).item() == pytest.approx(8.0)
+    assert F.effective_sample_size(tensor([1.0, 2.0, 3.0])).item() == pytest.approx(36 / 14)
+    assert F.effective_sample_size(tensor([1.0, 0.0])).item() == 1.0
+
+
+@pytest.mark.parametrize("rate", [[0.4, 0.7, 1.9], [1.0, 1.0, 1.0], [1.6, 0.9, 0.5]])
+def test_variance_ratio_is_the_ratio_of_second_moments(rate):
+    """In expectation over the draws, which visits in proportion to the rates stand for here."""
+    rate, q = tensor(rate, dtype=torch.float64), tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    visits = torch.repeat_interleave((10 * rate).round().long())
+    found = F.variance_ratio(q[visits], 1 / rate[visits])
+    importance_sampling = sum(r / 3 * (g / r) ** 2 for r, g in zip(rate.tolist(), q.tolist(), strict=True))
+    uniform = sum(1 / 3 * g**2 for g in q.tolist())
+    assert found.item() == pytest.approx(importance_sampling / uniform, rel=1e-12)
+    assert (found < 1) == (rate[2] > 1), "a gain only where the important is preferred"
