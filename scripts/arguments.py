@@ -1,0 +1,96 @@
+"""The flags that both fine-tuning scripts share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_importance import ImportanceConfig
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of a dataclass of flags."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which trainer."""
+
+    trainer: Literal["importance", "uniform"] = flag(
+        "importance", "importance: online importance sampling; uniform: transformers' own Trainer."
+    )
+    model_name_or_path: str | None = flag(
+        None, "Model to fine-tune, on the Hub or in a folder; a small new one if absent."
+    )
+    config_name: str | None = flag(None, "Config, if it is not the one of the model.")
+    cache_dir: str | None = flag(None, "Where downloads from the Hub are kept.")
+    model_revision: str = flag("main", "Branch, tag or commit of the model.")
+    token: str | None = flag(None, "Access token for the Hub; by default the one of `hf auth login`.")
+    trust_remote_code: bool = flag(False, "Run code that a model or data set brings along.")
+    ignore_mismatched_sizes: bool = flag(False, "Replace a head whose number of labels does not match.")
+    metric_name: str | None = flag(None, "Metric of `evaluate` (fetched from the Hub, or a local script).")
+
+    def hub(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`."""
+        names = {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
+        return {**names, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass
+class DataArguments:
+    """Which examples, and which of their columns."""
+
+    dataset_name: str | None = flag(None, "Data set on the Hub or in a folder.")
+    dataset_config_name: str | None = flag(None, "Its configuration.")
+    train_file: str | None = flag(None, "Training data as csv, json, jsonl or parquet.")
+    validation_file: str | None = flag(None, "Likewise for the evaluation.")
+    test_file: str | None = flag(None, "Likewise for the prediction.")
+    train_split_name: str | None = flag(None, "Split of the data set to train on (train).")
+    validation_split_name: str | None = flag(None, "Split to evaluate on (validation, else test).")
+    test_split_name: str | None = flag(None, "Split to predict (test).")
+    label_column_name: str | None = flag(None, "Column with the labels (label, or labels).")
+    max_train_samples: int | None = flag(None, "Use only so many training examples.")
+    max_eval_samples: int | None = flag(None, "Use only so many evaluation examples.")
+    max_predict_samples: int | None = flag(None, "Use only so many examples to predict.")
+    shuffle_train_dataset: bool = flag(False, "Shuffle before --max_train_samples takes the first.")
+    shuffle_seed: int = flag(42, "Seed of that shuffling.")
+
+    def files(self) -> dict[str, str]:
+        """The data files that were named, by split."""
+        named = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: path for split, path in named.items() if path is not None}
+
+    @property
+    def embedded(self) -> bool:
+        """Whether no data was named, so that the script runs on its own."""
+        return self.dataset_name is None and not self.files()
+
+
+def _importance_flags() -> type:
+    """`ImportanceConfig` without its seed: --seed and --data_seed of `TrainingArguments` are the sampler's too."""
+    types = get_type_hints(ImportanceConfig)
+    settings = [f for f in dataclasses.fields(ImportanceConfig) if f.name != "seed"]
+    copies = [(f.name, types[f.name], field(default=f.default, metadata=f.metadata)) for f in settings]
+    return dataclasses.make_dataclass("ImportanceFlags", copies)
+
+
+def parse(argv: list[str] | None, data_type: type[DataArguments], embedded: dict[str, Any]) -> tuple[Any, ...]:
+    """Flags → model, data, training and importance settings. `embedded`: defaults of a run on embedded data."""
+    first_look = HfArgumentParser(data_type, add_help=False, allow_abbrev=False)
+    data, *_ = first_look.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    parser = HfArgumentParser((ModelArguments, data_type, TrainingArguments, _importance_flags()), allow_abbrev=False)
+    parser.set_defaults(report_to=["none"], dataloader_pin_memory=torch.accelerator.is_available())
+    if data.embedded:
+        parser.set_defaults(**embedded)
+    model, data, training, importance = parser.parse_args_into_dataclasses(argv)
+    if training.output_dir is None or training.output_dir == "trainer_output":
+        training.output_dir = str(Path("outputs") / f"{embedded['run_name']}-{model.trainer}")
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
+    return model, data, training, ImportanceConfig(**dataclasses.asdict(importance))

@@ -1,0 +1,110 @@
+"""One table and one plot of finished runs.
+
+    python scripts/compare_runs.py outputs/quickstart
+
+The folder holds one folder per task, and these hold the output folders of runs of the fine-tuning scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {"uniform": "#6b7280", "importance": "#d1495b"}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Task, trainer, results and curve of one finished run."""
+    results = json.loads((folder / "all_results.json").read_text())
+    state = json.loads((folder / "trainer_state.json").read_text())
+    evaluations = [log for log in state["log_history"] if "eval_accuracy" in log]
+    return {
+        "task": folder.parent.name,
+        "trainer": results["trainer"],
+        "accuracy": results["eval_accuracy"],
+        "examples": results["examples_processed"],
+        "seconds": results["seconds_of_training"],
+        "curve": [(log["epoch"] * results["examples_per_epoch"], log["eval_accuracy"]) for log in evaluations],
+    }
+
+
+def group(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Runs that differ only in their seed, by task and trainer; uniform first."""
+    groups = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run["task"], run["trainer"] != "uniform")):
+        groups[run["task"], run["trainer"]].append(run)
+    return groups
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Mean, and standard error of the mean where there are several seeds."""
+    rows = [["task", "trainer", "seeds", "accuracy", "examples processed", "seconds of training"]]
+    for (task, trainer), same in group(runs).items():
+        accuracy = [run["accuracy"] for run in same]
+        error = statistics.stdev(accuracy) / len(same) ** 0.5 if len(same) > 1 else None
+        rows.append(
+            [
+                task,
+                trainer,
+                str(len(same)),
+                f"{statistics.mean(accuracy):.4f}" + (f" ± {error:.4f}" if error is not None else ""),
+                f"{statistics.mean(run['examples'] for run in same):,.0f}",
+                f"{statistics.mean(run['seconds'] for run in same):.1f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Evaluation accuracy against examples processed: a panel per task, a colour per trainer, a thin line per seed."""
+    tasks = sorted({run["task"] for run in runs})
+    figure, panels = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.8), squeeze=False, layout="constrained")
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for (_, trainer), same in group([run for run in runs if run["task"] == task]).items():
+            curves = [run["curve"] for run in same]
+            for curve in curves if len(curves) > 1 else []:
+                panel.plot(*zip(*curve, strict=True), color=COLOURS.get(trainer), linewidth=0.8, alpha=0.35)
+            mean = [(points[0][0], statistics.mean(y for _, y in points)) for points in zip(*curves, strict=True)]
+            panel.plot(
+                *zip(*mean, strict=True), color=COLOURS.get(trainer), linewidth=2, marker="o", ms=4, label=trainer
+            )
+        panel.set(title=task, xlabel="examples processed", ylabel="evaluation accuracy")
+        panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Print the table, save the plot beside the runs; returns the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", type=Path, help="folder with one folder per task, which hold the output folders of runs"
+    )
+    folder = parser.parse_args(argv).folder
+    finished = sorted(path.parent for path in folder.glob("*/*/all_results.json"))
+    if not finished:
+        sys.exit(f"error: no finished run in {folder}: expected {folder}/TASK/RUN/all_results.json.")
+    runs = [read_run(path) for path in finished]
+    text = table(runs)
+    print(f"\n{text}\n")
+    plot(runs, folder / "comparison.png")
+    print(f"The plot was saved as {folder / 'comparison.png'}")
+    return text
+
+
+if __name__ == "__main__":
+    main()

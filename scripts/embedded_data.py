@@ -1,0 +1,105 @@
+"""Real data that is on every machine with our packages: scanned digits, and docstrings. No network."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+from PIL import Image
+from sklearn.datasets import load_digits
+
+PACKAGES = {  # module → distribution
+    "torch": "torch",
+    "transformers": "transformers",
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "pandas": "pandas",
+    "matplotlib": "matplotlib",
+    "datasets": "datasets",
+    "accelerate": "accelerate",
+    "huggingface_hub": "huggingface_hub",
+}
+STANDARD_LIBRARY = "python"
+_FEWEST_WORDS = 6
+
+
+def digits() -> datasets.DatasetDict:
+    """1,797 scanned digits of 8 × 8 pixels in 10 classes (UCI, as scikit-learn carries them); a fifth is the test."""
+    scans = load_digits()
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(10))
+    rows = {
+        "image": [Image.fromarray(pixels) for pixels in (scans.images * 15.9).astype("uint8")],
+        "label": scans.target.tolist(),
+    }
+    data = datasets.Dataset.from_dict(rows, features=features)
+    return data.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
+
+
+def docstrings(per_package: int = 1000) -> datasets.DatasetDict:
+    """First paragraphs of docstrings of installed packages, labelled with the package; a fifth is the test.
+
+    Of texts that begin or end with the same six words only one is kept, so that no near copy crosses the split. The
+    first call reads source files (some seconds); `datasets` caches the result for these versions of the packages.
+    """
+    versions = {module: version(name) for module, name in PACKAGES.items()}
+    names = [*versions, STANDARD_LIBRARY]
+    data = datasets.Dataset.from_generator(
+        _texts,
+        features=datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names)),
+        gen_kwargs={"versions": versions, "per_package": per_package},
+    )
+    return data.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
+
+
+def _texts(versions: dict[str, str], per_package: int) -> Iterator[dict[str, object]]:
+    seen: set[str] = set()
+    folders = {name: Path(importlib.util.find_spec(name).origin).parent for name in versions}
+    folders[STANDARD_LIBRARY] = Path(sysconfig.get_path("stdlib"))
+    for label, folder in enumerate(folders.values()):
+        found = 0
+        for text in _docstrings_of(folder):
+            ends = _ends(text)
+            if seen.isdisjoint(ends):
+                yield {"text": text, "label": label}
+                found += 1
+            seen.update(ends)
+            if found == per_package:
+                break
+
+
+def _ends(text: str) -> tuple[str, str]:
+    words = re.findall(r"[a-z]+", text.lower())
+    return "^" + " ".join(words[:_FEWEST_WORDS]), "$" + " ".join(words[-_FEWEST_WORDS:])
+
+
+def _docstrings_of(folder: Path) -> Iterator[str]:
+    """First paragraphs of at least six words, file by file in an order that mixes the subpackages."""
+    relative = [path.relative_to(folder) for path in folder.rglob("*.py")]
+    files = [path for path in relative if {"site-packages", "tests", "test"}.isdisjoint(path.parts)]
+    for path in sorted(files, key=lambda path: zlib.crc32(path.as_posix().encode())):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
+                tree = ast.parse((folder / path).read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # templates and test material of other packages
+            continue
+        for node in _definitions(tree):
+            paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            if len(re.findall(r"[A-Za-z]+", paragraph)) >= _FEWEST_WORDS:
+                yield paragraph
+
+
+def _definitions(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.AST]:
+    yield node
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _definitions(child)
