@@ -5,6 +5,7 @@ To read the code, go upward, as the imports do:
 - `functional`: losses, importances, rates, weights. Pure tensors.
 - `memory`: what is remembered of every example.
 - `sampler`: which examples come next, and with what weight.
+- `checkpoint`: files of an interrupted training.
 - `data`: carries that with the batch.
 - `config`: all settings.
 - `objective`: which loss a model trains with.

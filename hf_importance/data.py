@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import copy
+import random
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_importance.sampler import Draw
 
 DRAW_KEY = "importance_draw"
 """Key of the draw in a collated batch."""
+_MOST_EXAMPLES = 1024
+"""That a mean over the data is taken of: its error is then a few percent, and only scales the learning rate."""
 
 
 class ImportanceDataset(Dataset):
@@ -61,3 +68,31 @@ class ImportanceCollator:
             )
         batch[DRAW_KEY] = draw
         return batch
+
+
+def mean_over_examples(
+    dataset: Any, collate: Callable[[list[Any]], MutableMapping[str, Any]], key: str, count: Callable[[Tensor], Tensor]
+) -> float:
+    """Mean of `count(batch[key])`, `[batch, …] → [batch]`, over the data, or evenly spaced examples if it is large.
+
+    The same on all ranks, in every run, and for every batch size; no random number that training would get is taken.
+    """
+    examples = range(0, len(dataset), -(-len(dataset) // _MOST_EXAMPLES))
+    total = 0
+    with _own_randomness():
+        collate = copy.deepcopy(collate)  # it may have a generator of its own
+        for i in examples:
+            total += int(count(collate([dataset[i]])[key]).sum())
+    return max(total, 1) / len(examples)
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    python = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)

@@ -146,12 +146,12 @@ def squared_error_importance(logits: Tensor, labels: Tensor) -> Tensor:
     return 2 / logits.shape[1] * torch.linalg.vector_norm(logits - labels, dim=1)
 
 
-def autograd_importance(losses: Tensor, logits: Tensor) -> Tensor:
+def autograd_importance(losses: Tensor, *logits: Tensor) -> Tensor:
     """‖∂L/∂z‖₂ of any loss that separates over examples, by a backward pass through the loss alone.
 
     Args:
         losses: `[batch]`, computed from `logits`; its graph is kept for the training step.
-        logits: `[batch, …]`, part of that graph. Nothing before it is differentiated.
+        *logits: `[batch, …]` each, part of that graph. Nothing before them is differentiated.
 
     Returns:
         `[batch]`, ≥ 0.
@@ -160,8 +160,8 @@ def autograd_importance(losses: Tensor, logits: Tensor) -> Tensor:
     >>> autograd_importance(0.5 * logits.square().sum(1), logits)
     tensor([5.])
     """
-    (gradient,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
-    return torch.linalg.vector_norm(_per_example(_at_least_float32(gradient)), dim=1)
+    gradients = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+    return torch.cat([_per_example(_at_least_float32(gradient)) for gradient in gradients], 1).norm(dim=1)
 
 
 @torch.no_grad()

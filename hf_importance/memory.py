@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hf_importance import functional
+
+_COUNTS = ("known", "mean", "sum", "peak", "drawable")
 
 
 class ImportanceMemory:
@@ -96,6 +101,27 @@ class ImportanceMemory:
     def seen(self) -> float:
         """Share of the examples whose importance is known."""
         return self._known / len(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training changed, as tensors and plain values."""
+        return {
+            "importance": self.importance.clone(),
+            "pruned": self.pruned.clone(),
+            **{name: getattr(self, f"_{name}") for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where [`state_dict`] was taken."""
+        self.remember(state["importance"], state["pruned"])
+        for name in _COUNTS:
+            setattr(self, f"_{name}", state[name])
+
+    def remember(self, importance: Tensor, pruned: Tensor) -> None:
+        """Take over what was measured elsewhere: float32 and bool `[examples]`."""
+        self.importance.copy_(importance)
+        self.pruned.copy_(pruned)
+        self._known = int(self.importance.isfinite().sum())
+        self.begin_pass()
 
     def _unnormalised(self, importance: Tensor, index: Tensor | slice) -> Tensor:
         rate = functional.unnormalised_rates(importance, self._mean, self.uniform_fraction, self.max_rate)

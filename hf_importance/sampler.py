@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,24 +34,72 @@ class Draw:
     weight: list[float]
 
 
+_SKIPPED = Draw(-1, [], [])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The examples that one rank owns: it alone draws, measures and remembers them, so that nothing is exchanged.
+
+    Args:
+        length: of the whole training data.
+        ranks: among which it was divided.
+        index: positions of the examples in the training data, int64, ascending; None for all of them.
+    """
+
+    length: int
+    ranks: int = 1
+    index: Tensor | None = None
+
+    @classmethod
+    def of(cls, length: int, rank: int, ranks: int, seed: int) -> Shard:
+        """A random part of the data, of the same size for all ranks within one example; `seed` is that of all ranks.
+
+        >>> sorted(torch.cat([Shard.of(5, rank, ranks=2, seed=0).index for rank in (0, 1)]).tolist())
+        [0, 1, 2, 3, 4]
+        """
+        if ranks == 1:
+            return cls(length)
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+        return cls(length, ranks, order[rank::ranks].sort().values)
+
+    def __len__(self) -> int:
+        return self.length if self.index is None else len(self.index)
+
+    @property
+    def weight(self) -> float:
+        """Factor n R / N of all weights, so that the mean over the ranks of means over n is the mean over all N."""
+        return len(self) * self.ranks / self.length
+
+    def positions(self, local: Tensor) -> Tensor:
+        """From positions in the shard to positions in the training data."""
+        return local if self.index is None else self.index[local]
+
+    def local(self, positions: Tensor) -> Tensor:
+        """The other way round."""
+        return positions if self.index is None else torch.searchsorted(self.index, positions)
+
+
 class ImportanceBatchSampler(Sampler[Draw]):
     """Draws batches of examples in proportion to their rates.
 
-    An epoch is a fixed number of visits, `budget` · examples. Behind it runs an endless stream of visits:
+    An epoch is a fixed number of visits, `budget` · examples / ranks. Behind it runs an endless stream of visits:
 
     - `reshuffled`: in passes. At its start a pass fixes how often it visits each example: ⌊r⌋ times, and once more with
       probability r − ⌊r⌋, in random order. No example gets a visit more or less than its rate says; with equal
       importances a pass is a permutation, the one that `Trainer` takes from the same seed. Over a pass the expected
       sum of weights is the same for every example.
-    - `replacement`: independent draws with p = r / N from the memory as it is (Salaün et al. 2023). A candidate is
-      taken uniformly and accepted with probability r / r_max, so that a draw costs the same for any N.
+    - `replacement`: independent draws with p = r / n from the memory as it is (Salaün et al. 2023). A candidate is
+      taken uniformly and accepted with probability r / r_max, so that a draw costs the same for any n.
 
     Args:
-        memory: read at the draws, and told when a pass begins. Whoever trains updates it.
+        memory: of the examples of the shard. It is read at the draws, and told when a pass begins.
         batch_size: visits per batch; the last batch of an epoch may be smaller.
+        shard: the examples that are drawn, by default all.
+        rank: of this process among those that share the data.
         sampling: `reshuffled` or `replacement`.
         weight_exponent: see [`functional.weights`].
-        budget: visits per epoch over the number of examples, > 0.
+        budget: visits per epoch, of all ranks together, over the number of examples, > 0.
         increment: see [`ImportanceMemory.begin_pass`].
         prune_mass: likewise.
         drop_last: leave out a last batch that is smaller.
@@ -61,6 +111,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         memory: ImportanceMemory,
         batch_size: int,
         *,
+        shard: Shard | None = None,
+        rank: int = 0,
         sampling: str = "reshuffled",
         weight_exponent: float = 1.0,
         budget: float = 1.0,
@@ -73,11 +125,13 @@ class ImportanceBatchSampler(Sampler[Draw]):
         memory.follow_updates = sampling == "replacement"
         self.batch_size = batch_size
         self.drop_last = drop_last
-        self.visits_per_epoch = max(1, round(budget * len(memory)))
+        self.shard = Shard(len(memory)) if shard is None else shard
+        self.visits_per_epoch = math.ceil(max(1, round(budget * self.shard.length)) / self.shard.ranks)
         self._stream = {"reshuffled": self._next_reshuffled, "replacement": self._next_replacement}[sampling]
         self._weight_exponent = weight_exponent
         self._increment = increment
         self._prune_mass = prune_mass
+        self._rank = rank
         self._seed = seed
         self._rng = torch.Generator()
         self._draws = 0
@@ -85,24 +139,46 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._visits_in_pass = 0
         self._index = torch.empty(0, dtype=torch.int64)  # visits left in this pass, and their rates
         self._rate = torch.empty(0, dtype=torch.float64)
+        self._outstanding: dict[int, Draw] = {}  # drawn, and not yet used
+        self._replays = False
+        self._skip = 0
 
     def __len__(self) -> int:
-        """Batches per epoch. Pruning and the sampling do not change it, as the learning rate schedule rests on it."""
+        """Batches per epoch, the same on all ranks. Pruning does not change it: learning rate schedules rest on it."""
         full, rest = divmod(self.visits_per_epoch, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Draw]:
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield self._draw(min(self.batch_size, self.visits_per_epoch - start))
+        """An epoch. After [`load_state_dict`] it begins with what is thrown away and goes on with what was drawn."""
+        again = deque(self._outstanding.values() if self._replays else ())
+        skip, self._skip, self._replays = self._skip, 0, False
+        if not again:
+            self._outstanding.clear()
+        for _ in range(skip):
+            yield _SKIPPED
+        for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
+            yield again.popleft() if again else self._draw(min(self.batch_size, self.visits_per_epoch - start))
+
+    def use(self, draw: Draw) -> None:
+        """The training step takes this draw."""
+        self._outstanding.pop(draw.number, None)
+
+    def update(self, draw: Draw, importance: Tensor) -> None:
+        """Remember what was measured at the visits of a draw: `[batch]`, see [`ImportanceMemory.update`]."""
+        self.memory.update(self.shard.local(torch.tensor(draw.index, dtype=torch.int64)), importance)
+
+    # ---- the stream of visits ----------------------------------------------------------------------------------------
 
     def _draw(self, size: int) -> Draw:
         index, rate = self._stream(size)
         while len(index) < size:
             more_index, more_rate = self._stream(size - len(index))
             index, rate = torch.cat([index, more_index]), torch.cat([rate, more_rate])
-        weight = functional.weights(rate, self._weight_exponent)
+        weight = self.shard.weight * functional.weights(rate, self._weight_exponent)
+        draw = Draw(self._draws, self.shard.positions(index).tolist(), weight.tolist())
+        self._outstanding[draw.number] = draw
         self._draws += 1
-        return Draw(self._draws - 1, index.tolist(), weight.tolist())
+        return draw
 
     def _next_reshuffled(self, size: int) -> tuple[Tensor, Tensor]:
         """Up to `size` visits of this pass, or of a new one when this one is over."""
@@ -139,8 +215,51 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def _begin_pass(self) -> None:
         later = self._passes > 0
         self.memory.begin_pass(self._increment * later, self._prune_mass * later)
-        self._rng.manual_seed(
-            self._seed + self._passes
-        )  # as accelerate's sampler does per epoch: the same permutations
+        # alone it is the seed that accelerate's sampler has in this epoch: the same permutations
+        self._rng.manual_seed(self._seed + self._passes * self.shard.ranks + self._rank)
         self._passes += 1
         self._visits_in_pass = 0
+
+    # ---- going on after an interruption ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, as tensors and plain values; what was drawn and not used is part of it."""
+        return {
+            "memory": self.memory.state_dict(),
+            "shard": self.shard.index,
+            "length": self.shard.length,
+            "batch_size": self.batch_size,
+            "rng": self._rng.get_state(),
+            "outstanding": [astuple(draw) for draw in self._outstanding.values()],
+            **{name: getattr(self, f"_{name}") for name in ("draws", "passes", "visits_in_pass")},
+            "index": self._index.clone(),  # of what is left, not of the pass that it is a view of
+            "rate": self._rate.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], skip: int = 0) -> None:
+        """Go on exactly where [`state_dict`] was taken.
+
+        Args:
+            state: from a sampler of the same shard and batch size.
+            skip: batches that whoever iterates throws away first, to come to the place in the epoch. They are empty.
+        """
+        self.memory.load_state_dict(state["memory"])
+        self._rng.set_state(state["rng"])
+        for name in ("draws", "passes", "visits_in_pass"):
+            setattr(self, f"_{name}", state[name])
+        self._index, self._rate = state["index"], state["rate"]
+        self._outstanding = {draw[0]: Draw(*draw) for draw in state["outstanding"]}
+        self._replays, self._skip = True, skip
+
+    def begin_with(self, importance: Tensor, pruned: Tensor, passes: int, skip: int = 0) -> None:
+        """Begin a new pass with what was remembered elsewhere, where it is not possible to go on exactly.
+
+        Args:
+            importance: float32 `[all examples]`.
+            pruned: bool `[all examples]`.
+            passes: that went before.
+            skip: as for [`load_state_dict`].
+        """
+        mine = slice(None) if self.shard.index is None else self.shard.index
+        self.memory.remember(importance[mine], pruned[mine])
+        self._passes, self._skip = passes, skip

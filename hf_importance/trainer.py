@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +13,19 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from hf_importance import functional
+from hf_importance.checkpoint import load_states, newest_complete, save_state
 from hf_importance.config import ImportanceConfig
-from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset
+from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
 from hf_importance.memory import ImportanceMemory
 from hf_importance.objective import Objective, PerExampleLoss
-from hf_importance.sampler import Draw, ImportanceBatchSampler
+from hf_importance.sampler import Draw, ImportanceBatchSampler, Shard
+
+logger = logging.get_logger(__name__)
 
 _WORKER_SETTINGS = (
     "num_workers",
@@ -30,6 +39,14 @@ _WORKER_SETTINGS = (
 )
 _LARGEST_WINDOW = 1024
 """Batches that the logged measurements reach back at most, so that nothing grows where nothing is logged."""
+
+
+def _generator_of_worker_seeds() -> torch.Generator:
+    """For persistent workers, which are seeded once, by a random number that is taken at the first iteration.
+
+    A resumed run has that in another epoch, and would be one number of the global generator off from there on.
+    """
+    return torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
 
 
 class ImportanceTrainerMixin:
@@ -63,8 +80,9 @@ class ImportanceTrainerMixin:
         self._start_measuring()
 
     def _start_measuring(self) -> None:
-        self._memory: ImportanceMemory | None = None
+        self._sampler: ImportanceBatchSampler | None = None
         self._objective: Objective | None = None
+        self._mean_over_examples: Callable[..., float] | None = None
         self._draw: Draw | None = None
         self._on_their_way: deque[tuple[Draw, Tensor, torch.Event]] = deque()
         self._window: deque[tuple[Tensor, Tensor]] = deque(maxlen=_LARGEST_WINDOW)
@@ -75,10 +93,13 @@ class ImportanceTrainerMixin:
         """The loader of `Trainer` with our sampler, its data set and collator wrapped to carry the draws."""
         base = super().get_train_dataloader()
         self.accelerator._dataloaders.remove(base)
+        self._sampler = self._new_sampler(len(base.dataset))
+        self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
         loader = DataLoader(
             ImportanceDataset(base.dataset),
-            batch_sampler=self._batch_sampler(len(base.dataset)),
+            batch_sampler=self._sampler,
             collate_fn=ImportanceCollator(base.collate_fn),
+            generator=_generator_of_worker_seeds() if base.persistent_workers else None,
             **{name: getattr(base, name) for name in _WORKER_SETTINGS},
         )
         loader = prepare_data_loader(  # `accelerator.prepare` would deal out the draws of one process to all of them
@@ -94,30 +115,44 @@ class ImportanceTrainerMixin:
         self.accelerator._dataloaders.append(loader)
         return loader
 
-    def _batch_sampler(self, length: int) -> ImportanceBatchSampler:
+    def _new_sampler(self, length: int) -> ImportanceBatchSampler:
         config, args = self.importance, self.args
-        if self._memory is None:  # else: another attempt of `auto_find_batch_size`, which keeps what was learnt
-            self._memory = ImportanceMemory(length, config.memory_momentum, config.uniform_fraction, config.max_rate)
+        seed = next(seed for seed in (config.seed, args.data_seed, args.seed) if seed is not None)
+        shard = Shard.of(length, args.process_index, args.world_size, seed)
+        if self._sampler is None:
+            memory = ImportanceMemory(len(shard), config.memory_momentum, config.uniform_fraction, config.max_rate)
+        else:  # another attempt of `auto_find_batch_size`, which keeps what was learnt
+            memory = self._sampler.memory
         return ImportanceBatchSampler(
-            self._memory,
+            memory,
             self._train_batch_size,
+            shard=shard,
+            rank=args.process_index,
             sampling=config.sampling,
             weight_exponent=config.weight_exponent,
             budget=config.budget,
             increment=config.importance_increment,
             prune_mass=config.prune_mass,
             drop_last=args.dataloader_drop_last,
-            seed=next(seed for seed in (config.seed, args.data_seed, args.seed) if seed is not None),
+            seed=seed,
         )
 
     # ---- the training step -------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. Every call starts with an empty memory."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. Every call starts with an empty memory, or with that of the checkpoint.
+
+        `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end. `ignore_data_skip` has no
+        effect: no data is loaded to be skipped, so that nothing is saved by not coming to the right place.
+        """
         self._start_measuring()
+        ignored, self.args.ignore_data_skip = self.args.ignore_data_skip, False
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._newest_checkpoint()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.args.ignore_data_skip = ignored
             self._remember(waiting=0)
             if self._objective is not None:
                 self._objective.close()
@@ -130,6 +165,7 @@ class ImportanceTrainerMixin:
                 f"The batch carries no {DRAW_KEY!r}: training data must come from get_train_dataloader() of "
                 "ImportanceTrainer; to change the data, wrap the data set or the collator instead."
             )
+        self._sampler.use(self._draw)
         try:
             return super().training_step(model, inputs, *args, **kwargs)
         finally:
@@ -146,30 +182,35 @@ class ImportanceTrainerMixin:
         if self._draw is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._objective is None:
-            self._objective = self._new_objective(model)
+            self._objective = self._new_objective()
         inputs = dict(inputs)
         labels = self._pop_labels(inputs)
-        outputs = model(**inputs, **labels) if self._objective.checks_model_loss else model(**inputs)
-        losses, importance = self._objective(outputs, labels, len(self._draw.index))
-        self._send(self._draw, importance)
+        measured = self._objective(model, inputs, labels, len(self._draw.index))
+        self._send(self._draw, measured.importance)
+        losses = measured.losses
         weight = torch.tensor(self._draw.weight, dtype=losses.dtype).to(losses.device, non_blocking=True)
-        loss = (weight * losses).mean()
-        return (loss, outputs) if return_outputs else loss
+        loss = (weight * losses).mean() + measured.added
+        return (loss, measured.outputs) if return_outputs else loss
 
-    def _new_objective(self, model: nn.Module) -> Objective:
+    def _new_objective(self) -> Objective:
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        model = self.accelerator.unwrap_model(model)
-        objective = Objective(model, self.importance.metric, smoothing, self.per_example_loss_func)
-        objective.checks_model_loss &= not self.args.torch_compile  # a forward with labels is another graph to compile
-        return objective
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # of PEFT
+        causal = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        return Objective(
+            self.model,
+            self.importance.metric,
+            smoothing,
+            self.per_example_loss_func,
+            shifts=causal if smoothing else None,  # with smoothing by the rule of `Trainer`, else by the model's loss
+            mean_over_examples=self._mean_over_examples,
+        )
 
     def _pop_labels(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        names = self.label_names or ["labels"]
-        missing = [name for name in names if name not in inputs]
-        if missing:
+        names = [name for name in self.label_names or ["labels"] if name in inputs]
+        if not names:
             raise ValueError(
-                f"The training batch has no {missing}, only {list(inputs)}: name the label column so, or set "
-                "label_names in TrainingArguments."
+                f"The training batch has no {self.label_names or ['labels']}, only {list(inputs)}: name the label "
+                "column so, or set label_names in TrainingArguments."
             )
         return {name: inputs.pop(name) for name in names}
 
@@ -177,11 +218,17 @@ class ImportanceTrainerMixin:
 
     @property
     def importances(self) -> Tensor:
-        """float32 `[examples]` of `train_dataset`, as measured last; NaN where unknown."""
-        self._remember(waiting=0)
-        if self._memory is None:
+        """float32 `[examples]` of `train_dataset`, as measured last; NaN where unknown.
+
+        With several processes a collective: all of them must ask. During training on a GPU it lags one step behind.
+        """
+        if self._sampler is None:
             return torch.full((len(self.train_dataset),), torch.nan)
-        return self._memory.importance.clone()
+        shard, importance = self._sampler.shard, self._sampler.memory.importance
+        if shard.index is None:
+            return importance.clone()
+        whole = torch.zeros(shard.length).index_copy_(0, shard.index, importance)
+        return self.accelerator.reduce(whole.to(self.accelerator.device), reduction="sum").cpu()
 
     def _send(self, draw: Draw, importance: Tensor) -> None:
         """Start the way of the importances to the memory. From a GPU it takes a step, so that nothing waits for it."""
@@ -200,8 +247,83 @@ class ImportanceTrainerMixin:
             if arrived is not None:
                 arrived.synchronize()
             importance = importance.cpu()
-            self._memory.update(torch.tensor(draw.index), importance)
+            self._sampler.update(draw, importance)
             self._window.append((torch.tensor(draw.weight, dtype=torch.float64), importance.double()))
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also ours, beside it: of every rank, before `Trainer` marks the checkpoint as complete."""
+        super()._save_rng_state(output_dir)
+        if self._sampler is None:
+            return
+        for *_, arrived in self._on_their_way:
+            if arrived is not None:
+                arrived.synchronize()
+        state = {
+            "sampler": self._sampler.state_dict(),
+            "on_their_way": [(astuple(draw), importance.cpu()) for draw, importance, _ in self._on_their_way],
+        }
+        save_state(output_dir, self.args.process_index, self.args.world_size, state)
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also our state: here the sampler exists, and nothing was drawn."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        skip = self._batches_that_are_skipped()
+        states = load_states(checkpoint)
+        mine = states[self.args.process_index] if len(states) == self.args.world_size else None
+        if mine is not None and self._goes_on_exactly(mine["sampler"]):
+            self._sampler.load_state_dict(mine["sampler"], skip)
+            self._on_their_way.extend((Draw(*draw), importance, None) for draw, importance in mine["on_their_way"])
+            return
+        length, found = self._sampler.shard.length, states[0]["sampler"]["length"] if states else None
+        importance, pruned = torch.full((length,), torch.nan), torch.zeros(length, dtype=torch.bool)
+        passes = 0
+        if not states:
+            logger.warning(f"{checkpoint} has no importances: they start unknown.")
+        elif found != length:
+            logger.warning(
+                f"{checkpoint} has the importances of {found} training examples, but there are {length}, so that it is "
+                "not known which is which: importances start unknown."
+            )
+        else:
+            logger.warning(
+                f"{checkpoint} was written with another number of processes or batch size: the importances are kept, "
+                "the order of the examples is a new one."
+            )
+            passes = states[0]["sampler"]["passes"]
+            for sampler in (state["sampler"] for state in states):
+                index = slice(None) if sampler["shard"] is None else sampler["shard"]
+                importance[index] = sampler["memory"]["importance"]
+                pruned[index] = sampler["memory"]["pruned"]
+        self._sampler.begin_with(importance, pruned, passes, skip)
+
+    def _batches_that_are_skipped(self) -> int:
+        """By `Trainer`, from the epoch in which training was interrupted."""
+        accumulation = self.args.gradient_accumulation_steps
+        steps_per_epoch = -(-len(self._sampler) // accumulation)
+        return self.state.global_step % steps_per_epoch * accumulation
+
+    def _goes_on_exactly(self, state: dict[str, Any]) -> bool:
+        mine = self._sampler
+        same_shard = (state["shard"] is None) == (mine.shard.index is None) and (
+            state["shard"] is None or torch.equal(state["shard"], mine.shard.index)
+        )
+        return same_shard and (state["length"], state["batch_size"]) == (mine.shard.length, mine.batch_size)
+
+    def _newest_checkpoint(self) -> str | bool:
+        newest = newest_complete(self.args.output_dir)
+        if newest is not None:
+            return str(newest)
+        if get_last_checkpoint(self.args.output_dir) is None:
+            return True  # there is none at all: `Trainer` says so
+        logger.warning(f"No checkpoint in {self.args.output_dir} was written to its end: training starts anew.")
+        return False
+
+    # ---- what is logged ----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; beside a training loss it puts what was measured since the last one."""
@@ -210,13 +332,12 @@ class ImportanceTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def _measurements(self) -> dict[str, float]:
-        self._remember(waiting=0)
         if not self._window:
             return {}
         weight, importance = (torch.cat(column) for column in zip(*self._window, strict=True))
         self._window.clear()
         logs = {
-            "importance/seen": self._memory.seen,
+            "importance/seen": self._sampler.memory.seen,
             "importance/effective_sample_size": (functional.effective_sample_size(weight) / len(weight)).item(),
             "importance/weight_max": weight.max().item(),
         }
@@ -242,10 +363,10 @@ class ImportanceTrainerMixin:
                 f"train_sampling_strategy must be 'random', but is {self.args.train_sampling_strategy!r}: importance "
                 "sampling decides the order itself. Leave it out, or use Trainer."
             )
-        if self.args.world_size > 1:
+        if max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size()) > 1:
             raise ValueError(
-                f"ImportanceTrainer trains in one process so far, but world_size is {self.args.world_size}: start it "
-                "without torchrun or accelerate launch, or use Trainer."
+                "parallelism_config has tensor, context or sequence parallelism, in which several processes share a "
+                "batch: ImportanceTrainer only supports data parallelism (DDP, FSDP, ZeRO)."
             )
         if self.args.accelerator_config.dispatch_batches:
             raise ValueError(

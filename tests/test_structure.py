@@ -8,8 +8,19 @@ import pytest
 
 import hf_importance
 
-ORDER = ["functional", "memory", "sampler", "data", "config", "objective", "trainer", "report", "__init__"]
-ONLY_TORCH = {"functional", "memory", "sampler", "data", "objective"}
+ORDER = [
+    "functional",
+    "memory",
+    "sampler",
+    "checkpoint",
+    "data",
+    "config",
+    "objective",
+    "trainer",
+    "report",
+    "__init__",
+]
+ONLY_TORCH = {"functional", "memory", "sampler", "checkpoint", "data", "objective"}
 PACKAGE = Path(hf_importance.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 

@@ -354,7 +354,7 @@ REFUSED_IN_TRAINING = {
         "label_smoothing_factor is for single-label classification, not regression",
     ),
     "no logits": (
-        lambda: ReturnsTuple(tiny.LENGTH, tiny.CLASSES), tiny.texts, {}, "must return a dict with a tensor 'logits'"
+        lambda: ReturnsTuple(tiny.LENGTH, tiny.CLASSES), tiny.texts, {}, "must return a dict with 'logits'"
     ),
     "loss per batch": (
         tiny.bert,

@@ -6,6 +6,7 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -17,9 +18,9 @@ from hf_importance import ImportanceConfig, ImportanceTrainer
 WORDS, LENGTH, CLASSES = 60, 8, 4
 
 
-def bert(num_labels=CLASSES, dropout=0.0, **config):
+def bert(num_labels=CLASSES, dropout=0.0, cls=BertForSequenceClassification, **config):
     torch.manual_seed(0)
-    return BertForSequenceClassification(
+    return cls(
         BertConfig(
             vocab_size=WORDS,
             hidden_size=16,
@@ -33,6 +34,10 @@ def bert(num_labels=CLASSES, dropout=0.0, **config):
             **config,
         )
     )
+
+
+def token_bert(**config):
+    return bert(cls=BertForTokenClassification, **config)
 
 
 def opinionated_bert(**config):
@@ -72,6 +77,29 @@ def texts(n=40, task="single"):
         }[task](words)
         rows.append({"input_ids": words, "attention_mask": torch.ones_like(words), "labels": label})
     return rows
+
+
+def token_rows(n=40, classes=CLASSES):
+    """Of different lengths, and with positions that have no label."""
+    g = torch.Generator().manual_seed(3)
+    rows = []
+    for i in range(n):
+        length = int(torch.randint(3, LENGTH + 1, (), generator=g))
+        words = torch.randint(5, WORDS, (length,), generator=g)
+        words[0] = i
+        labels = (words % classes).masked_fill(torch.rand(length, generator=g) < 0.3, -100)
+        labels[-1] = int(words[-1]) % classes
+        rows.append({"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels})
+    return rows
+
+
+def pad(rows):
+    """Collates rows of different lengths."""
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill[key])
+        for key in rows[0]
+    }
 
 
 def images(n=40):

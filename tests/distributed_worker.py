@@ -1,0 +1,173 @@
+"""Run by several processes: trains in several ways, and leaves what happened in a file per rank.
+
+torchrun --nproc_per_node 2 tests/distributed_worker.py FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import tiny
+import torch
+import torch.distributed as dist
+import transformers
+from torch.profiler import ProfilerActivity, profile
+from transformers import Trainer
+
+from hf_importance import ImportanceTrainer
+from hf_importance.sampler import Draw, ImportanceBatchSampler
+
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+BACKEND = "gloo" if "RANK" in os.environ else None
+EXAMPLES = 41  # 21 + 20, or 11 + 10 + 10 + 10
+
+
+class Recorder(ImportanceTrainer):
+    """Keeps what was drawn, step by step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.draws = []
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.draws.append(inputs["importance_draw"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def parameters(run):
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def report(run):
+    return {
+        "draws": [(draw.index, draw.weight) for draw in run.draws],
+        "batches": len(run.get_train_dataloader()),
+        "parameters": parameters(run),
+        "importances": run.importances,
+        "steps": run.state.global_step,
+        "weight": run._sampler.shard.weight,
+    }
+
+
+def trainer(folder, cls=Recorder, model=None, data=None, importance=None, **settings):
+    model = tiny.bert(dropout=0.1) if model is None else model
+    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "ddp_backend": BACKEND, **settings}
+    return tiny.trainer(folder, model, data or tiny.texts(EXAMPLES), cls, importance, **settings)
+
+
+def trained(*args, **kwargs):
+    run = trainer(*args, **kwargs)
+    run.train()
+    return run
+
+
+def frozen(folder):
+    """Learns nothing, so that the gathered importances are those of the model."""
+    return report(trained(folder, model=tiny.opinionated_bert(), learning_rate=0.0, num_train_epochs=2))
+
+
+def resumed(folder):
+    """From a middle checkpoint, and compared by the test with the run that went through."""
+    settings = {"importance": {"sampling": "replacement"}, "dataloader_num_workers": 2, **SAVING}
+    whole = trained(folder / "whole", **settings)
+    again = trainer(folder / "again", model=tiny.bert(dropout=0.1, initializer_range=0.5), **settings)
+    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-7"))
+    return {"whole": report(whole), "again": report(again)}
+
+
+def from_other_ranks(folder):
+    """From the checkpoint that the test, one process, left there."""
+    run = trainer(folder / "other", **SAVING)
+    run.train(resume_from_checkpoint=str(folder / "one" / "checkpoint-7"))
+    return report(run)
+
+
+def collectives(folder):
+    """All that is sent in four steps, by `Trainer` and by ours."""
+
+    def names(cls):
+        run = trainer(folder, cls, logging_steps=100, max_steps=4)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            run.train()
+        return sorted(event.name for event in profiled.events() if event.name.startswith("gloo:"))
+
+    return {"trainer": names(Trainer), "ours": names(ImportanceTrainer)}
+
+
+def given(index, weight, ranks=1, rank=0):
+    """A sampler that deals out given visits, micro-batch by micro-batch, to the ranks in turn."""
+
+    class Given(ImportanceBatchSampler):
+        def _draw(self, size):
+            start = (self._draws * ranks + rank) * self.batch_size
+            part = slice(start, start + self.batch_size)
+            self._draws += 1
+            return Draw(self._draws - 1, index[part], weight[part])
+
+        def update(self, *_):
+            """The visits are not those of this rank's shard."""
+
+    return Given
+
+
+def one_step(folder, batch, accumulation, task, ranks=1, rank=0):
+    """One step of SGD on 24 given visits, whichever way they are divided."""
+    index = [(7 * i) % 24 for i in range(24)]
+    weight = [0.5 + i / 12 for i in range(24)]
+    model, data, more = {
+        "classes": (tiny.bert(), tiny.texts(24), {}),
+        "tokens": (tiny.token_bert(), tiny.token_rows(24), {"data_collator": tiny.pad}),
+    }[task]
+    import hf_importance.trainer as module
+
+    original, module.ImportanceBatchSampler = module.ImportanceBatchSampler, given(index, weight, ranks, rank)
+    try:
+        run = tiny.trainer(
+            folder,
+            model,
+            data,
+            more=more,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=1.0,
+            optim="sgd",
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            ddp_backend=BACKEND,
+        )
+        run.train()
+    finally:
+        module.ImportanceBatchSampler = original
+    return parameters(run)
+
+
+def main(folder):
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    results = {
+        "plain": report(trained(folder / "plain")),
+        "equal": report(trained(folder / "equal", importance={"metric": "uniform"})),
+        "frozen": frozen(folder / "frozen"),
+        "budget": report(trained(folder / "budget", importance={"budget": 0.5}, gradient_accumulation_steps=2)),
+    }
+    if ranks == 2:
+        results |= {
+            "resumed": resumed(folder / "resumed"),
+            "from one": from_other_ranks(folder),
+            "classes": one_step(folder / "classes", 6, 2, "classes", ranks, rank),
+            "tokens": one_step(folder / "tokens", 6, 2, "tokens", ranks, rank),
+        }
+    if ranks > 1:
+        results["collectives"] = collectives(folder / "collectives")
+    torch.save(results, folder / f"rank{rank}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,161 @@
+"""Several processes, really started; what each of them did is in the files that `distributed_worker` leaves."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import tiny
+import torch
+
+from hf_importance import functional
+from hf_importance.checkpoint import load_states
+
+HERE = Path(__file__).parent
+EXAMPLES = distributed_worker.EXAMPLES
+LAUNCHERS = {
+    "1": ["torch.distributed.run", "--nproc_per_node=1", "--master_port=29601"],
+    "2": ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29602"],
+    "4": ["torch.distributed.run", "--nproc_per_node=4", "--master_port=29604"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--multi_gpu",  # several processes; they take the CPU all the same
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "--main_process_port=29605",
+    ],
+}
+
+
+def launch(name, folder):
+    command = [sys.executable, "-m", *LAUNCHERS[name]]
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    script = str(HERE / "distributed_worker.py")
+    done = subprocess.run([*command, script, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, the one that runs the tests."""
+    folder = tmp_path_factory.mktemp("alone")
+    distributed_worker.trained(folder / "one", **distributed_worker.SAVING)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks_of(alone):
+    """Starts each launcher once; the results of all of its ranks."""
+    found = {}
+
+    def results(name):
+        if name not in found:
+            folder = alone / f"launched-{name}"
+            folder.mkdir()
+            (folder / "one").symlink_to(alone / "one")
+            found[name] = launch(name, folder)
+        return found[name]
+
+    return results
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("run", ["plain", "equal", "frozen", "budget"])
+def test_ranks_train_one_model_on_shards_of_their_own(ranks_of, launcher, run):
+    results = [result[run] for result in ranks_of(launcher)]
+    ranks = {"1": 1, "2": 2, "4": 4, "accelerate": 2}[launcher]
+    assert len(results) == ranks
+    visits = -(-round(EXAMPLES * (0.5 if run == "budget" else 1)) // ranks)
+    for result in results:
+        assert result["batches"] == -(-visits // 4)
+        assert sum(len(index) for index, _ in result["draws"]) == visits * {"frozen": 2}.get(run, 3)
+        assert torch.equal(result["parameters"], results[0]["parameters"])
+        assert torch.equal(result["importances"].nan_to_num(-1), results[0]["importances"].nan_to_num(-1))
+        assert result["importances"].shape == (EXAMPLES,)
+    drawn = [{i for index, _ in result["draws"] for i in index} for result in results]
+    assert sum(map(len, drawn)) == len(set.union(*drawn)), "no example belongs to two ranks"
+    if run != "budget":
+        assert set.union(*drawn) == set(range(EXAMPLES))
+
+
+@pytest.mark.parametrize("launcher", ["1", "2", "4"])
+def test_weights_make_up_for_shards_of_different_size(ranks_of, launcher):
+    results = [result["equal"] for result in ranks_of(launcher)]
+    for result in results:
+        owned = len({i for index, _ in result["draws"] for i in index})
+        assert {w for _, weight in result["draws"] for w in weight} == {owned * len(results) / EXAMPLES}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_importances_are_gathered(alone, ranks_of, launcher):
+    """Those of the model, which learnt nothing: in their places, whichever rank measured them."""
+    expected = distributed_worker.frozen(alone / "frozen")["importances"]
+    found = ranks_of(launcher)[0]["frozen"]["importances"]
+    torch.testing.assert_close(found, expected)
+    assert (found.roll(1) - expected).abs().max() > 1e-2, "control: their places matter"
+
+
+@pytest.mark.parametrize("launcher", ["2", "4", "accelerate"])
+def test_nothing_more_is_sent_than_by_trainer(ranks_of, launcher):
+    for result in ranks_of(launcher):
+        sent = {name: Counter(events) for name, events in result["collectives"].items()}
+        assert sent["ours"] == sent["trainer"]
+        assert sent["trainer"]["gloo:all_reduce"] >= 4, "control: four steps of data parallel training were seen"
+
+
+def test_resumed_is_straight(ranks_of):
+    for result in ranks_of("2"):
+        whole, again = result["resumed"]["whole"], result["resumed"]["again"]
+        assert torch.equal(again["parameters"], whole["parameters"])
+        assert torch.equal(again["importances"].nan_to_num(-1), whole["importances"].nan_to_num(-1))
+        assert again["draws"] == whole["draws"][7:]
+
+
+@pytest.mark.parametrize("task", ["classes", "tokens"])
+def test_ranks_batch_and_accumulation_are_interchangeable(alone, ranks_of, task):
+    """24 given visits in one step: 1 × 24 × 1, 1 × 6 × 4, 2 × 6 × 2 (processes, batch, accumulation)."""
+    start = distributed_worker.one_step(alone / task, 24, 1, task)
+    accumulated = distributed_worker.one_step(alone / task, 6, 4, task)
+    two = [result[task] for result in ranks_of("2")]
+    assert torch.equal(two[0], two[1])
+    for other in (accumulated, two[0]):
+        assert (other - start).abs().max() < 1e-6
+    untrained = torch.cat(
+        [p.detach().flatten() for p in (tiny.bert() if task == "classes" else tiny.token_bert()).parameters()]
+    )
+    assert (start - untrained).abs().max() > 1e-2, "control: the step is large"
+
+
+# ---- another number of processes -------------------------------------------------------------------------------------
+
+
+def test_from_one_process_to_two(ranks_of):
+    for result in ranks_of("2"):
+        run = result["from one"]
+        _, weight = run["draws"][0]
+        assert len(set(weight)) > 1, "they are known, and differ"
+        assert run["importances"].isfinite().all()
+
+
+def test_from_two_processes_to_one(alone, ranks_of, monkeypatch):
+    ranks_of("2")
+    folder = alone / "launched-2" / "resumed" / "whole" / "checkpoint-7"
+    known = torch.full((EXAMPLES,), torch.nan)
+    for state in load_states(folder):
+        known[state["sampler"]["shard"]] = state["sampler"]["memory"]["importance"]
+    warned = []
+    monkeypatch.setattr("hf_importance.trainer.logger.warning", warned.append)
+    run = distributed_worker.trainer(alone / "one again", learning_rate=0.0)
+    run.train(resume_from_checkpoint=str(folder))
+    assert "another number of processes" in warned[0]
+    rates = functional.rates(known.double(), 0.3, 64.0)
+    for draw in run.draws[:3]:
+        assert draw.weight == pytest.approx((1 / rates[draw.index]).tolist(), rel=1e-5)
+    assert rates.std() > 1e-3, "control: the weights differ"
