@@ -52,6 +52,7 @@ class _Terms:
     losses: Tensor
     importance: Callable[[], Tensor]
     mean: Callable[[], Tensor]
+    are_sums: bool = False  # over tokens
 
 
 class Objective:
@@ -71,7 +72,7 @@ class Objective:
         metric: see `ImportanceConfig`.
         label_smoothing: as in `TrainingArguments.label_smoothing_factor`; for cross-entropy.
         per_example_loss_func: see `ImportanceTrainerMixin`.
-        shifts: whether tokens are predicted from those before them; None to find out from the first batch.
+        causal: whether tokens are predicted from those before them; the first batch may show that it is otherwise.
         mean_over_examples: from the name of a label and a count over it, `[batch, …] → [batch]`, to the mean of that
             count over the training data.
     """
@@ -82,7 +83,7 @@ class Objective:
         metric: str = "logit_gradient",
         label_smoothing: float = 0.0,
         per_example_loss_func: PerExampleLoss | None = None,
-        shifts: bool | None = None,
+        causal: bool = False,
         mean_over_examples: Callable[[str, Callable[[Tensor], Tensor]], float] = lambda name, count: 1.0,
     ) -> None:
         self._model = model
@@ -90,7 +91,7 @@ class Objective:
         self._metric = metric
         self._label_smoothing = label_smoothing
         self._per_example_loss_func = per_example_loss_func
-        self._shifts = shifts
+        self._shifts = causal
         self._mean_over_examples = mean_over_examples
         self._mean_tokens: float | None = None
         self._last_layer = _LastLayer(model) if metric == "last_layer_gradient" else None
@@ -115,7 +116,8 @@ class Objective:
         outputs = model(**inputs, **labels) if self._adds else model(**inputs)
         terms = self._terms(outputs, labels, batch)
         added = outputs["loss"] - terms.mean() if self._adds else 0.0
-        return Measured(terms.losses, self._importance(terms), added, outputs)
+        losses = terms.losses / self._tokens_per_example(*labels) if terms.are_sums else terms.losses
+        return Measured(losses, self._importance(terms), added, outputs)
 
     def _with_decoder_inputs(self, inputs: dict[str, Any], labels: Labels) -> dict[str, Any]:
         """An encoder-decoder makes them of its labels, which it is not going to see."""
@@ -125,6 +127,11 @@ class Objective:
         if labels["labels"].dim() < 2 or not hasattr(self._model, "prepare_decoder_input_ids_from_labels"):
             return inputs
         return {**inputs, "decoder_input_ids": self._model.prepare_decoder_input_ids_from_labels(**labels)}
+
+    def _tokens_per_example(self, name: str) -> float:
+        if self._mean_tokens is None:
+            self._mean_tokens = self._mean_over_examples(name, lambda labels: _counted(self._predicted(labels)))
+        return self._mean_tokens
 
     def _importance(self, terms: _Terms) -> Tensor:
         if self._metric == "uniform":
@@ -142,10 +149,10 @@ class Objective:
         if set(_SPAN) <= set(labels):
             return self._span(*_logits(outputs, _SPAN_LOGITS, batch), labels)
         (logits,) = _logits(outputs, ("logits",), batch)
-        name, target = next(iter(labels.items()))
+        target = next(iter(labels.values()))
         try:
             if target.dim() == 2 and logits.dim() == 3 and not target.is_floating_point():
-                return self._tokens(logits, target, name)
+                return self._tokens(logits, target)
             return self._classification(logits, target)
         except (IndexError, RuntimeError, ValueError) as error:
             raise _does_not_fit(logits, target, error) from error
@@ -170,16 +177,15 @@ class Objective:
             losses, partial(importance, logits, labels, smoothing), lambda: losses.sum() / _counted(labels).sum()
         )
 
-    def _tokens(self, logits: Tensor, labels: Tensor, name: str) -> _Terms:
+    def _tokens(self, logits: Tensor, labels: Tensor) -> _Terms:
         virtual = logits.shape[1] - labels.shape[1]  # of prompt tuning, before the others
         labels = self._predicted(F.pad(labels, (virtual, 0), value=functional.IGNORE_INDEX))
         losses = functional.cross_entropy(logits, labels, self._label_smoothing)
-        if self._mean_tokens is None:
-            self._mean_tokens = self._mean_over_examples(name, lambda found: _counted(self._predicted(found)))
         return _Terms(
-            losses / self._mean_tokens,
+            losses,
             partial(functional.cross_entropy_importance, logits, labels, self._label_smoothing),
             lambda: losses.sum() / _counted(labels).sum(),
+            are_sums=True,
         )
 
     def _predicted(self, labels: Tensor) -> Tensor:
@@ -220,19 +226,21 @@ class Objective:
         with _evaluating(self._model):
             outputs = self._model(**inputs, **labels)
             theirs = outputs.get("loss") if isinstance(outputs, Mapping) else None
-            found = {}
-            for shifts in (False, True) if self._shifts is None else (self._shifts,):
-                self._shifts = shifts
-                found[shifts] = self._terms(outputs, labels, batch).mean()
+        by_rule = self._terms(outputs, labels, batch)
         if theirs is None:
             raise ValueError(f"The model returned no 'loss' for its labels, so that its loss is unknown. {_HINT}")
-        added = [key for key, value in outputs.items() if key.endswith(_ADDED) and isinstance(value, Tensor)]
-        gap = {shifts: (theirs.float().mean() - ours.float()).abs().item() for shifts, ours in found.items()}
-        self._shifts = min(gap, key=gap.get)
-        self._adds = bool(added)
-        self._mean_tokens = None  # it depends on the shift
-        if not added:
-            _refuse_another_loss(theirs, found[self._shifts])
+        self._adds = any(key.endswith(_ADDED) and isinstance(value, Tensor) for key, value in outputs.items())
+        if self._adds:  # then the loss is not to be compared
+            return
+        if by_rule.are_sums and not _same(theirs, by_rule.mean()):
+            self._shifts = not self._shifts
+        ours = self._terms(outputs, labels, batch).mean()
+        if not _same(theirs, ours):
+            raise ValueError(
+                f"The model's loss on the first batch is {theirs.mean().item():.5g}, but the mean of the usual "
+                f"per-example losses is {ours.item():.5g}: it has a loss of its own (class weights, another reduction, "
+                f"…). {_HINT}"
+            )
 
     def _refuse_coupled(self, outputs: Any, labels: Labels, batch: int) -> None:
         """No loss may depend on the logits of another example."""
@@ -340,11 +348,6 @@ def _does_not_fit(logits: Tensor, labels: Tensor, error: Exception) -> Exception
     )
 
 
-def _refuse_another_loss(theirs: Tensor, ours: Tensor) -> None:
+def _same(theirs: Tensor, ours: Tensor) -> bool:
     tolerance = 1e-3 if theirs.dtype == torch.float32 else 3e-2
-    theirs, ours = theirs.float().mean(), ours.float()
-    if not torch.allclose(theirs, ours, rtol=tolerance, atol=1e-5, equal_nan=True):
-        raise ValueError(
-            f"The model's loss on the first batch is {theirs.item():.5g}, but the mean of the usual per-example losses "
-            f"is {ours.item():.5g}: it has a loss of its own (class weights, another reduction, …). {_HINT}"
-        )
+    return torch.allclose(theirs.float().mean(), ours.float(), rtol=tolerance, atol=1e-5, equal_nan=True)

@@ -201,7 +201,7 @@ class ImportanceTrainerMixin:
             self.importance.metric,
             smoothing,
             self.per_example_loss_func,
-            shifts=causal if smoothing else None,  # with smoothing by the rule of `Trainer`, else by the model's loss
+            causal or (not smoothing and self._loss_shifts_labels),  # with smoothing `Trainer` only knows the former
             mean_over_examples=self._mean_over_examples,
         )
 
