@@ -252,7 +252,7 @@ class Objective:
         if not losses.requires_grad:
             raise ValueError(f"per_example_loss_func must compute the losses from the {' and '.join(keys)} in outputs.")
         for gradient in torch.autograd.grad(losses[0], leaves, allow_unused=True):
-            if gradient is not None and gradient[1:].any():
+            if gradient is not None and gradient[1:].nan_to_num(nan=0.0).any():  # NaN: of 0 · ∞
                 raise ValueError(
                     "per_example_loss_func must not couple the examples of a batch, but the first loss depends on the "
                     "logits of other examples: such losses cannot be weighted per example. Use Trainer for them."

@@ -1,0 +1,23 @@
+"""Killed at random moments, saving included, and restarted: always from a usable checkpoint, as if nothing had been."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_killed_and_restarted(tmp_path):
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, str(HERE / "kill_worker.py"), str(tmp_path / "runs"), "20"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(found, indent=1))
+    assert len(found["outcomes"]) == 20
+    assert found["differences"]
+    assert set(found["differences"]) == {0.0}, "parameters and importances of the run that was not killed"
+    assert any(outcome["resumed"] for outcome in found["outcomes"]), "control: kills came late enough to resume"
