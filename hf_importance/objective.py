@@ -154,8 +154,10 @@ class Objective:
             if target.dim() == 2 and logits.dim() == 3 and not target.is_floating_point():
                 return self._tokens(logits, target)
             return self._classification(logits, target)
-        except (IndexError, RuntimeError, ValueError) as error:
-            raise _does_not_fit(logits, target, error) from error
+        except (IndexError, RuntimeError) as error:
+            _refuse_labels_out_of_range(logits, target)
+            shapes = f"{list(target.shape)} ({target.dtype}) do not fit logits {list(logits.shape)}"
+            raise ValueError(f"Labels {shapes} ({error}). {_HINT}") from error
 
     def _classification(self, logits: Tensor, labels: Tensor) -> _Terms:
         problem_type = getattr(self._config, "problem_type", None) or _usual_problem_type(logits, labels)
@@ -216,16 +218,19 @@ class Objective:
 
     def _check(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
         """Compare with the loss of the model, which also tells whether it shifts its labels, and adds to its loss."""
+        with _evaluating(self._model):
+            outputs = self._model(**inputs)
         if self._per_example_loss_func is not None:
-            with _evaluating(self._model):
-                outputs = self._model(**inputs)
             self._refuse_coupled(outputs, labels, batch)
             return
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+            _refuse_labels_out_of_range(outputs["logits"], next(iter(labels.values())))  # before a GPU fails at them
+        self._terms(outputs, labels, batch)
         if self._label_smoothing:  # then `Trainer` takes the logits, whatever the loss of the model is
             return
         with _evaluating(self._model):
             outputs = self._model(**inputs, **labels)
-            theirs = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        theirs = outputs.get("loss")
         by_rule = self._terms(outputs, labels, batch)
         if theirs is None:
             raise ValueError(f"The model returned no 'loss' for its labels, so that its loss is unknown. {_HINT}")
@@ -333,19 +338,14 @@ def _usual_problem_type(logits: Tensor, labels: Tensor) -> str:
     return "single_label_classification" if whole else "multi_label_classification"
 
 
-def _does_not_fit(logits: Tensor, labels: Tensor, error: Exception) -> Exception:
-    """The error to raise: this one, if it is already clear."""
-    if "must" in str(error) or "label_smoothing_factor" in str(error):
-        return error
+def _refuse_labels_out_of_range(logits: Tensor, labels: Tensor) -> None:
     kept = labels[labels != functional.IGNORE_INDEX]
-    if not labels.is_floating_point() and kept.numel() and not 0 <= kept.min() <= kept.max() < logits.shape[-1]:
-        return ValueError(
-            f"Labels must be in 0 … {logits.shape[-1] - 1}, as the model has {logits.shape[-1]} outputs, but are in "
+    classes = logits.shape[-1] if logits.dim() else 1
+    if not labels.is_floating_point() and classes > 1 and kept.numel() and not 0 <= kept.min() <= kept.max() < classes:
+        raise ValueError(
+            f"Labels must be in 0 … {classes - 1}, as the model has {classes} outputs, but are in "
             f"{kept.min().item()} … {kept.max().item()}: correct the data, or num_labels of the model."
         )
-    return ValueError(
-        f"Labels {list(labels.shape)} ({labels.dtype}) do not fit logits {list(logits.shape)} ({error}). {_HINT}"
-    )
 
 
 def _same(theirs: Tensor, ours: Tensor) -> bool:

@@ -123,7 +123,7 @@ class ImportanceTrainerMixin:
             memory = ImportanceMemory(len(shard), config.memory_momentum, config.uniform_fraction, config.max_rate)
         else:  # another attempt of `auto_find_batch_size`, which keeps what was learnt
             memory = self._sampler.memory
-        return ImportanceBatchSampler(
+        sampler = ImportanceBatchSampler(
             memory,
             self._train_batch_size,
             shard=shard,
@@ -136,6 +136,12 @@ class ImportanceTrainerMixin:
             drop_last=args.dataloader_drop_last,
             seed=seed,
         )
+        if not len(sampler):
+            raise ValueError(
+                f"dataloader_drop_last leaves no batch: a process has {sampler.visits_per_epoch} visits per epoch, and "
+                f"batches of {sampler.batch_size}. Make the batch smaller, or leave dataloader_drop_last out."
+            )
+        return sampler
 
     # ---- the training step -------------------------------------------------------------------------------------------
 
@@ -372,11 +378,22 @@ class ImportanceTrainerMixin:
             raise ValueError(
                 "accelerator_config.dispatch_batches must not be True: only whole batches carry their draw."
             )
+        if not (self.per_example_loss_func is None or callable(self.per_example_loss_func)):
+            raise TypeError(
+                "per_example_loss_func must be a function f(outputs, labels) -> Tensor[batch], but is "
+                f"{type(self.per_example_loss_func).__name__}."
+            )
         data = self.train_dataset
-        if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        if data is None:
+            return
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise ValueError(
                 f"train_dataset must have a length and be indexed by position, but {type(data).__name__} is a stream, "
                 "and importance sampling comes back to examples: load it without streaming, or use Trainer."
+            )
+        if len(data) < self.args.world_size:
+            raise ValueError(
+                f"train_dataset must have an example for each of {self.args.world_size} processes, but has {len(data)}."
             )
 
 

@@ -1,6 +1,5 @@
 """Behaviour through the public API, on real runs."""
 
-import copy
 import warnings
 
 import datasets
@@ -300,78 +299,9 @@ def test_model_of_the_users_own(tmp_path):
     plain = tiny.trained(tmp_path, model, data, tiny.Plain)
     ours = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"})
     assert tiny.difference(ours, plain) <= 1e-6
-    run = tiny.trainer(tmp_path, WithoutConfig(scale=1.1), data)
-    before = copy.deepcopy(run.model.state_dict())
-    with pytest.raises(ValueError, match=r"loss of its own.*per_example_loss_func"):
-        run.train()
-    assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return iter(tiny.texts())
-
-
-REFUSED_AT_ONCE = {
-    "compute_loss_func": ({"more": {"compute_loss_func": lambda *_, **__: 0}}, "per_example_loss_func"),
-    "order": ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random'"),
-    "dispatch": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must not be True"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED_AT_ONCE)
-def test_refused_at_construction(tmp_path, case):
-    settings, message = REFUSED_AT_ONCE[case]
-    with pytest.raises(ValueError, match=message):
-        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), **settings)
-
-
-def test_streams_and_foreign_configs_are_refused_at_construction(tmp_path):
-    with pytest.raises(ValueError, match=r"Stream is a stream.*load it without streaming"):
-        tiny.trainer(tmp_path, tiny.bert(), Stream(), max_steps=1)
-    with pytest.raises(TypeError, match="importance must be an ImportanceConfig, but is dict"):
-        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), more={"importance": {"budget": 1.0}})
-
-
-def without_labels():
-    return [{k: v for k, v in row.items() if k != "labels"} for row in tiny.texts()]
-
-
-class ReturnsTuple(nn.Linear):
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        return (super().forward(input_ids / tiny.WORDS),)
-
-
-REFUSED_IN_TRAINING = {
-    "no labels": (tiny.bert, without_labels, {}, r"no \['labels'\].*label_names"),
-    "smoothing": (
-        lambda: tiny.bert(problem_type="regression"),
-        tiny.texts,
-        {"label_smoothing_factor": 0.1},
-        "label_smoothing_factor is for single-label classification, not regression",
-    ),
-    "no logits": (
-        lambda: ReturnsTuple(tiny.LENGTH, tiny.CLASSES), tiny.texts, {}, "must return a dict with 'logits'"
-    ),
-    "loss per batch": (
-        tiny.bert,
-        tiny.texts,
-        {"more": {"per_example_loss_func": lambda outputs, labels: outputs["logits"].sum()}},
-        r"must return a tensor of shape \[8\], but returned \[\]",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED_IN_TRAINING)
-def test_refused_in_training(tmp_path, case):
-    model, data, settings, message = REFUSED_IN_TRAINING[case]
-    run = tiny.trainer(tmp_path, model(), data(), **settings)
-    with pytest.raises(ValueError, match=message):
-        run.train()
-    assert run.state.global_step == 0
+# ---- silence ---------------------------------------------------------------------------------------------------------
 
 
 def test_correct_use_is_silent(tmp_path, recwarn):

@@ -1,0 +1,231 @@
+"""What is wrong is told at once, by name, with what was wanted and what to do; nothing that there was is lost."""
+
+import hashlib
+import math
+import re
+
+import pytest
+import tiny
+import torch
+from test_trainer import WithoutConfig
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_importance import ImportanceConfig, ImportanceTrainer
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+SETTINGS = [
+    ("metric", "gradient", ValueError, "must be one of 'logit_gradient', 'loss', 'last_layer_gradient', 'uniform'"),
+    ("metric", None, ValueError, "must be one of"),
+    ("sampling", "random", ValueError, "must be one of 'reshuffled', 'replacement'"),
+    ("memory_momentum", 1.0, ValueError, r"must be in \[0, 1\), but is 1.0"),
+    ("memory_momentum", -0.1, ValueError, r"must be in \[0, 1\)"),
+    ("uniform_fraction", 1.1, ValueError, r"must be in \[0, 1\], but is 1.1 \(default: 0.3\)"),
+    ("uniform_fraction", math.nan, ValueError, r"must be in \[0, 1\]"),
+    ("uniform_fraction", "0.3", TypeError, r"must be a number in \[0, 1\], but is '0.3'"),
+    ("max_rate", 0.5, ValueError, "must be at least 1"),
+    ("max_rate", None, TypeError, "must be a number at least 1"),
+    ("weight_exponent", 2, ValueError, r"must be in \[0, 1\]"),
+    ("weight_exponent", True, TypeError, "must be a number"),
+    ("budget", 0.0, ValueError, "must be above 0 and finite"),
+    ("budget", math.inf, ValueError, "must be above 0 and finite"),
+    ("prune_mass", 1.0, ValueError, r"must be in \[0, 1\)"),
+    ("prune_mass", -0.01, ValueError, r"must be in \[0, 1\)"),
+    ("importance_increment", -1.0, ValueError, "must be at least 0 and finite"),
+    ("seed", -1, ValueError, "must be at least 0"),
+    ("seed", 0.5, TypeError, "must be an int or None"),
+    ("seed", True, TypeError, "must be an int or None"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), SETTINGS)
+def test_settings(name, value, error, message):
+    with pytest.raises(error, match=rf"ImportanceConfig.{name} {message}"):
+        ImportanceConfig(**{name: value})
+
+
+def test_uniform_metric_cannot_prune():
+    with pytest.raises(ValueError, match="prune_mass must be 0 with metric='uniform'"):
+        ImportanceConfig(metric="uniform", prune_mass=0.1)
+
+
+# ---- at construction -------------------------------------------------------------------------------------------------
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(tiny.texts())
+
+
+class WithoutLength(torch.utils.data.Dataset):
+    def __getitem__(self, i):
+        return tiny.texts()[i]
+
+
+AT_CONSTRUCTION = {
+    "compute_loss_func": ({"more": {"compute_loss_func": max}}, ValueError, "pass per_example_loss_func"),
+    "order": ({"train_sampling_strategy": "group_by_length"}, ValueError, "train_sampling_strategy must be 'random'"),
+    "dispatch": ({"accelerator_config": {"dispatch_batches": True}}, ValueError, "dispatch_batches must not be True"),
+    "config": ({"more": {"importance": {"budget": 1.0}}}, TypeError, "must be an ImportanceConfig, but is dict"),
+    "loss": ({"more": {"per_example_loss_func": 3}}, TypeError, "per_example_loss_func must be a function.*is int"),
+    "stream": ({"data": Stream()}, ValueError, "Stream is a stream.*load it without streaming"),
+    "no length": ({"data": WithoutLength()}, ValueError, "train_dataset must have a length"),
+    "empty": ({"data": []}, ValueError, "train_dataset must have an example for each of 1 processes, but has 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AT_CONSTRUCTION)
+def test_at_construction(tmp_path, case):
+    settings, error, message = AT_CONSTRUCTION[case]
+    settings = {"data": tiny.texts(), "max_steps": 1, **settings}
+    with pytest.raises(error, match=re.compile(message)):
+        tiny.trainer(tmp_path, tiny.bert(), **settings)
+
+
+def test_parallelism_within_a_batch(tmp_path, monkeypatch):
+    for kind in ("tp", "cp", "sp"):
+        with monkeypatch.context() as patched:
+            patched.setattr(ImportanceTrainer, f"get_{kind}_size", lambda self: 2)
+            with pytest.raises(ValueError, match="parallelism_config has tensor, context or sequence parallelism"):
+                tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
+
+
+# ---- in training -----------------------------------------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """A model that returns what `make` makes of its logits and labels."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.layer, self.make = nn.Linear(tiny.LENGTH, tiny.CLASSES), make
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return self.make(self.layer(input_ids / tiny.WORDS), labels)
+
+
+def rows(**changes):
+    """The usual rows with other labels, made from their position."""
+    found = tiny.texts()
+    for i, row in enumerate(found):
+        for name, make in changes.items():
+            row[name] = make(i)
+            if row[name] is None:
+                del row[name]
+    return found
+
+
+def loss(make):
+    return {"more": {"per_example_loss_func": make}}
+
+
+def coupled(outputs, labels):
+    similarity = outputs["logits"] @ outputs["logits"].T
+    return cross_entropy(similarity, torch.arange(len(labels)), reduction="none")
+
+
+def keeping(logits, labels):
+    return SequenceClassifierOutput(loss=None, logits=logits)
+
+
+class ForeignLoader(ImportanceTrainer):
+    def get_train_dataloader(self):
+        super().get_train_dataloader()
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=8)
+
+
+IN_TRAINING = {
+    "no labels": (tiny.bert, rows(labels=lambda i: None), {}, r"no \['labels'\], only .*label_names"),
+    "other label": (tiny.bert, tiny.texts(), {"label_names": ["target"]}, r"no \['target'\].*label_names"),
+    "label too large": (tiny.bert, rows(labels=lambda i: i % 7), {}, "Labels must be in 0 … 3.*num_labels"),
+    "label below 0": (tiny.bert, rows(labels=lambda i: i % 3 - 1), {}, r"Labels must be in 0 … 3.*are in -1 … 1"),
+    "label of a token": (tiny.token_bert, rows(labels=lambda i: torch.full((8,), 9)), {}, "Labels must be in 0 … 3"),
+    "too few label values": (
+        lambda: tiny.bert(problem_type="multi_label_classification"), rows(labels=lambda i: torch.ones(3)), {},
+        r"logits \[8, 4\] and labels \[8, 3\] must have the same shape",
+    ),
+    "labels of pixels": (
+        tiny.bert, rows(labels=lambda i: torch.ones(8, 8).long()), {}, r"Labels \[8, 8, 8\].*do not fit logits \[8, 4\]"
+    ),
+    "problem type": (
+        lambda: tiny.bert(problem_type="ranking"), tiny.texts(), {}, "config.problem_type must be one of"
+    ),
+    "smoothing": (
+        lambda: tiny.bert(problem_type="regression"), tiny.texts(), {"label_smoothing_factor": 0.1},
+        "label_smoothing_factor is for single-label classification, not regression",
+    ),
+    "tuple": (lambda: Returns(lambda z, y: (z,)), tiny.texts(), {}, "dict with 'logits', but returned tuple"),
+    "no logits": (
+        lambda: Returns(lambda z, y: {"loss": z.mean(), "logits_per_text": z}), tiny.texts(), {},
+        r"dict with 'logits', but returned the keys \['loss', 'logits_per_text'\].*couple the examples.*use Trainer",
+    ),
+    "logits of the batch": (
+        lambda: Returns(lambda z, y: {"loss": z.mean(), "logits": z.mean(0)}), tiny.texts(), {},
+        r"logits must be \[8, …\], one row per example, but are \[4\]",
+    ),
+    "no loss": (lambda: Returns(keeping), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"),
+    "weighted classes": (
+        lambda: WithoutConfig(scale=1.1), tiny.texts(), {}, "loss of its own.*per_example_loss_func"
+    ),
+    "loss of the batch": (
+        tiny.bert, tiny.texts(), loss(lambda o, y: cross_entropy(o["logits"], y)), r"shape \[8\], but returned \[\]"
+    ),
+    "too many losses": (
+        tiny.bert, tiny.texts(), loss(lambda o, y: o["logits"].flatten()), r"shape \[8\], but returned \[32\]"
+    ),
+    "list of losses": (
+        tiny.bert, tiny.texts(), loss(lambda o, y: list(o["logits"].sum(1))), r"shape \[8\], but returned list"
+    ),
+    "coupled losses": (tiny.bert, tiny.texts(), loss(coupled), "must not couple the examples of a batch.*Use Trainer"),
+    "losses of something else": (
+        tiny.bert, tiny.texts(), loss(lambda o, y: y.float()), "must compute the losses from the logits in outputs"
+    ),
+    "collator": (
+        tiny.bert, tiny.texts(), {"more": {"data_collator": list}},
+        "data_collator must return a dict of tensors, but returned list",
+    ),
+    "loader": (tiny.bert, tiny.texts(), {"cls": ForeignLoader}, "The batch carries no 'importance_draw'"),
+    "last layer of tokens": (
+        tiny.token_bert, tiny.token_rows(), {"importance": {"metric": "last_layer_gradient"}, **loss(None)},
+        r"needs features \[8, hidden\] at the last layer, not \[8, .*use metric='logit_gradient'",
+    ),
+    "no last layer": (
+        lambda: tiny.vit(num_labels=0), tiny.images(), {"importance": {"metric": "last_layer_gradient"}},
+        "needs a last layer nn.Linear with 0 outputs",
+    ),
+    "fewer examples than a batch": (
+        tiny.bert, tiny.texts(5), {"dataloader_drop_last": True},
+        "dataloader_drop_last leaves no batch: a process has 5 visits per epoch, and batches of 8",
+    ),
+}  # fmt: skip
+
+
+def contents(folder):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", IN_TRAINING)
+def test_in_training(tmp_path, case):
+    model, data, settings, message = IN_TRAINING[case]
+    settings = {**settings, "more": {k: v for k, v in settings.get("more", {}).items() if v is not None}}
+    if data and data[0].get("labels") is not None and len({len(row.get("input_ids", ())) for row in data}) > 1:
+        settings["more"]["data_collator"] = tiny.pad
+    tiny.trained(tmp_path, tiny.bert(), tiny.texts(), max_steps=2, save_strategy="steps", save_steps=1)
+    before = contents(tmp_path)
+    run = tiny.trainer(tmp_path, model(), data, save_strategy="steps", save_steps=1, **settings)
+    parameters = [p.detach().clone() for p in run.model.parameters()]
+    with pytest.raises((ValueError, TypeError), match=re.compile(message, re.DOTALL)):
+        run.train()
+    assert run.state.global_step == 0
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), parameters, strict=True))
+    assert not list(getattr(getattr(run.model, "classifier", None), "_forward_pre_hooks", ()))
+    assert contents(tmp_path) == before
+    again = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=4)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+def test_the_table_is_long_enough():
+    assert len(SETTINGS) + len(AT_CONSTRUCTION) + len(IN_TRAINING) >= 40
