@@ -1,4 +1,4 @@
-"""Files of a checkpoint: one per rank, written so that half of one is never taken for a whole one."""
+"""Checkpoints: one file per rank, written so that half of one is never taken for a whole one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_importance.sampler import ImportanceBatchSampler
 
 _FORMAT = 1
 _TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
@@ -40,6 +42,49 @@ def load_states(checkpoint: str | Path) -> list[dict[str, Any]]:
         return []
     ranks = int(paths[0].stem.split("_of_")[1])
     return [_load(Path(checkpoint) / _name(rank, ranks)) for rank in range(ranks)]
+
+
+def resume(
+    sampler: ImportanceBatchSampler, checkpoint: str | Path, rank: int, skip: int
+) -> tuple[list[Any], str | None]:
+    """Put a sampler where it was, or as near as it can be.
+
+    Args:
+        sampler: of this rank; nothing was drawn.
+        checkpoint: its folder.
+        rank: this one.
+        skip: see [`ImportanceBatchSampler.load_state_dict`].
+
+    Returns:
+        What was measured and not yet remembered, as it was saved; and what could not be kept, None if all was.
+
+    Raises:
+        ValueError: as [`load_states`].
+    """
+    states = load_states(checkpoint)
+    if len(states) == sampler.shard.ranks and sampler.goes_on_from(states[rank]["sampler"]):
+        sampler.load_state_dict(states[rank]["sampler"], skip)
+        return states[rank]["on_their_way"], None
+    length = sampler.shard.length
+    importance, pruned, passes = torch.full((length,), torch.nan), torch.zeros(length, dtype=torch.bool), 0
+    if not states:
+        dropped = "has no importances: they start unknown."
+    elif (found := states[0]["sampler"]["length"]) != length:
+        dropped = (
+            f"has the importances of {found} training examples, but there are {length}, so that it is not known which "
+            "is which: importances start unknown."
+        )
+    else:
+        dropped = (
+            "was written with another number of processes or batch size: the importances are kept, the order of the "
+            "examples is a new one."
+        )
+        passes = states[0]["sampler"]["passes"]
+        for state in (state["sampler"] for state in states):
+            index = slice(None) if state["shard"] is None else state["shard"]
+            importance[index], pruned[index] = state["memory"]["importance"], state["memory"]["pruned"]
+    sampler.begin_with(importance, pruned, passes, skip)
+    return [], dropped
 
 
 def _name(rank: int, ranks: int) -> str:

@@ -236,11 +236,17 @@ class ImportanceBatchSampler(Sampler[Draw]):
             "rate": self._rate.clone(),
         }
 
+    def goes_on_from(self, state: Mapping[str, Any]) -> bool:
+        """Whether [`state_dict`] was taken of a sampler of the same examples in batches of the same size."""
+        theirs, mine = state["shard"], self.shard.index
+        same = theirs is mine if theirs is None or mine is None else torch.equal(theirs, mine)
+        return same and (state["length"], state["batch_size"]) == (self.shard.length, self.batch_size)
+
     def load_state_dict(self, state: Mapping[str, Any], skip: int = 0) -> None:
         """Go on exactly where [`state_dict`] was taken.
 
         Args:
-            state: from a sampler of the same shard and batch size.
+            state: one that [`goes_on_from`] accepts.
             skip: batches that whoever iterates throws away first, to come to the place in the epoch. They are empty.
         """
         self.memory.load_state_dict(state["memory"])

@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_importance import functional
-from hf_importance.checkpoint import load_states, newest_complete, save_state
+from hf_importance.checkpoint import newest_complete, resume, save_state
 from hf_importance.config import ImportanceConfig
 from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
 from hf_importance.memory import ImportanceMemory
@@ -278,47 +278,13 @@ class ImportanceTrainerMixin:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        skip = self._batches_that_are_skipped()
-        states = load_states(checkpoint)
-        mine = states[self.args.process_index] if len(states) == self.args.world_size else None
-        if mine is not None and self._goes_on_exactly(mine["sampler"]):
-            self._sampler.load_state_dict(mine["sampler"], skip)
-            self._on_their_way.extend((Draw(*draw), importance, None) for draw, importance in mine["on_their_way"])
-            return
-        length, found = self._sampler.shard.length, states[0]["sampler"]["length"] if states else None
-        importance, pruned = torch.full((length,), torch.nan), torch.zeros(length, dtype=torch.bool)
-        passes = 0
-        if not states:
-            logger.warning(f"{checkpoint} has no importances: they start unknown.")
-        elif found != length:
-            logger.warning(
-                f"{checkpoint} has the importances of {found} training examples, but there are {length}, so that it is "
-                "not known which is which: importances start unknown."
-            )
-        else:
-            logger.warning(
-                f"{checkpoint} was written with another number of processes or batch size: the importances are kept, "
-                "the order of the examples is a new one."
-            )
-            passes = states[0]["sampler"]["passes"]
-            for sampler in (state["sampler"] for state in states):
-                index = slice(None) if sampler["shard"] is None else sampler["shard"]
-                importance[index] = sampler["memory"]["importance"]
-                pruned[index] = sampler["memory"]["pruned"]
-        self._sampler.begin_with(importance, pruned, passes, skip)
-
-    def _batches_that_are_skipped(self) -> int:
-        """By `Trainer`, from the epoch in which training was interrupted."""
         accumulation = self.args.gradient_accumulation_steps
         steps_per_epoch = -(-len(self._sampler) // accumulation)
-        return self.state.global_step % steps_per_epoch * accumulation
-
-    def _goes_on_exactly(self, state: dict[str, Any]) -> bool:
-        mine = self._sampler
-        same_shard = (state["shard"] is None) == (mine.shard.index is None) and (
-            state["shard"] is None or torch.equal(state["shard"], mine.shard.index)
-        )
-        return same_shard and (state["length"], state["batch_size"]) == (mine.shard.length, mine.batch_size)
+        skip = self.state.global_step % steps_per_epoch * accumulation  # by `Trainer`, after this
+        on_their_way, dropped = resume(self._sampler, checkpoint, self.args.process_index, skip)
+        self._on_their_way.extend((Draw(*draw), importance, None) for draw, importance in on_their_way)
+        if dropped:
+            logger.warning(f"{checkpoint} {dropped}")
 
     def _newest_checkpoint(self) -> str | bool:
         newest = newest_complete(self.args.output_dir)

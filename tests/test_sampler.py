@@ -10,7 +10,7 @@ import torch
 from torch import tensor
 
 from hf_importance.memory import ImportanceMemory
-from hf_importance.sampler import Draw, ImportanceBatchSampler
+from hf_importance.sampler import Draw, ImportanceBatchSampler, Shard
 
 UNEQUAL = [0.2, 1.0, 0.4, 3.0, math.nan, 0.7]
 
@@ -123,6 +123,75 @@ def test_the_expected_weighted_loss_is_the_mean_loss(monkeypatch):
         visits = one_pass(ImportanceBatchSampler(memory_of(UNEQUAL), 1, budget=4.0))
         mean += probability * sum(weight * loss[index] for index, weight in visits) / len(loss)
     assert mean == pytest.approx(sum(loss) / len(loss), rel=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shards_together_are_unbiased(monkeypatch, ranks):
+    """The mean over the ranks of their means over a pass: E = Σ loss / N, also where shards differ in size."""
+    losses = [3.0, -1.0, 0.5, 7.0, 2.0, 2.5, 11.0]
+    importance = [*UNEQUAL, 2.0]
+    n, mean, of_equal_weight = len(importance), 0.0, 0.0
+    for rank in range(ranks):
+        shard = Shard.of(n, rank, ranks, seed=4)
+        mine = [importance[i] for i in shard.index]
+        memory = memory_of(mine)
+        memory.begin_pass()
+        fractions = (memory.rates() - memory.rates().floor()).tolist()
+        for happened, probability in oracles.outcomes(fractions):
+            monkeypatch.setattr(torch, "rand", lambda *_, h=happened, **__: 1.0 - tensor(h, dtype=torch.float64))
+            sampler = ImportanceBatchSampler(memory_of(mine), 1, shard=shard, rank=rank, budget=4.0 * ranks)
+            visits = one_pass(sampler)
+            mean += probability * sum(weight * losses[i] for i, weight in visits) / len(shard) / ranks
+            of_equal_weight += probability * sum(w / shard.weight * losses[i] for i, w in visits) / len(shard) / ranks
+    assert mean == pytest.approx(sum(losses) / n, rel=1e-12)
+    assert of_equal_weight != pytest.approx(sum(losses) / n, rel=1e-3), "control: without the weight of the shard"
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "ranks"), [(1, 1), (7, 2), (8, 4), (9, 4), (5, 5)])
+def test_shards_divide_the_data(length, ranks):
+    shards = [Shard.of(length, rank, ranks, seed=3) for rank in range(ranks)]
+    owned = [shard.positions(torch.arange(len(shard))) for shard in shards]
+    assert sorted(torch.cat(owned).tolist()) == list(range(length))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    assert sum(shard.weight for shard in shards) == pytest.approx(ranks)
+    for shard, index in zip(shards, owned, strict=True):
+        assert shard.local(index).tolist() == list(range(len(shard)))
+
+
+def test_shards_are_random_and_the_same_for_all_ranks():
+    first = Shard.of(1000, 0, 2, seed=3).index
+    assert torch.equal(first, Shard.of(1000, 0, 2, seed=3).index)
+    assert not torch.equal(first, Shard.of(1000, 0, 2, seed=4).index)
+    assert first.double().mean().item() == pytest.approx(500, abs=50), "not the first half"
+
+
+def test_batches_of_ranks():
+    """9 examples on 4 ranks, batches of 2: 3 visits each, though three of the ranks own only 2 examples."""
+    found = {}
+    for rank in range(4):
+        shard = Shard.of(9, rank, 4, seed=0)
+        sampler = ImportanceBatchSampler(ImportanceMemory(len(shard)), 2, shard=shard, rank=rank)
+        draws = drawn(sampler)
+        assert len(draws) == len(sampler) == 2
+        assert [len(draw.index) for draw in draws] == [2, 1]
+        assert {w for draw in draws for w in draw.weight} == {len(shard) * 4 / 9}
+        found[rank] = {i for draw in draws for i in draw.index}
+    assert set.union(*found.values()) == set(range(9))
+
+
+def test_ranks_round_and_shuffle_independently():
+    """Same rates at the same places of two shards: yet other visits, in another order."""
+    importance = torch.linspace(0.1, 2.0, 40).tolist()
+    passes = []
+    for rank in range(2):
+        shard = Shard(80, 2, torch.arange(40) + 40 * rank)
+        sampler = ImportanceBatchSampler(memory_of(importance), 40, shard=shard, rank=rank)
+        passes.append([i - 40 * rank for i in next(iter(sampler)).index])
+    assert passes[0] != passes[1]
+    assert sorted(passes[0]) != sorted(passes[1])
 
 
 # ---- distribution ----------------------------------------------------------------------------------------------------
