@@ -40,7 +40,8 @@ class ImportanceConfig:
     )
     memory_momentum: float = _setting(0.2, "Share of the old importance when a new one is measured, in [0, 1).")
     uniform_fraction: float = _setting(
-        0.3, "Floor of the rates, in [0, 1]: this share of the visits is uniform, and weights stay below its inverse."
+        0.3,
+        "Lowest floor of the rates, in [0, 1]: this share of the visits is uniform; no weight is above its inverse.",
     )
     max_rate: float = _setting(64.0, "No example is visited more often than this many times the average, at least 1.")
     weight_exponent: float = _setting(
@@ -53,6 +54,14 @@ class ImportanceConfig:
         0.0,
         "At the end of each pass stop drawing the examples that together hold less than this share of the importance, "
         "in [0, 1). 0 prunes nothing.",
+    )
+    revisit_pruned: float = _setting(
+        0.0,
+        "Share of the visits that go to pruned examples, in [0, 1): they can come back, and the gradient stays that of "
+        "all examples.",
+    )
+    guard: bool = _setting(
+        True, "Raise the floor, up to uniform sampling, where the measured variance of the gradient asks for it."
     )
     importance_increment: float = _setting(
         0.0,
@@ -71,6 +80,7 @@ class ImportanceConfig:
             memory_momentum=memory_momentum,
             uniform_fraction=0.0,
             max_rate=math.inf,
+            guard=False,
             importance_increment=importance_increment,
         )
 
@@ -83,12 +93,15 @@ class ImportanceConfig:
         self._check_range("weight_exponent", "in [0, 1]", lambda x: 0 <= x <= 1)
         self._check_range("budget", "above 0 and finite", lambda x: 0 < x < math.inf)
         self._check_range("prune_mass", "in [0, 1)", lambda x: 0 <= x < 1)
+        self._check_range("revisit_pruned", "in [0, 1)", lambda x: 0 <= x < 1)
         self._check_range("importance_increment", "at least 0 and finite", lambda x: 0 <= x < math.inf)
         if self.seed is not None:
             if isinstance(self.seed, bool) or not isinstance(self.seed, int):
                 raise TypeError(self._message("seed", "an int or None"))
             if self.seed < 0:
                 raise ValueError(self._message("seed", "at least 0"))
+        if not isinstance(self.guard, bool):
+            raise TypeError(self._message("guard", "True or False"))
         if self.metric == "uniform" and self.prune_mass:
             raise ValueError(self._message("prune_mass", "0 with metric='uniform', which tells no examples apart"))
 

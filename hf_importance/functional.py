@@ -205,14 +205,15 @@ def rates(importance: Tensor, uniform_fraction: float, max_rate: float) -> Tenso
 
 
 @torch.no_grad()
-def unnormalised_rates(importance: Tensor, mean: float, uniform_fraction: float, max_rate: float) -> Tensor:
+def unnormalised_rates(importance: Tensor, mean: float, uniform_fraction: float | Tensor, max_rate: float) -> Tensor:
     """[`rates`] before normalisation, of any selection of examples, given the mean importance q̄ of all or NaN.
 
     >>> unnormalised_rates(torch.tensor([0.0, 3.0]), mean=1.0, uniform_fraction=0.5, max_rate=1.5)
     tensor([0.5000, 1.5000])
     """
     rate = importance / (mean or torch.nan)  # all 0: nothing to prefer, as if nothing were known
-    return rate.mul_(1 - uniform_fraction).add_(uniform_fraction).clamp_(max=max_rate).nan_to_num_(nan=1.0)
+    rate = rate * (1 - uniform_fraction) + uniform_fraction
+    return rate.clamp_(max=max_rate).nan_to_num_(nan=1.0)
 
 
 def weights(rate: Tensor, exponent: float = 1.0) -> Tensor:
@@ -222,6 +223,36 @@ def weights(rate: Tensor, exponent: float = 1.0) -> Tensor:
     tensor([2.0000, 1.0000, 0.5000])
     """
     return rate.pow(-exponent)
+
+
+@torch.no_grad()
+def second_moments(
+    remembered: Tensor, mean: float, measured: Tensor, inverse_rate: Tensor, fractions: Tensor, max_rate: float
+) -> Tensor:
+    """What the second moment of the gradient estimate would be with other floors: Σ (1/r) q'² / r_f over some visits.
+
+    Drawn with p = r / N, this estimates Σ q'² / r_f over all examples, where q' is the importance when an example is
+    visited, and r_f the rate that what was remembered of it would have given with the floor f: large where an example
+    that seemed unimportant has become important.
+
+    Args:
+        remembered: q `[visits]` before the visits, NaN where unknown; such visits tell nothing.
+        mean: q̄ of what is remembered.
+        measured: q' `[visits]`; visits where it is not finite tell nothing.
+        inverse_rate: 1 / r `[visits]`, as drawn.
+        fractions: f `[floors]`, each in [0, 1]. With f = 1 it is the second moment of uniform sampling.
+        max_rate: as for [`rates`].
+
+    Returns:
+        float64 `[floors]`.
+
+    >>> q, r = torch.tensor([1.0, 3.0, 3.0, 3.0]), torch.tensor([0.5, 1.5, 1.5, 1.5])  # as often as the rates say
+    >>> second_moments(q, 2.0, q, 1 / r, torch.tensor([0.0, 1.0]), max_rate=64.0)
+    tensor([16.0000, 20.0000], dtype=torch.float64)
+    """
+    told = remembered.isfinite() & measured.isfinite()
+    rate = unnormalised_rates(remembered[told].double()[:, None], mean, fractions.double(), max_rate)
+    return ((inverse_rate[told] * measured[told].double().square())[:, None] / rate).nan_to_num(nan=0.0).sum(0)
 
 
 # ---- what a batch tells about the sampling ---------------------------------------------------------------------------

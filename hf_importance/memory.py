@@ -10,7 +10,13 @@ from torch import Tensor
 
 from hf_importance import functional
 
-_COUNTS = ("known", "mean", "sum", "peak", "drawable")
+_FLOORS = 8
+"""Steps from `uniform_fraction` to 1 that the guard chooses from."""
+_GOOD_ENOUGH = 1.01
+"""The guard takes the lowest floor whose second moment is within 1 % of the least."""
+_FORGET = 0.5
+"""Share of the evidence that the guard keeps from pass to pass."""
+_COUNTS = ("known", "mean", "sum", "peak", "drawable", "revisit_rate")
 
 
 class ImportanceMemory:
@@ -20,11 +26,17 @@ class ImportanceMemory:
     afresh once per pass ([`begin_pass`]), so that an update costs the batch and not the data set. Draws between passes
     need a sum that is right at any time: with `follow_updates` it follows each update by its difference.
 
+    The guard: every visit tells what was remembered of an example and what it has become, from which follows how large
+    the gradient estimate would be with another floor ([`functional.second_moments`]). The next pass gets the floor that
+    makes it smallest: 1, which is uniform sampling, where the importances tell nothing.
+
     Args:
         length: number of examples.
         momentum: share of the old importance in the new one, in [0, 1); α of Salaün et al. 2023.
-        uniform_fraction: floor of the rates, in [0, 1].
+        uniform_fraction: lowest floor of the rates, in [0, 1].
         max_rate: cap of the rates before normalisation, ≥ 1.
+        guard: whether the floor may rise.
+        revisit_pruned: share of the visits that go to pruned examples, in [0, 1).
 
     >>> memory = ImportanceMemory(3, momentum=0.0)
     >>> memory.update(torch.tensor([0, 2]), torch.tensor([0.5, 1.5]))
@@ -33,30 +45,47 @@ class ImportanceMemory:
     """
 
     def __init__(
-        self, length: int, momentum: float = 0.2, uniform_fraction: float = 0.3, max_rate: float = 64.0
+        self,
+        length: int,
+        momentum: float = 0.2,
+        uniform_fraction: float = 0.3,
+        max_rate: float = 64.0,
+        guard: bool = False,
+        revisit_pruned: float = 0.0,
     ) -> None:
         self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
         self.pruned = torch.zeros(length, dtype=torch.bool)
         self.follow_updates = False
-        self._known = 0
         self.momentum = momentum
-        self.uniform_fraction = uniform_fraction
         self.max_rate = max_rate
+        self.floor = uniform_fraction
+        self._floors = torch.linspace(uniform_fraction, 1.0, _FLOORS + 1, dtype=torch.float64)
+        self._second_moments = torch.zeros_like(self._floors)
+        self._guard = guard and uniform_fraction < 1
+        self._revisit_pruned = revisit_pruned
+        self._revisit_rate = 0.0  # before normalisation, as below
+        self._known = 0
         self.begin_pass()
 
     def __len__(self) -> int:
         return len(self.importance)
 
     @torch.no_grad()
-    def update(self, index: Tensor, importance: Tensor) -> None:
+    def update(self, index: Tensor, importance: Tensor, inverse_rate: Tensor | None = None) -> None:
         """Remember what was measured: q ← α·q + (1 − α)·measured, or the measurement itself where q was unknown.
 
         Args:
             index: int64 `[visits]`. Visits of one example in one batch count as one, with their mean.
             importance: `[visits]`, ≥ 0. Where it is not finite, the example becomes unknown again.
+            inverse_rate: `[visits]`, as drawn; for the guard, which learns nothing without.
         """
+        importance = importance.float()
+        if self._guard and inverse_rate is not None:
+            self._second_moments += functional.second_moments(
+                self.importance[index], self._mean, importance, inverse_rate, self._floors, self.max_rate
+            )
         index, visit, count = index.unique(return_inverse=True, return_counts=True)
-        measured = torch.zeros(len(index)).index_add_(0, visit, importance.float()).div_(count)
+        measured = torch.zeros(len(index)).index_add_(0, visit, importance).div_(count)
         old = self.importance[index]
         unknown = old.isnan()
         new = torch.where(unknown, measured, measured.lerp(old, self.momentum))
@@ -71,22 +100,42 @@ class ImportanceMemory:
         self._peak = max(self._peak, new_rate.max().item())
 
     def begin_pass(self, increment: float = 0.0, prune_mass: float = 0.0) -> None:
-        """Take the mean and the sum afresh, O(examples).
+        """Choose the floor, prune, and take the mean and the sum afresh, O(examples).
 
         Args:
             increment: ε added to every known importance, so that no example is forgotten (Salaün et al. 2023, the last
                 line of their algorithm).
-            prune_mass: prune the examples that together hold less than this share of the importance of those not yet
-                pruned: the smallest ones, of equal ones the first. Unknown ones stay.
+            prune_mass: prune the examples that together hold less than this share of the importance of all, pruned
+                ones included as they are remembered: the smallest ones, of equal ones the first. Unknown ones stay.
+                The others are drawn (again).
         """
         self.importance += increment
         if prune_mass > 0:
             self._prune(prune_mass)
-        self._mean = self._kept().nanmean(dtype=torch.float64).item()
-        rate = self._unnormalised(self.importance, slice(None))
-        self._sum = rate.sum(dtype=torch.float64).item()
-        self._peak = rate.max().item()
-        self._drawable = len(self) - int(self.pruned.sum())
+        if self._guard:
+            self._choose_floor()
+        kept = ~self.pruned
+        self._mean = self.importance.where(kept, torch.nan).nanmean(dtype=torch.float64).item()
+        rate = self._unnormalised(self.importance, slice(None)).where(kept, 0.0)
+        self._sum, self._peak = rate.sum(dtype=torch.float64).item(), rate.max().item()
+        pruned = len(self) - int(kept.sum())
+        self._drawable = len(self) - pruned
+        self._kept = kept.nonzero().flatten() if pruned and not self._revisit_pruned else None
+        if pruned and self._revisit_pruned:
+            share = self._revisit_pruned / (1 - self._revisit_pruned)
+            self._revisit_rate = share * self._sum / pruned
+            self._sum, self._peak = self._sum * (1 + share), max(self._peak, self._revisit_rate)
+            self._drawable = len(self)
+
+    @property
+    def awaits_evidence(self) -> bool:
+        """Whether the guard has not yet seen an example for the second time, though importances differ."""
+        return self._guard and self._known > 0 and not self._second_moments.any()
+
+    def candidates(self, number: int, rng: torch.Generator) -> Tensor:
+        """int64 `[number]`: drawn uniformly from the examples that can be drawn."""
+        chosen = torch.randint(self._drawable, (number,), generator=rng)
+        return chosen if self._kept is None else self._kept[chosen]
 
     def rates(self, index: Tensor | slice = slice(None)) -> Tensor:
         """float64 `[visits]`: the rates of some examples, by default of all; their mean over the drawable ones is 1."""
@@ -107,12 +156,16 @@ class ImportanceMemory:
         return {
             "importance": self.importance.clone(),
             "pruned": self.pruned.clone(),
+            "floor": self.floor,
+            "second_moments": self._second_moments.clone(),
             **{name: getattr(self, f"_{name}") for name in _COUNTS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
         self.remember(state["importance"], state["pruned"])
+        self.floor = state["floor"]
+        self._second_moments.copy_(state["second_moments"])
         for name in _COUNTS:
             setattr(self, f"_{name}", state[name])
 
@@ -124,13 +177,16 @@ class ImportanceMemory:
         self.begin_pass()
 
     def _unnormalised(self, importance: Tensor, index: Tensor | slice) -> Tensor:
-        rate = functional.unnormalised_rates(importance, self._mean, self.uniform_fraction, self.max_rate)
-        return rate.masked_fill_(self.pruned[index], 0.0)
+        rate = functional.unnormalised_rates(importance, self._mean, self.floor, self.max_rate)
+        return rate.masked_fill_(self.pruned[index], self._revisit_rate)
 
-    def _kept(self) -> Tensor:
-        return torch.where(self.pruned, torch.nan, self.importance)
+    def _choose_floor(self) -> None:
+        enough = self._second_moments <= _GOOD_ENOUGH * self._second_moments.min()
+        self.floor = self._floors[enough][0].item()  # the lowest where nothing is known: all are 0
+        self._second_moments *= _FORGET
 
     def _prune(self, mass: float) -> None:
-        importance, order = self._kept().sort(stable=True)  # unknown and pruned ones come last
+        importance, order = self.importance.sort(stable=True)  # NaN comes last
         cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
+        self.pruned.zero_()
         self.pruned[order[: int((cumulated < mass * cumulated[-1]).sum())]] = True

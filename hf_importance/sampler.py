@@ -17,6 +17,8 @@ from hf_importance.memory import ImportanceMemory
 
 _MOST_CANDIDATES = 2**16
 """At a time, in the stream with replacement: bounds the memory where one rate is far above the others."""
+_TRIAL = 1 / 16, 256
+"""Share of the examples, and least number of visits, of the short pass that the guard learns from."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Draw:
 
 
 _SKIPPED = Draw(-1, [], [])
+_COUNTERS = ("draws", "passes", "visits_in_pass", "share")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
     - `reshuffled`: in passes. At its start a pass fixes how often it visits each example: ⌊r⌋ times, and once more with
       probability r − ⌊r⌋, in random order. No example gets a visit more or less than its rate says; with equal
       importances a pass is a permutation, the one that `Trainer` takes from the same seed. Over a pass the expected
-      sum of weights is the same for every example.
+      sum of weights is the same for every example. The second one is short if the memory has a guard, which learns from
+      it whether the importances hold.
     - `replacement`: independent draws with p = r / n from the memory as it is (Salaün et al. 2023). A candidate is
       taken uniformly and accepted with probability r / r_max, so that a draw costs the same for any n.
 
@@ -137,6 +141,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._draws = 0
         self._passes = 0
         self._visits_in_pass = 0
+        self._share = 1.0  # of a whole pass in this one
         self._index = torch.empty(0, dtype=torch.int64)  # visits left in this pass, and their rates
         self._rate = torch.empty(0, dtype=torch.float64)
         self._outstanding: dict[int, Draw] = {}  # drawn, and not yet used
@@ -165,7 +170,14 @@ class ImportanceBatchSampler(Sampler[Draw]):
 
     def update(self, draw: Draw, importance: Tensor) -> None:
         """Remember what was measured at the visits of a draw: `[batch]`, see [`ImportanceMemory.update`]."""
-        self.memory.update(self.shard.local(torch.tensor(draw.index, dtype=torch.int64)), importance)
+        index = self.shard.local(torch.tensor(draw.index, dtype=torch.int64))
+        self.memory.update(index, importance, self.inverse_rate(draw))
+
+    def inverse_rate(self, draw: Draw) -> Tensor | None:
+        """float64 `[batch]`, from the weights; None where all weights are the same."""
+        if self._weight_exponent == 0:
+            return None
+        return (torch.tensor(draw.weight, dtype=torch.float64) / self.shard.weight) ** (1 / self._weight_exponent)
 
     # ---- the stream of visits ----------------------------------------------------------------------------------------
 
@@ -194,18 +206,19 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def _shuffled_visits(self, rate: Tensor) -> Tensor:
         if bool((rate == 1).all()):
             return torch.randperm(len(rate), generator=self._rng)
-        visits = rate.floor()
-        visits += torch.rand(len(rate), dtype=torch.float64, generator=self._rng) < rate - visits
+        expected = self._share * rate
+        visits = expected.floor()
+        visits += torch.rand(len(rate), dtype=torch.float64, generator=self._rng) < expected - visits
         index = torch.repeat_interleave(visits.long())
         return index[torch.randperm(len(index), generator=self._rng)]
 
     def _next_replacement(self, size: int) -> tuple[Tensor, Tensor]:
         """Up to `size` visits: the accepted ones of as many candidates as it takes on average."""
-        if self._passes == 0 or self._visits_in_pass >= len(self.memory):
+        if self._passes == 0 or self._visits_in_pass >= self._share * len(self.memory):
             self._begin_pass()
         largest = self.memory.largest_rate
         candidates = min(_MOST_CANDIDATES, math.ceil(size * largest))
-        index = torch.randint(len(self.memory), (candidates,), generator=self._rng)
+        index = self.memory.candidates(candidates, self._rng)
         rate = self.memory.rates(index)
         accepted = torch.rand(candidates, dtype=torch.float64, generator=self._rng) * largest < rate
         index, rate = index[accepted][:size], rate[accepted][:size]
@@ -219,6 +232,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._rng.manual_seed(self._seed + self._passes * self.shard.ranks + self._rank)
         self._passes += 1
         self._visits_in_pass = 0
+        share, least = _TRIAL
+        self._share = min(1.0, max(share, least / len(self.memory))) if self.memory.awaits_evidence else 1.0
 
     # ---- going on after an interruption ------------------------------------------------------------------------------
 
@@ -231,7 +246,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
             "batch_size": self.batch_size,
             "rng": self._rng.get_state(),
             "outstanding": [astuple(draw) for draw in self._outstanding.values()],
-            **{name: getattr(self, f"_{name}") for name in ("draws", "passes", "visits_in_pass")},
+            **{name: getattr(self, f"_{name}") for name in _COUNTERS},
             "index": self._index.clone(),  # of what is left, not of the pass that it is a view of
             "rate": self._rate.clone(),
         }
@@ -251,7 +266,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """
         self.memory.load_state_dict(state["memory"])
         self._rng.set_state(state["rng"])
-        for name in ("draws", "passes", "visits_in_pass"):
+        for name in _COUNTERS:
             setattr(self, f"_{name}", state[name])
         self._index, self._rate = state["index"], state["rate"]
         self._outstanding = {draw[0]: Draw(*draw) for draw in state["outstanding"]}

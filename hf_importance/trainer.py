@@ -85,7 +85,7 @@ class ImportanceTrainerMixin:
         self._mean_over_examples: Callable[..., float] | None = None
         self._draw: Draw | None = None
         self._on_their_way: deque[tuple[Draw, Tensor, torch.Event]] = deque()
-        self._window: deque[tuple[Tensor, Tensor]] = deque(maxlen=_LARGEST_WINDOW)
+        self._window: deque[tuple[Draw, Tensor]] = deque(maxlen=_LARGEST_WINDOW)
 
     # ---- the training data -------------------------------------------------------------------------------------------
 
@@ -120,7 +120,14 @@ class ImportanceTrainerMixin:
         seed = next(seed for seed in (config.seed, args.data_seed, args.seed) if seed is not None)
         shard = Shard.of(length, args.process_index, args.world_size, seed)
         if self._sampler is None:
-            memory = ImportanceMemory(len(shard), config.memory_momentum, config.uniform_fraction, config.max_rate)
+            memory = ImportanceMemory(
+                len(shard),
+                config.memory_momentum,
+                config.uniform_fraction,
+                config.max_rate,
+                config.guard and config.metric != "uniform",
+                config.revisit_pruned,
+            )
         else:  # another attempt of `auto_find_batch_size`, which keeps what was learnt
             memory = self._sampler.memory
         sampler = ImportanceBatchSampler(
@@ -230,10 +237,24 @@ class ImportanceTrainerMixin:
         """
         if self._sampler is None:
             return torch.full((len(self.train_dataset),), torch.nan)
-        shard, importance = self._sampler.shard, self._sampler.memory.importance
+        return self._gathered(self._sampler.memory.importance)
+
+    @property
+    def kept_indices(self) -> Tensor:
+        """int64 `[kept]`, ascending: the examples of `train_dataset` that are not pruned, as for `dataset.select`.
+
+        With several processes a collective.
+        """
+        if self._sampler is None:
+            return torch.arange(len(self.train_dataset))
+        return (self._gathered(self._sampler.memory.pruned.float()) == 0).nonzero().flatten()
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """From `[examples of this rank]` to those of all."""
+        shard = self._sampler.shard
         if shard.index is None:
-            return importance.clone()
-        whole = torch.zeros(shard.length).index_copy_(0, shard.index, importance)
+            return values.clone()
+        whole = torch.zeros(shard.length, dtype=values.dtype).index_copy_(0, shard.index, values)
         return self.accelerator.reduce(whole.to(self.accelerator.device), reduction="sum").cpu()
 
     def _send(self, draw: Draw, importance: Tensor) -> None:
@@ -254,7 +275,7 @@ class ImportanceTrainerMixin:
                 arrived.synchronize()
             importance = importance.cpu()
             self._sampler.update(draw, importance)
-            self._window.append((torch.tensor(draw.weight, dtype=torch.float64), importance.double()))
+            self._window.append((draw, importance.double()))
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -306,18 +327,24 @@ class ImportanceTrainerMixin:
     def _measurements(self) -> dict[str, float]:
         if not self._window:
             return {}
-        weight, importance = (torch.cat(column) for column in zip(*self._window, strict=True))
-        self._window.clear()
+        draws, importance = zip(*self._window, strict=True)
+        weight = torch.tensor([w for draw in draws for w in draw.weight], dtype=torch.float64)
+        memory = self._sampler.memory
         logs = {
-            "importance/seen": self._sampler.memory.seen,
+            "importance/seen": memory.seen,
+            "importance/pruned": memory.pruned.double().mean().item(),
+            "importance/uniform_fraction": memory.floor,
             "importance/effective_sample_size": (functional.effective_sample_size(weight) / len(weight)).item(),
             "importance/weight_max": weight.max().item(),
         }
-        known, exponent = importance.isfinite(), self.importance.weight_exponent
-        if exponent > 0 and known.any():  # without weights the rates are not known here
-            inverse_rate, importance = weight[known] ** (1 / exponent), importance[known]
+        importance = torch.cat(importance)
+        known = importance.isfinite()
+        if self.importance.weight_exponent > 0 and known.any():  # without weights the rates are not known here
+            inverse_rate = torch.cat([self._sampler.inverse_rate(draw) for draw in draws])[known]
+            importance = importance[known]
             logs["importance/mean"] = (inverse_rate.dot(importance) / inverse_rate.sum()).item()
             logs["importance/variance_ratio"] = functional.variance_ratio(importance, inverse_rate).item()
+        self._window.clear()
         return logs
 
     # ---- what is refused ---------------------------------------------------------------------------------------------

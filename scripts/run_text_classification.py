@@ -153,6 +153,11 @@ def _tokenizer(model: ModelArguments, data: TextArguments, texts: list[str] | No
         raise ValueError(
             "Without --do_train there must be a --model_name_or_path: there is no text to learn words from."
         )
+    return learn_words(texts, data)
+
+
+def learn_words(texts: list[str], data: TextArguments) -> PreTrainedTokenizerBase:
+    """A tokenizer of 4,000 pieces of the words in these texts."""
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()

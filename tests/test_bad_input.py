@@ -33,6 +33,8 @@ SETTINGS = [
     ("budget", math.inf, ValueError, "must be above 0 and finite"),
     ("prune_mass", 1.0, ValueError, r"must be in \[0, 1\)"),
     ("prune_mass", -0.01, ValueError, r"must be in \[0, 1\)"),
+    ("revisit_pruned", 1.0, ValueError, r"must be in \[0, 1\)"),
+    ("guard", "yes", TypeError, "must be True or False"),
     ("importance_increment", -1.0, ValueError, "must be at least 0 and finite"),
     ("seed", -1, ValueError, "must be at least 0"),
     ("seed", 0.5, TypeError, "must be an int or None"),

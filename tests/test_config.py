@@ -16,6 +16,8 @@ def test_defaults_are_the_documented_ones():
         weight_exponent=1.0,
         budget=1.0,
         prune_mass=0.0,
+        revisit_pruned=0.0,
+        guard=True,
         importance_increment=0.0,
         seed=None,
     )
@@ -25,6 +27,7 @@ def test_paper():
     config = ImportanceConfig.paper(memory_momentum=0.3)
     assert (config.sampling, config.memory_momentum, config.uniform_fraction) == ("replacement", 0.3, 0.0)
     assert (config.max_rate, config.weight_exponent) == (math.inf, 1.0)
+    assert not config.guard
     assert config.importance_increment > 0, "without a floor only the increment brings forgotten examples back"
 
 

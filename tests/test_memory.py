@@ -140,11 +140,32 @@ def test_pruning(importance, mass, pruned):
     assert not unpruned.pruned.any()
 
 
-def test_pruning_goes_on_from_what_is_left():
-    memory = remembering([1.0, 1.0, 2.0, 16.0])
+def test_the_share_is_of_all_that_is_remembered():
+    """What was pruned earlier counts: the gradient that is discarded stays below that share."""
+    memory = remembering([1.0, 1.0, 2.0, 16.0], momentum=0.0)
     memory.begin_pass(prune_mass=0.15)
     assert memory.pruned.tolist() == [True, True, False, False]
     memory.begin_pass(prune_mass=0.15)
-    assert memory.pruned.tolist() == [True, True, True, False], "2 of 18 is less than 15 %"
-    memory.begin_pass(prune_mass=0.99)
-    assert memory.pruned.tolist() == [True, True, True, False], "the last one stays"
+    assert memory.pruned.tolist() == [True, True, False, False], "nothing has changed"
+    memory.update(tensor([2]), tensor([0.5]))
+    memory.begin_pass(prune_mass=0.15)
+    assert memory.pruned.tolist() == [True, True, True, False], "2.5 of 18.5"
+    memory.update(tensor([3]), tensor([1.5]))
+    memory.begin_pass(prune_mass=0.15)
+    assert memory.pruned.tolist() == [False, False, True, False], "those that are now above others are back"
+
+
+def test_revisits_have_their_share_of_the_visits():
+    q = [0.1, 0.2, 3.0, 4.0, 5.0]
+    memory = remembering(q, revisit_pruned=0.2)
+    memory.begin_pass(prune_mass=0.1)
+    assert memory.pruned.tolist() == [True, True, False, False, False]
+    rates = memory.rates()
+    assert rates.mean().item() == pytest.approx(1.0)
+    assert rates[:2].sum().item() / 5 == pytest.approx(0.2)
+    assert rates[0] == rates[1] > 0
+    assert rates.max() <= memory.largest_rate
+    without = remembering(q)
+    without.begin_pass(prune_mass=0.1)
+    assert without.rates()[:2].tolist() == [0.0, 0.0], "control"
+    assert (rates[2:] / rates[2]).tolist() == pytest.approx((without.rates()[2:] / without.rates()[2]).tolist())

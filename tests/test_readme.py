@@ -53,7 +53,9 @@ def test_settings_are_those_of_the_config():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README, flags=re.MULTILINE))
     assert list(rows) == [field.name for field in fields(ImportanceConfig)]
     for field in fields(ImportanceConfig):
-        if isinstance(field.default, float):
+        if isinstance(field.default, bool):
+            assert rows[field.name] == str(field.default)
+        elif isinstance(field.default, float):
             assert float(rows[field.name]) == field.default
         elif field.default is not None:
             assert rows[field.name] == f"`{field.default}`"
