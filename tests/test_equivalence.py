@@ -35,7 +35,7 @@ def test_uniform_metric_is_trainer(tmp_path, task):
         {"gradient_accumulation_steps": 3},
         {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True},
         {"bf16": True},
-        {"activation_checkpointing": True},
+        {tiny.CHECKPOINTING: True},
         {"data_seed": 7},
     ],
     ids=lambda settings: next(iter(settings)),

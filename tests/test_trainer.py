@@ -118,7 +118,7 @@ def losses_of(task):
     }[task]
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {tiny.CHECKPOINTING: True}], ids=str)
 @pytest.mark.parametrize("task", ["single", "multi", "regression"])
 def test_importances_are_the_gradient_norms(tmp_path, task, settings):
     """A run that learns nothing leaves the importances of the model as it is."""

@@ -16,6 +16,9 @@ from transformers import (
 from hf_importance import ImportanceConfig, ImportanceTrainer
 
 WORDS, LENGTH, CLASSES = 60, 8, 4
+CHECKPOINTING = "activation_checkpointing"  # its name from transformers 5.23 on
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 
 
 def bert(num_labels=CLASSES, dropout=0.0, cls=BertForSequenceClassification, **config):
