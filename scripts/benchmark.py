@@ -318,7 +318,8 @@ def plot(arguments: argparse.Namespace) -> None:
             points = found.get((task, method))
             if points:
                 mean, error = zip(*points.values(), strict=True)
-                panel.errorbar(list(points), mean, error, label=method, color=colours[method], marker="o", ms=4, capsize=2)
+                style = {"color": colours[method], "marker": "o", "ms": 4, "capsize": 2}
+                panel.errorbar(list(points), mean, error, label=method, **style)
         panel.set(title=task, xlabel="budget", ylabel="test accuracy")
         panel.grid(alpha=0.25)
     panels[0][-1].legend(frameon=False, fontsize="small")

@@ -4,6 +4,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import benchmark
 import pytest
 import run_image_classification
 import run_text_classification
@@ -59,3 +60,9 @@ def test_settings_are_those_of_the_config():
             assert float(rows[field.name]) == field.default
         elif field.default is not None:
             assert rows[field.name] == f"`{field.default}`"
+
+
+def test_results_are_those_of_the_file():
+    runs = benchmark._load(benchmark.RESULTS / "accuracy.json")["runs"]
+    assert len(runs) > 100
+    assert benchmark.table(runs) in README
