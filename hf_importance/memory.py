@@ -16,6 +16,8 @@ _GOOD_ENOUGH = 1.01
 """The guard takes the lowest floor whose second moment is within 1 % of the least."""
 _FORGET = 0.5
 """Share of the evidence that the guard keeps from pass to pass."""
+_MOST_EVIDENCE = 64
+"""Batches that wait to be weighed."""
 _COUNTS = ("known", "mean", "sum", "peak", "drawable", "revisit_rate")
 
 
@@ -61,6 +63,7 @@ class ImportanceMemory:
         self.floor = uniform_fraction
         self._floors = torch.linspace(uniform_fraction, 1.0, _FLOORS + 1, dtype=torch.float64)
         self._second_moments = torch.zeros_like(self._floors)
+        self._evidence: list[tuple[Tensor, Tensor, Tensor]] = []  # remembered, measured, inverse rates of batches
         self._guard = guard and uniform_fraction < 1
         self._revisit_pruned = revisit_pruned
         self._revisit_rate = 0.0  # before normalisation, as below
@@ -81,9 +84,9 @@ class ImportanceMemory:
         """
         importance = importance.float()
         if self._guard and inverse_rate is not None:
-            self._second_moments += functional.second_moments(
-                self.importance[index], self._mean, importance, inverse_rate, self._floors, self.max_rate
-            )
+            self._evidence.append((self.importance[index], importance, inverse_rate))
+            if len(self._evidence) == _MOST_EVIDENCE:
+                self._weigh_evidence()
         index, visit, count = index.unique(return_inverse=True, return_counts=True)
         measured = torch.zeros(len(index)).index_add_(0, visit, importance).div_(count)
         old = self.importance[index]
@@ -94,6 +97,15 @@ class ImportanceMemory:
         if self.follow_updates and len(index):
             self._follow(self._unnormalised(old, index), self._unnormalised(new, index))
         self.importance[index] = new
+
+    def _weigh_evidence(self) -> None:
+        """Of many batches at once, which costs hardly more than of one."""
+        if self._evidence:
+            remembered, measured, inverse_rate = (torch.cat(column) for column in zip(*self._evidence, strict=True))
+            self._second_moments += functional.second_moments(
+                remembered, self._mean, measured, inverse_rate, self._floors, self.max_rate
+            )
+            self._evidence.clear()
 
     def _follow(self, old_rate: Tensor, new_rate: Tensor) -> None:
         self._sum += (new_rate.double() - old_rate.double()).sum().item()
@@ -109,6 +121,7 @@ class ImportanceMemory:
                 ones included as they are remembered: the smallest ones, of equal ones the first. Unknown ones stay.
                 The others are drawn (again).
         """
+        self._weigh_evidence()
         self.importance += increment
         if prune_mass > 0:
             self._prune(prune_mass)
@@ -120,7 +133,8 @@ class ImportanceMemory:
         self._sum, self._peak = rate.sum(dtype=torch.float64).item(), rate.max().item()
         pruned = len(self) - int(kept.sum())
         self._drawable = len(self) - pruned
-        self._kept = kept.nonzero().flatten() if pruned and not self._revisit_pruned else None
+        skips = self.follow_updates and pruned and not self._revisit_pruned
+        self._kept = kept.nonzero().flatten() if skips else None
         if pruned and self._revisit_pruned:
             share = self._revisit_pruned / (1 - self._revisit_pruned)
             self._revisit_rate = share * self._sum / pruned
@@ -153,6 +167,7 @@ class ImportanceMemory:
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changed, as tensors and plain values."""
+        self._weigh_evidence()
         return {
             "importance": self.importance.clone(),
             "pruned": self.pruned.clone(),
