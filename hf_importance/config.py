@@ -61,7 +61,9 @@ class ImportanceConfig:
         "all examples.",
     )
     guard: bool = _setting(
-        True, "Raise the floor, up to uniform sampling, where the measured variance of the gradient asks for it."
+        True,
+        "Raise the floor, up to uniform sampling, where the measured variance of the gradient asks for it. Not with "
+        "weight_exponent 0, where there is no variance to compare.",
     )
     importance_increment: float = _setting(
         0.0,

@@ -125,7 +125,7 @@ class ImportanceTrainerMixin:
                 config.memory_momentum,
                 config.uniform_fraction,
                 config.max_rate,
-                config.guard and config.metric != "uniform",
+                config.guard and config.metric != "uniform" and config.weight_exponent > 0,
                 config.revisit_pruned,
             )
         else:  # another attempt of `auto_find_batch_size`, which keeps what was learnt

@@ -13,6 +13,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import transformers
+from tiny import Recorder
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer
 
@@ -22,18 +23,6 @@ from hf_importance.sampler import Draw, ImportanceBatchSampler
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 BACKEND = "gloo" if "RANK" in os.environ else None
 EXAMPLES = 41  # 21 + 20, or 11 + 10 + 10 + 10
-
-
-class Recorder(ImportanceTrainer):
-    """Keeps what was drawn, step by step."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.draws = []
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        self.draws.append(inputs["importance_draw"])
-        return super().training_step(model, inputs, *args, **kwargs)
 
 
 def parameters(run):

@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny
 import torch
-from test_resume import Recorder
+from tiny import Recorder
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.6, 1.0, 1.5])
@@ -124,3 +124,13 @@ def test_revisits_keep_the_loss_unbiased(tmp_path):
     assert found[0.2] == pytest.approx(losses.mean().item(), rel=0.03)
     assert found[0.0] == pytest.approx(losses[kept].mean().item(), rel=0.03)
     assert losses[kept].mean() > 1.1 * losses.mean(), "control: they differ"
+
+
+@pytest.mark.parametrize(("exponent", "short"), [(0.0, False), (1.0, True)])
+def test_without_weights_there_is_no_short_pass(tmp_path, exponent, short):
+    """The guard cannot learn from visits whose rates are not known, and must not wait for it."""
+    rows = tiny.texts(40) * 20
+    settings = {"weight_exponent": exponent}
+    run = tiny.trained(tmp_path, tiny.bert(), rows, importance=settings, num_train_epochs=1.5)
+    assert (run._sampler._passes == 3) == short
+    assert run._sampler._share == 1.0

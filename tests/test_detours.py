@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny
 import torch
-from test_resume import Recorder
+from tiny import Recorder
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_importance import ImportanceTrainer

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from test_resume import Recorder
+from tiny import Recorder
 from transformers import Trainer, TrainerCallback
 
 from hf_importance import ImportanceTrainer

@@ -6,22 +6,10 @@ import shutil
 import pytest
 import tiny
 import torch
+from tiny import Recorder
 
-from hf_importance import ImportanceTrainer, functional
+from hf_importance import functional
 from hf_importance.checkpoint import load_states, newest_complete, save_state
-
-
-class Recorder(ImportanceTrainer):
-    """Keeps what was drawn, step by step."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.draws = []
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        self.draws.append(inputs["importance_draw"])
-        return super().training_step(model, inputs, *args, **kwargs)
-
 
 MODEL = {"dropout": 0.1}
 SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}

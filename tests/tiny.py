@@ -118,6 +118,18 @@ class Plain(Trainer):
         self.loss_is_scaled_for_ga = False
 
 
+class Recorder(ImportanceTrainer):
+    """Keeps what was drawn, step by step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.draws = []
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.draws.append(inputs["importance_draw"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
 def arguments(tmp_path, **changes):
     settings = {
         "output_dir": str(tmp_path),
