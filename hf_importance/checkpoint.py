@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from hf_importance.record import join
 from hf_importance.sampler import ImportanceBatchSampler
 
-_FORMAT = 1
+_FORMAT = 2
 _TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
 
 
@@ -67,6 +68,7 @@ def resume(
         return states[rank]["on_their_way"], None
     length = sampler.shard.length
     importance, pruned, passes = torch.full((length,), torch.nan), torch.zeros(length, dtype=torch.bool), 0
+    record = None
     if not states:
         dropped = "has no importances: they start unknown."
     elif (found := states[0]["sampler"]["length"]) != length:
@@ -80,10 +82,14 @@ def resume(
             "examples is a new one."
         )
         passes = states[0]["sampler"]["passes"]
-        for state in (state["sampler"] for state in states):
-            index = slice(None) if state["shard"] is None else state["shard"]
-            importance[index], pruned[index] = state["memory"]["importance"], state["memory"]["pruned"]
-    sampler.begin_with(importance, pruned, passes, skip)
+        index = [state["sampler"]["shard"] for state in states]
+        index = [slice(None) if positions is None else positions for positions in index]
+        memories = [state["sampler"]["memory"] for state in states]
+        for positions, memory in zip(index, memories, strict=True):
+            importance[positions], pruned[positions] = memory["importance"], memory["pruned"]
+        if memories[0]["record"] is not None:
+            record = join([memory["record"] for memory in memories], index, length)
+    sampler.begin_with(importance, pruned, passes, skip, record)
     return [], dropped
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
+
+from transformers.utils import cached_file
+
+CONFIG_FILE = "importance_config.json"
 
 Metric = Literal["logit_gradient", "loss", "last_layer_gradient", "uniform"]
 Sampling = Literal["reshuffled", "replacement"]
@@ -69,6 +75,14 @@ class ImportanceConfig:
         0.0,
         "Added to every known importance at the end of each pass, at least 0: the paper's way to forget no example.",
     )
+    record: bool = _setting(
+        True, "Keep what importance_report shows of every example: visits, loss, prediction; 24 bytes each."
+    )
+    report_examples_to_hub: bool = _setting(
+        False,
+        "Let push_to_hub upload the whole report, in which training examples, their labels and predictions can be "
+        "seen; by default only importances and plots.",
+    )
     seed: int | None = _setting(None, "Seed of the sampler; by default data_seed or seed of TrainingArguments.")
 
     @classmethod
@@ -86,6 +100,45 @@ class ImportanceConfig:
             importance_increment=importance_increment,
         )
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> ImportanceConfig:
+        """Load `importance_config.json`.
+
+        Args:
+            name_or_path: the file, a folder that has it, or a model on the Hub.
+            **hub: `revision`, `token`, `cache_dir`, … for the Hub.
+
+        Raises:
+            OSError: if there is no such file.
+            ValueError: if it is not JSON, or has settings that we do not know or values out of range.
+        """
+        path = Path(name_or_path)
+        if not path.is_file():
+            path = Path(cached_file(str(name_or_path), CONFIG_FILE, **hub))
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} must be JSON, but cannot be read ({error}).") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} must hold an object with settings, but holds {type(settings).__name__}.")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(
+                f"{path} has settings that ImportanceConfig does not know: {unknown}. Known: {sorted(known)}."
+            )
+        return cls(**{name: math.inf if value == "inf" else value for name, value in settings.items()})
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `importance_config.json` into a folder, which is made if it is not there; returns its path.
+
+        Infinity, which JSON does not have, is written as "inf".
+        """
+        settings = {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
     def __post_init__(self) -> None:
         self._check_choice("metric", get_args(Metric))
         self._check_choice("sampling", get_args(Sampling))
@@ -102,8 +155,9 @@ class ImportanceConfig:
                 raise TypeError(self._message("seed", "an int or None"))
             if self.seed < 0:
                 raise ValueError(self._message("seed", "at least 0"))
-        if not isinstance(self.guard, bool):
-            raise TypeError(self._message("guard", "True or False"))
+        for name in ("guard", "record", "report_examples_to_hub"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(self._message(name, "True or False"))
         if self.metric == "uniform" and self.prune_mass:
             raise ValueError(self._message("prune_mass", "0 with metric='uniform', which tells no examples apart"))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_importance import functional
+from hf_importance.record import VisitRecord
 
 _FLOORS = 8
 """Steps from `uniform_fraction` to 1 that the guard chooses from."""
@@ -39,6 +40,7 @@ class ImportanceMemory:
         max_rate: cap of the rates before normalisation, ≥ 1.
         guard: whether the floor may rise.
         revisit_pruned: share of the visits that go to pruned examples, in [0, 1).
+        record: what is taken down beside the importances, None for nothing.
 
     >>> memory = ImportanceMemory(3, momentum=0.0)
     >>> memory.update(torch.tensor([0, 2]), torch.tensor([0.5, 1.5]))
@@ -54,9 +56,11 @@ class ImportanceMemory:
         max_rate: float = 64.0,
         guard: bool = False,
         revisit_pruned: float = 0.0,
+        record: VisitRecord | None = None,
     ) -> None:
         self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
         self.pruned = torch.zeros(length, dtype=torch.bool)
+        self.record = record
         self.follow_updates = False
         self.momentum = momentum
         self.max_rate = max_rate
@@ -74,14 +78,19 @@ class ImportanceMemory:
         return len(self.importance)
 
     @torch.no_grad()
-    def update(self, index: Tensor, importance: Tensor, inverse_rate: Tensor | None = None) -> None:
+    def update(
+        self, index: Tensor, importance: Tensor, inverse_rate: Tensor | None = None, seen: Tensor | None = None
+    ) -> None:
         """Remember what was measured: q ← α·q + (1 − α)·measured, or the measurement itself where q was unknown.
 
         Args:
             index: int64 `[visits]`. Visits of one example in one batch count as one, with their mean.
             importance: `[visits]`, ≥ 0. Where it is not finite, the example becomes unknown again.
             inverse_rate: `[visits]`, as drawn; for the guard, which learns nothing without.
+            seen: for the record, see [`VisitRecord.update`].
         """
+        if self.record is not None and seen is not None:
+            self.record.update(index, seen)
         importance = importance.float()
         if self._guard and inverse_rate is not None:
             self._evidence.append((self.importance[index], importance, inverse_rate))
@@ -171,6 +180,7 @@ class ImportanceMemory:
         return {
             "importance": self.importance.clone(),
             "pruned": self.pruned.clone(),
+            "record": None if self.record is None else self.record.state_dict(),
             "floor": self.floor,
             "second_moments": self._second_moments.clone(),
             **{name: getattr(self, f"_{name}") for name in _COUNTS},
@@ -178,14 +188,16 @@ class ImportanceMemory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
-        self.remember(state["importance"], state["pruned"])
+        self.remember(state["importance"], state["pruned"], state["record"])
         self.floor = state["floor"]
         self._second_moments.copy_(state["second_moments"])
         for name in _COUNTS:
             setattr(self, f"_{name}", state[name])
 
-    def remember(self, importance: Tensor, pruned: Tensor) -> None:
-        """Take over what was measured elsewhere: float32 and bool `[examples]`."""
+    def remember(self, importance: Tensor, pruned: Tensor, record: Mapping[str, Any] | None = None) -> None:
+        """Take over what was measured elsewhere: float32 and bool `[examples]`, and the state of a record."""
+        if self.record is not None and record is not None:
+            self.record.load_state_dict(record)
         self.importance.copy_(importance)
         self.pruned.copy_(pruned)
         self._known = int(self.importance.isfinite().sum())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance import functional
+from hf_importance.record import SEEN
 
 PerExampleLoss = Callable[[Any, Any], Tensor]
 Labels = dict[str, Tensor]
@@ -35,12 +36,14 @@ class Measured:
     Args:
         losses: `[batch]`, with gradient.
         importance: `[batch]`, without.
+        seen: float32 `[4, batch]`, without: the rows that `record.SEEN` names.
         added: what the model adds to its loss by itself, with gradient; 0 for most.
         outputs: of the model.
     """
 
     losses: Tensor
     importance: Tensor
+    seen: Tensor
     added: Tensor | float
     outputs: Any
 
@@ -117,7 +120,7 @@ class Objective:
         terms = self._terms(outputs, labels, batch)
         added = outputs["loss"] - terms.mean() if self._adds else 0.0
         losses = terms.losses / self._tokens_per_example(*labels) if terms.are_sums else terms.losses
-        return Measured(losses, self._importance(terms), added, outputs)
+        return Measured(losses, self._importance(terms), _seen(losses, outputs, labels), added, outputs)
 
     def _with_decoder_inputs(self, inputs: dict[str, Any], labels: Labels) -> dict[str, Any]:
         """An encoder-decoder makes them of its labels, which it is not going to see."""
@@ -303,6 +306,28 @@ class _LastLayer:
                 f"{None if features is None else list(features.shape)}: use metric='logit_gradient'."
             )
         return functional.last_layer_importance(gradient_norm, features, self._bias)
+
+
+@torch.no_grad()
+def _seen(losses: Tensor, outputs: Any, labels: Labels) -> Tensor:
+    """The decision of the model, where it takes one per example: a class and its probability, or a number."""
+    seen = losses.new_full((len(SEEN), len(losses)), torch.nan, dtype=torch.float32)
+    label, loss, prediction, probability = seen  # views
+    loss.copy_(losses)
+    logits, target = outputs.get("logits"), next(iter(labels.values()))
+    if len(labels) > 1 or not isinstance(logits, Tensor) or target.numel() != len(losses):
+        return seen
+    target = target.flatten()
+    if logits.numel() == len(losses):
+        label.copy_(target)
+        prediction.copy_(logits.flatten())
+    elif logits.dim() == 2 and not target.is_floating_point():
+        ignored = target == functional.IGNORE_INDEX
+        highest, number = logits.float().softmax(-1).max(-1)
+        label.copy_(target).masked_fill_(ignored, torch.nan)
+        prediction.copy_(number)
+        probability.copy_(highest).masked_fill_(ignored, torch.nan)
+    return seen
 
 
 def _logit_keys(outputs: Any) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from hf_importance import functional
 from hf_importance.memory import ImportanceMemory
+from hf_importance.record import part
 
 _MOST_CANDIDATES = 2**16
 """At a time, in the stream with replacement: bounds the memory where one rate is far above the others."""
@@ -168,10 +169,10 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """The training step takes this draw."""
         self._outstanding.pop(draw.number, None)
 
-    def update(self, draw: Draw, importance: Tensor) -> None:
-        """Remember what was measured at the visits of a draw: `[batch]`, see [`ImportanceMemory.update`]."""
+    def update(self, draw: Draw, importance: Tensor, seen: Tensor | None = None) -> None:
+        """Remember what was measured and seen at the visits of a draw: see [`ImportanceMemory.update`]."""
         index = self.shard.local(torch.tensor(draw.index, dtype=torch.int64))
-        self.memory.update(index, importance, self.inverse_rate(draw))
+        self.memory.update(index, importance, self.inverse_rate(draw), seen)
 
     def inverse_rate(self, draw: Draw) -> Tensor | None:
         """float64 `[batch]`, from the weights; None where all weights are the same."""
@@ -227,6 +228,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
 
     def _begin_pass(self) -> None:
         later = self._passes > 0
+        if later and self.memory.record is not None:
+            self.memory.record.keep_distribution(self.memory.importance)
         self.memory.begin_pass(self._increment * later, self._prune_mass * later)
         # alone it is the seed that accelerate's sampler has in this epoch: the same permutations
         self._rng.manual_seed(self._seed + self._passes * self.shard.ranks + self._rank)
@@ -272,7 +275,14 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._outstanding = {draw[0]: Draw(*draw) for draw in state["outstanding"]}
         self._replays, self._skip = True, skip
 
-    def begin_with(self, importance: Tensor, pruned: Tensor, passes: int, skip: int = 0) -> None:
+    def begin_with(
+        self,
+        importance: Tensor,
+        pruned: Tensor,
+        passes: int,
+        skip: int = 0,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
         """Begin a new pass with what was remembered elsewhere, where it is not possible to go on exactly.
 
         Args:
@@ -280,7 +290,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
             pruned: bool `[all examples]`.
             passes: that went before.
             skip: as for [`load_state_dict`].
+            record: state of a record of all examples.
         """
         mine = slice(None) if self.shard.index is None else self.shard.index
-        self.memory.remember(importance[mine], pruned[mine])
+        self.memory.remember(importance[mine], pruned[mine], None if record is None else part(record, mine))
         self._passes, self._skip = passes, skip

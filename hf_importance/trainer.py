@@ -17,12 +17,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_importance import functional
 from hf_importance.checkpoint import newest_complete, resume, save_state
 from hf_importance.config import ImportanceConfig
 from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
 from hf_importance.memory import ImportanceMemory
-from hf_importance.objective import Objective, PerExampleLoss
+from hf_importance.objective import Measured, Objective, PerExampleLoss
+from hf_importance.record import VisitRecord
+from hf_importance.report.findings import Findings
+from hf_importance.report.hooks import ReportMixin
 from hf_importance.sampler import Draw, ImportanceBatchSampler, Shard
 
 logger = logging.get_logger(__name__)
@@ -49,7 +51,7 @@ def _generator_of_worker_seeds() -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
 
 
-class ImportanceTrainerMixin:
+class ImportanceTrainerMixin(ReportMixin):
     """Online importance sampling for a subclass of `Trainer`; put it first among the bases.
 
     Args:
@@ -72,14 +74,16 @@ class ImportanceTrainerMixin:
         per_example_loss_func: PerExampleLoss | None = None,
         **kwargs: Any,
     ) -> None:
+        self._start_measuring()
         super().__init__(*args, **kwargs)
         self.importance = ImportanceConfig() if importance is None else importance
         self.per_example_loss_func = per_example_loss_func
         self.loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch
         self._refuse_unsupported()
-        self._start_measuring()
 
     def _start_measuring(self) -> None:
+        self._findings_to_push: Findings | None = None
+        self._examples_to_show: Any = None
         self._sampler: ImportanceBatchSampler | None = None
         self._objective: Objective | None = None
         self._mean_over_examples: Callable[..., float] | None = None
@@ -127,6 +131,7 @@ class ImportanceTrainerMixin:
                 config.max_rate,
                 config.guard and config.metric != "uniform" and config.weight_exponent > 0,
                 config.revisit_pruned,
+                VisitRecord(len(shard)) if config.record else None,
             )
         else:  # another attempt of `auto_find_batch_size`, which keeps what was learnt
             memory = self._sampler.memory
@@ -163,12 +168,14 @@ class ImportanceTrainerMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = ignored
             self._remember(waiting=0)
             if self._objective is not None:
                 self._objective.close()
+        self._summarise()
+        return output
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As `Trainer.training_step`; takes the draw out of the batch before anything else looks at it."""
@@ -199,7 +206,7 @@ class ImportanceTrainerMixin:
         inputs = dict(inputs)
         labels = self._pop_labels(inputs)
         measured = self._objective(model, inputs, labels, len(self._draw.index))
-        self._send(self._draw, measured.importance)
+        self._send(self._draw, measured)
         losses = measured.losses
         weight = torch.tensor(self._draw.weight, dtype=losses.dtype).to(losses.device, non_blocking=True)
         loss = (weight * losses).mean() + measured.added
@@ -257,25 +264,31 @@ class ImportanceTrainerMixin:
         whole = torch.zeros(shard.length, dtype=values.dtype).index_copy_(0, shard.index, values)
         return self.accelerator.reduce(whole.to(self.accelerator.device), reduction="sum").cpu()
 
-    def _send(self, draw: Draw, importance: Tensor) -> None:
-        """Start the way of the importances to the memory. From a GPU it takes a step, so that nothing waits for it."""
+    def _send(self, draw: Draw, measured: Measured) -> None:
+        """Start the way of what was measured to the memory. From a GPU it takes a step, so that nothing waits for it.
+
+        In one tensor, `[1, batch]` or `[5, batch]`: the importances, and what is to be taken down.
+        """
+        rows = measured.importance.float()[None]
+        if self.importance.record:
+            rows = torch.cat([rows, measured.seen])
         arrived = None
-        if importance.is_cuda:
-            importance = importance.to("cpu", non_blocking=True)  # into pinned memory
+        if rows.is_cuda:
+            rows = rows.to("cpu", non_blocking=True)  # into pinned memory
             arrived = torch.cuda.Event()
             arrived.record()
-        self._on_their_way.append((draw, importance, arrived))
+        self._on_their_way.append((draw, rows, arrived))
         self._remember(waiting=0 if arrived is None else 1)
 
     def _remember(self, waiting: int) -> None:
         """Update the memory with all but the last `waiting` batches."""
         while len(self._on_their_way) > waiting:
-            draw, importance, arrived = self._on_their_way.popleft()
+            draw, rows, arrived = self._on_their_way.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            importance = importance.cpu()
-            self._sampler.update(draw, importance)
-            self._window.append((draw, importance.double()))
+            rows = rows.cpu()
+            self._sampler.update(draw, rows[0], rows[1:] if len(rows) > 1 else None)
+            self._window.append((draw, rows[0].double()))
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -289,7 +302,7 @@ class ImportanceTrainerMixin:
                 arrived.synchronize()
         state = {
             "sampler": self._sampler.state_dict(),
-            "on_their_way": [(astuple(draw), importance.cpu()) for draw, importance, _ in self._on_their_way],
+            "on_their_way": [(astuple(draw), rows.cpu()) for draw, rows, _ in self._on_their_way],
         }
         save_state(output_dir, self.args.process_index, self.args.world_size, state)
         self.accelerator.wait_for_everyone()
@@ -303,7 +316,7 @@ class ImportanceTrainerMixin:
         steps_per_epoch = -(-len(self._sampler) // accumulation)
         skip = self.state.global_step % steps_per_epoch * accumulation  # by `Trainer`, after this
         on_their_way, dropped = resume(self._sampler, checkpoint, self.args.process_index, skip)
-        self._on_their_way.extend((Draw(*draw), importance, None) for draw, importance in on_their_way)
+        self._on_their_way.extend((Draw(*draw), rows, None) for draw, rows in on_their_way)
         if dropped:
             logger.warning(f"{checkpoint} {dropped}")
 
@@ -315,37 +328,6 @@ class ImportanceTrainerMixin:
             return True  # there is none at all: `Trainer` says so
         logger.warning(f"No checkpoint in {self.args.output_dir} was written to its end: training starts anew.")
         return False
-
-    # ---- what is logged ----------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`; beside a training loss it puts what was measured since the last one."""
-        if "loss" in logs:
-            logs.update(self._measurements())
-        super().log(logs, *args, **kwargs)
-
-    def _measurements(self) -> dict[str, float]:
-        if not self._window:
-            return {}
-        draws, importance = zip(*self._window, strict=True)
-        weight = torch.tensor([w for draw in draws for w in draw.weight], dtype=torch.float64)
-        memory = self._sampler.memory
-        logs = {
-            "importance/seen": memory.seen,
-            "importance/pruned": memory.pruned.double().mean().item(),
-            "importance/uniform_fraction": memory.floor,
-            "importance/effective_sample_size": (functional.effective_sample_size(weight) / len(weight)).item(),
-            "importance/weight_max": weight.max().item(),
-        }
-        importance = torch.cat(importance)
-        known = importance.isfinite()
-        if self.importance.weight_exponent > 0 and known.any():  # without weights the rates are not known here
-            inverse_rate = torch.cat([self._sampler.inverse_rate(draw) for draw in draws])[known]
-            importance = importance[known]
-            logs["importance/mean"] = (inverse_rate.dot(importance) / inverse_rate.sum()).item()
-            logs["importance/variance_ratio"] = functional.variance_ratio(importance, inverse_rate).item()
-        self._window.clear()
-        return logs
 
     # ---- what is refused ---------------------------------------------------------------------------------------------
 

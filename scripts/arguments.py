@@ -34,6 +34,12 @@ class ModelArguments:
     token: str | None = flag(None, "Access token for the Hub; by default the one of `hf auth login`.")
     trust_remote_code: bool = flag(False, "Run code that a model or data set brings along.")
     ignore_mismatched_sizes: bool = flag(False, "Replace a head whose number of labels does not match.")
+    importance_config: str | None = flag(
+        None, "importance_config.json to start from: the file, a folder that has it, or a model on the Hub."
+    )
+    report: bool = flag(
+        False, "Write a report of the training data: the hardest examples, suspected label errors, plots, a table."
+    )
     metric_name: str | None = flag(None, "Metric of `evaluate` (fetched from the Hub, or a local script).")
 
     def hub(self) -> dict[str, Any]:
@@ -82,10 +88,15 @@ def _importance_flags() -> type:
 
 def parse(argv: list[str] | None, data_type: type[DataArguments], embedded: dict[str, Any]) -> tuple[Any, ...]:
     """Flags → model, data, training and importance settings. `embedded`: defaults of a run on embedded data."""
-    first_look = HfArgumentParser(data_type, add_help=False, allow_abbrev=False)
-    data, *_ = first_look.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    first_look = HfArgumentParser((ModelArguments, data_type), add_help=False, allow_abbrev=False)
+    model, data, *_ = first_look.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    start = ImportanceConfig()
+    if model.importance_config is not None:
+        hub = {"cache_dir": model.cache_dir, "token": model.token}
+        start = ImportanceConfig.from_pretrained(model.importance_config, **hub)
     parser = HfArgumentParser((ModelArguments, data_type, TrainingArguments, _importance_flags()), allow_abbrev=False)
     parser.set_defaults(report_to=["none"], dataloader_pin_memory=torch.accelerator.is_available())
+    parser.set_defaults(**{name: value for name, value in dataclasses.asdict(start).items() if name != "seed"})
     if data.embedded:
         parser.set_defaults(**embedded)
     model, data, training, importance = parser.parse_args_into_dataclasses(argv)
@@ -93,4 +104,6 @@ def parse(argv: list[str] | None, data_type: type[DataArguments], embedded: dict
         training.output_dir = str(Path("outputs") / f"{embedded['run_name']}-{model.trainer}")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
-    return model, data, training, ImportanceConfig(**dataclasses.asdict(importance))
+    if model.report and not (training.do_train and model.trainer == "importance" and importance.record):
+        raise ValueError("--report needs --do_train, --trainer importance and --record: there is nothing to show else.")
+    return model, data, training, dataclasses.replace(start, **dataclasses.asdict(importance))

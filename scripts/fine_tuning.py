@@ -15,7 +15,7 @@ from arguments import DataArguments, ModelArguments
 from metrics import decide, metric_for
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance import ImportanceConfig, ImportanceTrainer, PushError
 
 
 def load(data: DataArguments, model: ModelArguments) -> datasets.DatasetDict:
@@ -187,9 +187,13 @@ def run(
     importance: ImportanceConfig,
     chosen: dict[str, datasets.Dataset],
     problem_type: str,
+    to_show: datasets.Dataset | None,
     **more: Any,
 ) -> Trainer:
-    """Train, evaluate, predict and push as asked; print and save the metrics. `more`: arguments of the trainer."""
+    """Train, evaluate, predict, report and push as asked; print and save the metrics.
+
+    `to_show`: the training data as people want to see them. `more`: arguments of the trainer.
+    """
     sampled = model_arguments.trainer == "importance"
     trainer = (ImportanceTrainer if sampled else Trainer)(
         args=training,
@@ -207,6 +211,10 @@ def run(
         _report(trainer, "eval", trainer.evaluate())
     if training.do_predict:
         _predict(trainer, chosen["predict"], problem_type)
+    if model_arguments.report:
+        page = trainer.importance_report(examples=to_show)
+        if page is not None:
+            print(f"\nThe report was saved as {page}")
     if training.push_to_hub:
         trainer.push_to_hub()
     elif training.do_train:
@@ -260,5 +268,5 @@ def script(main: Callable[[], Any]) -> None:
     """Run `main`; of a mistake in the flags or the data show what it says, not where in our code it was found."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, PushError) as error:
         sys.exit(f"error: {error}")

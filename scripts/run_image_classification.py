@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> Trainer:
         prepared[use] = rows.select_columns(columns).cast_column(image, datasets.Image()).with_transform(transform)
     training.remove_unused_columns = False  # they are the ones that the transform starts from
     more = {"model": model, "processing_class": processor}
-    return run(model_arguments, training, importance, prepared, "single_label_classification", **more)
+    to_show = chosen["train"].select_columns(image).cast_column(image, datasets.Image()) if training.do_train else None
+    return run(model_arguments, training, importance, prepared, "single_label_classification", to_show, **more)
 
 
 def _load(data: ImageArguments, model: ModelArguments) -> datasets.DatasetDict:

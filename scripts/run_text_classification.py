@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> Trainer:
         for use, rows in chosen.items()
     }
     more = {"model": model, "processing_class": tokenizer, "data_collator": DataCollatorWithPadding(tokenizer)}
-    return run(model_arguments, training, importance, prepared, problem_type, **more)
+    to_show = chosen["train"].select_columns(texts) if training.do_train else None
+    return run(model_arguments, training, importance, prepared, problem_type, to_show, **more)
 
 
 def _problem_type(chosen: dict[str, datasets.Dataset], label: str | None, do_regression: bool | None) -> str:

@@ -85,6 +85,14 @@ def collectives(folder):
     return {"trainer": names(Trainer), "ours": names(ImportanceTrainer)}
 
 
+def shown(folder):
+    """The report and the model card, which all processes make together and one writes."""
+    run = trained(folder)
+    page = run.importance_report()
+    run.create_model_card()
+    return {"page": None if page is None else str(page), "columns": run._findings().columns, **report(run)}
+
+
 def given(index, weight, ranks=1, rank=0):
     """A sampler that deals out given visits, micro-batch by micro-batch, to the ranks in turn."""
 
@@ -141,6 +149,7 @@ def main(folder):
         "plain": report(trained(folder / "plain")),
         "equal": report(trained(folder / "equal", importance={"metric": "uniform"})),
         "frozen": frozen(folder / "frozen"),
+        "shown": shown(folder / "shown"),
         "budget": report(trained(folder / "budget", importance={"budget": 0.5}, gradient_accumulation_steps=2)),
     }
     if ranks == 2:

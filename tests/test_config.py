@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -19,6 +20,8 @@ def test_defaults_are_the_documented_ones():
         revisit_pruned=0.0,
         guard=True,
         importance_increment=0.0,
+        record=True,
+        report_examples_to_hub=False,
         seed=None,
     )
 
@@ -43,3 +46,35 @@ def test_flags():
 )
 def test_bounds_that_are_allowed(name, value):
     assert getattr(ImportanceConfig(**{name: value}), name) == value
+
+
+# ---- importance_config.json ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [ImportanceConfig(), ImportanceConfig.paper(), ImportanceConfig(seed=3, budget=0.5)])
+def test_saved_and_loaded_is_the_same(tmp_path, config):
+    path = config.save_pretrained(tmp_path / "new" / "folder")
+    assert path.name == "importance_config.json"
+    assert ImportanceConfig.from_pretrained(path) == ImportanceConfig.from_pretrained(path.parent) == config
+    json.loads(path.read_text(), parse_constant=pytest.fail)  # no Infinity, which other readers do not know
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "must be JSON"),
+        ("[1]", "must hold an object with settings, but holds list"),
+        ('{"budgets": 0.5}', r"settings that ImportanceConfig does not know: \['budgets'\]"),
+        ('{"budget": -1}', "ImportanceConfig.budget must be above 0"),
+        ('{"guard": "inf"}', "ImportanceConfig.guard must be True or False"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    (tmp_path / "importance_config.json").write_text(content)
+    with pytest.raises((ValueError, TypeError), match=message):
+        ImportanceConfig.from_pretrained(tmp_path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(OSError, match=r"importance_config\.json"):
+        ImportanceConfig.from_pretrained(tmp_path)

@@ -102,6 +102,24 @@ def test_importances_are_gathered(alone, ranks_of, launcher):
     assert (found.roll(1) - expected).abs().max() > 1e-2, "control: their places matter"
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_report_is_of_all_ranks_and_written_by_one(ranks_of, launcher):
+    results = [result["shown"] for result in ranks_of(launcher)]
+    assert [result["page"] is not None for result in results] == [True] + [False] * (len(results) - 1)
+    page = Path(results[0]["page"])
+    assert page.exists()
+    assert f"| examples | {EXAMPLES} |" in (page.parent.parent / "README.md").read_text()
+    visits = torch.zeros(EXAMPLES, dtype=torch.int32)
+    for result in results:
+        for index, _ in result["draws"]:
+            visits.index_add_(0, torch.tensor(index), torch.ones(len(index), dtype=torch.int32))
+    label = torch.tensor([row["labels"] for row in tiny.texts(EXAMPLES)])
+    for result in results:
+        assert torch.equal(result["columns"]["visits"], visits)
+        assert torch.equal(result["columns"]["label"], label.float())
+        assert torch.equal(result["columns"]["importance"], result["importances"])
+
+
 @pytest.mark.parametrize("launcher", ["2", "4", "accelerate"])
 def test_nothing_more_is_sent_than_by_trainer(ranks_of, launcher):
     for result in ranks_of(launcher):

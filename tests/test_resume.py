@@ -15,6 +15,19 @@ MODEL = {"dropout": 0.1}
 SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 
 
+def record_of(run):
+    """All that was taken down, NaN as −1."""
+    record = run._sampler.memory.record
+    return {name: column.nan_to_num(-1) for name, column in record.columns().items()}, record.distributions
+
+
+def same_record(a, b):
+    (columns, moments), (others, other_moments) = record_of(a), record_of(b)
+    assert all(torch.equal(column, others[name]) for name, column in columns.items())
+    assert [visits for visits, _ in moments] == [visits for visits, _ in other_moments]
+    return True
+
+
 def straight(tmp_path, importance=None, **settings):
     """40 examples in batches of 8, 3 epochs."""
     return tiny.trained(tmp_path, tiny.bert(**MODEL), tiny.texts(), Recorder, importance, **{**SAVING, **settings})
@@ -63,6 +76,7 @@ def test_resumed_is_straight(tmp_path, case):
         assert again.state.global_step == steps
         assert tiny.difference(again, whole) == 0.0
         assert torch.equal(again.importances.nan_to_num(-1), whole.importances.nan_to_num(-1))
+        assert same_record(again, whole)
         assert again.draws == whole.draws[len(whole.draws) - len(again.draws) :]
         assert 0 < len(again.draws) < len(whole.draws)
         assert again.state.epoch == whole.state.epoch
@@ -123,7 +137,7 @@ def test_checkpoint_of_trainer(tmp_path, warnings_of):
 def test_checkpoint_of_a_model_only(tmp_path, warnings_of):
     """As with `Trainer`, training starts from its parameters; optimizer and importances are new."""
     straight(tmp_path, save_only_model=True)
-    assert not list(tmp_path.glob("checkpoint-7/importance_*"))
+    assert not list(tmp_path.glob("checkpoint-7/importance_*.pt"))
     again = resumed(tmp_path, 7)
     assert again.state.global_step == 15
     assert "has no importances" in warnings_of[0]
@@ -181,6 +195,7 @@ def test_other_batch_size(tmp_path, warnings_of):
     (state,) = load_states(tmp_path / "checkpoint-7")
     again = resumed(tmp_path, 7, per_device_train_batch_size=2)
     assert "another number of processes or batch size" in warnings_of[0]
+    assert again._sampler.memory.record.columns()["visits"].sum() == 7 * 8 + 2 * len(again.draws)
     assert [draw.number for draw in again.draws] == list(range(53))
     assert set(again.draws[0].weight) != {1.0}, "what was learnt is used"
     rates = functional.rates(state["sampler"]["memory"]["importance"].double(), 0.3, 64.0)

@@ -1,5 +1,6 @@
 """The scripts through their `main`, a few steps each, offline."""
 
+import csv
 import json
 import sys
 
@@ -10,11 +11,12 @@ import pytest
 import run_image_classification
 import run_text_classification
 import torch
+from embedded_data import docstrings
 from fine_tuning import script
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer
 
-from hf_importance import ImportanceTrainer
+from hf_importance import ImportanceConfig, ImportanceTrainer
 
 SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--use_cpu", "true"]
 CALM = "The food was calm and good, the waiter calm too."
@@ -78,6 +80,33 @@ def test_settings_of_importance_are_flags(tmp_path):
     assert (config.budget, config.sampling, config.uniform_fraction) == (0.5, "replacement", 0.4)
     assert len(trainer.get_train_dataloader()) == 5
     assert results(tmp_path)["examples_processed"] == 12
+
+
+def test_settings_from_a_file(tmp_path):
+    """Flags go before the file, the file before the defaults."""
+    ImportanceConfig(budget=0.5, uniform_fraction=0.6, metric="loss", seed=7).save_pretrained(tmp_path)
+    more = {"importance_config": tmp_path, "metric": "logit_gradient", "max_train_samples": 40, "max_eval_samples": 10}
+    trainer = run_image_classification.main(flags(tmp_path, **more))
+    assert trainer.importance == ImportanceConfig(budget=0.5, uniform_fraction=0.6, seed=7)
+    assert ImportanceConfig.from_pretrained(tmp_path / "run") == trainer.importance
+
+
+@pytest.mark.parametrize("module", [run_text_classification, run_image_classification], ids=["text", "image"])
+def test_report(tmp_path, capsys, module):
+    """It shows the data as they were before they were made ready for the model."""
+    module.main([*flags(tmp_path, max_train_samples=40, max_eval_samples=10), "--report"])
+    folder = tmp_path / "run" / "_importance_report"
+    assert f"The report was saved as {folder / 'report.html'}" in capsys.readouterr().out
+    if module is run_text_classification:
+        with (folder / "hardest.csv").open(encoding="utf-8", newline="") as file:
+            shown = list(csv.DictReader(file))
+        texts = docstrings()["train"]["text"]
+        assert len(shown) == 12, "what was visited in three steps"
+        assert all(row["text"] == texts[int(row["index"])] or len(row["text"]) == 500 for row in shown)
+    else:
+        assert (folder / "hardest.png").exists()
+    with pytest.raises(ValueError, match="--report needs --do_train, --trainer importance"):
+        module.main([*flags(tmp_path, trainer="uniform", max_train_samples=40), "--report"])
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,133 @@
+"""What else was seen of every example at its visits. For people to look at; no draw depends on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEEN = ("label", "loss", "prediction", "probability")
+"""What is seen at a visit; NaN where the task has no such thing."""
+COLUMNS = (*SEEN, "visits", "mean_loss")
+QUANTILES = 101
+_MOST_EXAMPLES = 2**16
+"""Of which a distribution is taken."""
+_MOST_WAITING = 64
+"""Batches that wait to be written down."""
+
+
+class VisitRecord:
+    """Per example: how often it was visited, with what mean loss, and what was seen the last time. 24 bytes each.
+
+    Args:
+        length: number of examples.
+
+    >>> record = VisitRecord(3)
+    >>> for loss in (2.0, 1.0):
+    ...     record.update(torch.tensor([1]), torch.tensor([[0.0], [loss], [4.0], [0.7]]))
+    >>> columns = record.columns()
+    >>> columns["visits"], columns["loss"], columns["mean_loss"]
+    (tensor([0, 2, 0], dtype=torch.int32), tensor([nan, 1., nan]), tensor([   nan, 1.5000,    nan]))
+    """
+
+    def __init__(self, length: int) -> None:
+        self._seen = torch.full((len(SEEN), length), torch.nan)
+        self._visits = torch.zeros(length, dtype=torch.int32)
+        self._total_loss = torch.zeros(length)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self.distributions: list[tuple[float, Tensor]] = []
+
+    def update(self, index: Tensor, seen: Tensor) -> None:
+        """Take down the visits of a batch.
+
+        Args:
+            index: int64 `[visits]`.
+            seen: float32 `[4, visits]`, the rows named in `SEEN`.
+        """
+        self._waiting.append((index, seen))
+        if len(self._waiting) == _MOST_WAITING:
+            self._write_down()
+
+    def _write_down(self) -> None:
+        """Many batches at once, which costs hardly more than one."""
+        if not self._waiting:
+            return
+        index, seen = (torch.cat(parts, -1) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        index, visit, count = index.unique(return_inverse=True, return_counts=True)
+        last = torch.zeros_like(index).scatter_reduce_(0, visit, torch.arange(len(visit)), "amax")
+        loss = seen[SEEN.index("loss")].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        self._total_loss[index] += torch.zeros(len(index)).index_add_(0, visit, loss)
+        self._visits[index] += count.int()
+        self._seen[:, index] = seen[:, last]
+
+    def columns(self) -> dict[str, Tensor]:
+        """`[examples]` each: what is named in `COLUMNS`; `visits` int32, the others float32, NaN if never visited."""
+        self._write_down()
+        mean_loss = self._total_loss / self._visits  # 0 / 0 is NaN
+        return dict(zip(SEEN, self._seen.clone(), strict=True)) | {
+            "visits": self._visits.clone(),
+            "mean_loss": mean_loss,
+        }
+
+    def keep_distribution(self, importance: Tensor) -> None:
+        """Of the importances as they are now: see [`distribution`]; with the visits per example so far."""
+        self._write_down()
+        self.distributions.append((self._visits.double().mean().item(), distribution(importance)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as tensors and plain values."""
+        self._write_down()
+        return {
+            "seen": self._seen.clone(),
+            "visits": self._visits.clone(),
+            "total_loss": self._total_loss.clone(),
+            "distributions": list(self.distributions),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where [`state_dict`] was taken."""
+        self._seen.copy_(state["seen"])
+        self._visits.copy_(state["visits"])
+        self._total_loss.copy_(state["total_loss"])
+        self.distributions = list(state["distributions"])
+
+
+def distribution(importance: Tensor) -> Tensor:
+    """`[101]`: minimum, percentiles and maximum of the known importances, of at most 65,536 examples, evenly spaced."""
+    known = importance[:: math.ceil(len(importance) / _MOST_EXAMPLES)]
+    known = known[known.isfinite()]
+    return torch.full((QUANTILES,), torch.nan) if not len(known) else known.quantile(torch.linspace(0, 1, QUANTILES))
+
+
+def join(states: Sequence[Mapping[str, Any]], index: Sequence[Tensor | slice], length: int) -> dict[str, Any]:
+    """One state for all examples, of those of several ranks: `index` says which examples each of them had."""
+    whole = VisitRecord(length).state_dict()
+    for state, positions in zip(states, index, strict=True):
+        for name in ("seen", "visits", "total_loss"):
+            whole[name][..., positions] = state[name]
+    return whole | {"distributions": list(states[0]["distributions"])}
+
+
+def part(state: Mapping[str, Any], index: Tensor | slice) -> dict[str, Any]:
+    """The state of some examples."""
+    return {**state, **{name: state[name][..., index] for name in ("seen", "visits", "total_loss")}}
+
+
+def suspects(columns: Mapping[str, Tensor]) -> Tensor:
+    """Whether the label is probably wrong: bool `[examples]`.
+
+    It is suspect if over all visits it got less probability than chance: a mean loss above the logarithm of the number
+    of classes. The mean over the visits tells more than the final loss: what is wrong is learnt late, and by the end it
+    may have been learnt by heart (Pleiss et al. 2020, arXiv 2001.10528). None is where examples have no single label.
+
+    >>> columns = {"label": [0.0, 1.0], "probability": [0.9, 0.9], "mean_loss": [2.3, 0.1]}
+    >>> suspects({name: torch.tensor(column) for name, column in columns.items()})
+    tensor([ True, False])
+    """
+    decided = columns["probability"].isfinite()
+    classes = len(columns["label"][decided].unique())
+    return decided & (columns["mean_loss"] > math.log(max(classes, 2)))

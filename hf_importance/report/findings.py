@@ -1,0 +1,130 @@
+"""The figures of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_importance.record import suspects
+
+_MOST_VISITS = 0.9
+"""The share of the visits of which we say how many examples got it."""
+
+
+@dataclass
+class Findings:
+    """What a training found out about its examples.
+
+    Args:
+        columns: `[examples]` each: `importance`, `pruned`, and those of `record.COLUMNS`.
+        distributions: visits per example, and percentiles of the importances then; see [`record.distribution`].
+        history: what was logged, as in `TrainerState.log_history`.
+        label_names: of the classes; empty if they have none.
+        settings: of the sampler.
+    """
+
+    columns: dict[str, Tensor]
+    distributions: Sequence[tuple[float, Tensor]] = ()
+    history: Sequence[Mapping[str, Any]] = ()
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.columns = {**self.columns, "suspect": suspects(self.columns)}
+
+    def __len__(self) -> int:
+        return len(self.columns["importance"])
+
+    @property
+    def visits(self) -> int:
+        """Of all examples together."""
+        return int(self.columns["visits"].sum())
+
+    @property
+    def busy(self) -> float:
+        """Smallest share of the examples that got 90 % of the visits; 0.9 if all got the same, 0 without visits."""
+        visits = self.columns["visits"].sort(descending=True).values.cumsum(0, dtype=torch.float64)
+        return int((visits < _MOST_VISITS * visits[-1]).sum() + (visits[-1] > 0)) / len(self)
+
+    @property
+    def seen(self) -> float:
+        """Share of the examples whose importance is known."""
+        return self.columns["importance"].isfinite().double().mean().item()
+
+    @property
+    def pruned(self) -> float:
+        """Share of the examples that are no longer drawn."""
+        return self.columns["pruned"].double().mean().item()
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model puts each example into one of several classes."""
+        return bool(self.columns["probability"].isfinite().any())
+
+    def logged(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps, and what was logged then as `importance/name`."""
+        found = [(log["step"], log[f"importance/{name}"]) for log in self.history if f"importance/{name}" in log]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def mean_logged(self, name: str) -> float | None:
+        """Mean of what was logged; None if nothing was."""
+        _, values = self.logged(name)
+        return sum(values) / len(values) if values else None
+
+    def hardest(self, number: int) -> list[int]:
+        """Indices of the examples with the largest importance."""
+        return _first(self.columns["importance"], number)
+
+    def most_suspect(self, number: int) -> list[int]:
+        """Indices of the examples whose labels are most probably wrong: by their mean loss."""
+        return _first(self.columns["mean_loss"].where(self.columns["suspect"], torch.nan), number)
+
+    def name_of(self, number: float) -> str:
+        """Of a class; or a number, if there are no classes."""
+        if number != number:
+            return "–"
+        if self.decides:
+            return str(self.label_names.get(int(number), int(number)))
+        return f"{number:.4g}"
+
+    def figures(self) -> dict[str, str]:
+        """The most important ones, in words."""
+        variance_ratio, sample_size = self.mean_logged("variance_ratio"), self.mean_logged("effective_sample_size")
+        figures = {
+            "examples": f"{len(self):,}",
+            "visits": f"{self.visits:,}",
+            "visits per example": f"{self.visits / len(self):.2f}",
+            "90 % of the visits went to": f"{self.busy:.1%} of the examples",
+            "examples seen": f"{self.seen:.1%}",
+            "examples pruned": f"{self.pruned:.1%}",
+        }
+        if sample_size is not None:
+            figures["effective sample size"] = f"{sample_size:.3f} of the visits"
+        if variance_ratio is not None:
+            figures["second moment of the gradient"] = f"{variance_ratio:.3f} of that of uniform sampling"
+        if self.decides:
+            number = int(self.columns["suspect"].sum())
+            figures["suspected label errors"] = f"{number:,} ({number / len(self):.1%})"
+        return figures
+
+    def summary(self) -> str:
+        """One line."""
+        ratio = self.mean_logged("variance_ratio")
+        parts = [
+            f"{self.visits:,} visits of {len(self):,} examples",
+            f"90 % of them to {self.busy:.0%} of the examples",
+            *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} of that of uniform sampling"]),
+            f"{self.pruned:.0%} pruned",
+        ]
+        return "Importance sampling: " + ", ".join(parts) + "."
+
+
+def _first(values: Tensor, number: int) -> list[int]:
+    """Where the largest values are, the largest first; without NaN."""
+    known = values.isfinite().nonzero().flatten()
+    order = values[known].sort(descending=True, stable=True).indices
+    return known[order[:number]].tolist()

@@ -1,0 +1,204 @@
+"""The hooks into `Trainer` for what people look at: logs, report, model card, Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_importance import functional
+from hf_importance.report.findings import Findings
+from hf_importance.report.hub import FOLDER, extend_card, pushing
+
+logger = logging.get_logger(__name__)
+
+_REPORT_NEEDS = "jinja2, matplotlib, pillow and pyarrow: pip install 'hf_importance[report]'"
+
+
+class ReportMixin:
+    """The part of [`ImportanceTrainerMixin`] that shows what was learnt. It reads the memory and changes nothing."""
+
+    # ---- logs --------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; beside a training loss it puts what was measured since the last one."""
+        if "loss" in logs:
+            logs.update(self._measurements())
+        super().log(logs, *args, **kwargs)
+
+    def _measurements(self) -> dict[str, float]:
+        if not self._window:
+            return {}
+        draws, importance = zip(*self._window, strict=True)
+        weight = torch.tensor([w for draw in draws for w in draw.weight], dtype=torch.float64)
+        memory = self._sampler.memory
+        logs = {
+            "importance/seen": memory.seen,
+            "importance/pruned": memory.pruned.double().mean().item(),
+            "importance/uniform_fraction": memory.floor,
+            "importance/effective_sample_size": (functional.effective_sample_size(weight) / len(weight)).item(),
+            "importance/weight_max": weight.max().item(),
+        }
+        importance = torch.cat(importance)
+        known = importance.isfinite()
+        if self.importance.weight_exponent > 0 and known.any():  # without weights the rates are not known here
+            inverse_rate = torch.cat([self._sampler.inverse_rate(draw) for draw in draws])[known]
+            importance = importance[known]
+            logs["importance/mean"] = (inverse_rate.dot(importance) / inverse_rate.sum()).item()
+            logs["importance/variance_ratio"] = functional.variance_ratio(importance, inverse_rate).item()
+        self._window.clear()
+        return logs
+
+    def _summarise(self) -> None:
+        """Say in one line what was won: of the first process's part of the data, so that nothing is sent."""
+        if self.is_world_process_zero() and self._sampler is not None and self._sampler.memory.record is not None:
+            print(self._findings_of(lambda values: values).summary())
+
+    # ---- report ------------------------------------------------------------------------------------------------------
+
+    def importance_report(
+        self, output_dir: str | Path | None = None, examples: Any = None, number: int = 24
+    ) -> Path | None:
+        """Write what was learnt about the data: a page, a table of all examples, plots.
+
+        `report.html` shows it all, with no network. `examples.parquet` has a row per training example: `index`,
+        `label`, `prediction` and its `probability` (as seen at the last visit, in training mode), `loss` (then),
+        `mean_loss` (over all visits), `suspect`, `importance`, `visits`, `pruned`; null where unknown.
+
+        With several processes a collective; the first one writes.
+
+        Args:
+            output_dir: by default `_importance_report` in `args.output_dir`, which pushing to the Hub leaves out.
+            examples: what to show of each training example, in their order, if not `train_dataset` itself: anything
+                with a length and positions whose items have an image, texts, `pixel_values` or `input_ids`.
+            number: of examples to show in each list, at least 1.
+
+        Returns:
+            The path of the page; None in other processes than the first.
+
+        Raises:
+            ValueError: before training, with `record=False`, for an argument that does not fit, or for a folder whose
+                examples a push to the Hub would upload, unless `report_examples_to_hub` allows it.
+            ImportError: where what draws the report is not installed.
+        """
+        folder = Path(self.args.output_dir) / f"_{FOLDER}" if output_dir is None else Path(output_dir)
+        examples = self.train_dataset if examples is None else examples
+        self._refuse_report(folder, examples, number)
+        self._examples_to_show = examples
+        findings = self._findings()
+        if not self.is_world_process_zero():
+            return None
+        return self._write_report(folder, findings, examples, number)
+
+    def _write_report(self, folder: Path, findings: Findings, examples: Any, number: int) -> Path:
+        try:
+            from hf_importance.report.page import write_report
+        except ImportError as error:
+            raise ImportError(f"importance_report needs {_REPORT_NEEDS} ({error})") from error
+        title = f"Importance report: {Path(self.args.output_dir).resolve().name}"
+        return write_report(folder, findings, examples, self.processing_class, number, title)
+
+    def _refuse_report(self, folder: Path, examples: Any, number: int) -> None:
+        if self._sampler is None:
+            raise ValueError("importance_report must come after train(): nothing was learnt yet.")
+        if self._sampler.memory.record is None:
+            raise ValueError("importance_report needs ImportanceConfig(record=True): nothing was taken down.")
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"number must be an int of at least 1, but is {number!r}.")
+        if not hasattr(examples, "__len__") or len(examples) != self._sampler.shard.length:
+            found = len(examples) if hasattr(examples, "__len__") else type(examples).__name__
+            raise ValueError(f"examples must be the {self._sampler.shard.length} of train_dataset, but are {found}.")
+        model, folder = Path(self.args.output_dir).resolve(), folder.resolve()
+        inside = folder == model or model in folder.parents
+        left_out = inside and folder != model and folder.relative_to(model).parts[0].startswith(("_", "checkpoint-"))
+        if inside and not left_out and not self.importance.report_examples_to_hub:
+            raise ValueError(
+                f"output_dir must not be {folder}: pushing to the Hub would upload it, with training examples in it. "
+                f"Leave it out (then it is {model / f'_{FOLDER}'}), name a folder outside of {model}, or allow it by "
+                "ImportanceConfig(report_examples_to_hub=True)."
+            )
+
+    def _findings(self) -> Findings:
+        """Of all processes: a collective."""
+        return self._findings_of(self._gathered)
+
+    def _findings_of(self, gathered: Callable[[Tensor], Tensor]) -> Findings:
+        memory = self._sampler.memory
+        columns = {**memory.record.columns(), "importance": memory.importance, "pruned": memory.pruned.float()}
+        columns = {name: gathered(column) for name, column in columns.items()}
+        config = getattr(self.model, "config", None)
+        return Findings(
+            columns={**columns, "pruned": columns["pruned"] > 0},
+            distributions=memory.record.distributions,
+            history=self.state.log_history,
+            label_names=getattr(config, "id2label", None) or {},
+            settings=asdict(self.importance),
+        )
+
+    # ---- model card and Hub ------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with `importance_config.json` beside the model."""
+        if self.args.should_save:
+            self.importance.save_pretrained(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.create_model_card`, with tags and a section of ours, its plots, and the importances as a table.
+
+        With several processes a collective. Training examples are among the files only if `report_examples_to_hub`.
+        """
+        trained = self._sampler is not None and self._sampler.memory.record is not None
+        findings = self._findings_to_push or (self._findings() if trained else None)
+        super().create_model_card(*args, **kwargs)
+        if findings is not None and self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            extend_card(folder / "README.md", findings, self._write_for_hub(folder / FOLDER, findings))
+
+    def _write_for_hub(self, folder: Path, findings: Findings) -> dict[str, str]:
+        """Returns the names of the plots, and what they show."""
+        try:
+            from hf_importance.report.page import write_importances, write_plots
+        except ImportError as error:
+            logger.warning(f"The model card is without plots: they need {_REPORT_NEEDS} ({error})")
+            return {}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_importances(findings, folder / "importances.csv")
+        if self.importance.report_examples_to_hub:
+            examples = self.train_dataset if self._examples_to_show is None else self._examples_to_show
+            self._write_report(folder, findings, examples, number=24)
+        return write_plots(findings, folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`: model, card with plots, `importance_config.json`; no training examples.
+
+        Raises:
+            PushError: if it fails. Everything is still in `args.output_dir`, and the message says how to try again.
+        """
+        if self._sampler is not None and self._sampler.memory.record is not None:
+            self._findings_to_push = self._findings()  # by all processes; the card is made by one
+        try:
+            with pushing(self._repository(), self.args.output_dir):
+                return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._findings_to_push = None
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.init_hf_repo`, which `--push_to_hub` has called before anything is trained."""
+        with pushing(self._repository(), None if self._sampler is None else self.args.output_dir):
+            super().init_hf_repo(*args, **kwargs)
+
+    def _finish_current_push(self) -> None:
+        """As in `Trainer`, which says nothing if a push during training failed."""
+        super()._finish_current_push()
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", ()):
+            if not job.cancelled() and job.exception() is not None:
+                logger.warning(f"A push to the Hub during training failed, training went on: {job.exception()}")
+
+    def _repository(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name

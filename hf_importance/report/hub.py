@@ -1,0 +1,103 @@
+"""What goes to the Hub: the part of the model card, the files beside it, and what to do when it fails."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError  # of whichever client it uses
+
+from hf_importance.report.findings import Findings
+
+TAGS = ["importance-sampling", "hf_importance"]
+FOLDER = "importance_report"
+"""Beside the model, without examples. With them it gets an underscore, which keeps `Trainer` from uploading it."""
+_CITATION = """
+```bibtex
+@article{salaun2023online,
+  title   = {Online Importance Sampling for Stochastic Gradient Optimization},
+  author  = {Sala{\\"u}n, Corentin and Huang, Xingchang and Georgiev, Iliyan and Mitra, Niloy J. and Singh, Gurprit},
+  journal = {arXiv preprint arXiv:2311.14468},
+  year    = {2023}
+}
+```
+"""
+
+
+class PushError(RuntimeError):
+    """Uploading failed. Everything is still on disk; the message says where, and how to try again."""
+
+
+@contextmanager
+def pushing(repository: str, folder: str | None) -> Iterator[None]:
+    """Turn what may go wrong with the Hub into a [`PushError`].
+
+    Args:
+        repository: where to.
+        folder: where the model is; None if nothing was trained yet.
+    """
+    try:
+        yield
+    except PushError:
+        raise
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # of huggingface_hub, its client and its uploader
+        failed = f"{type(error).__name__}: {_told(error)}"
+        check = "Check the token (hf auth login), the network and the quota"
+        if folder is None:
+            raise PushError(
+                f"The repository {repository} cannot be made or written to ({failed}). Nothing was trained yet. "
+                f"{check}, or leave push_to_hub out."
+            ) from error
+        words = ["hf", "upload", repository, folder, ".", "--exclude", "_*", "--exclude", "checkpoint-*"]
+        raise PushError(
+            f"Pushing to {repository} failed ({failed}). Nothing was lost: the model is in {folder}. {check}, then try "
+            f"again with trainer.push_to_hub(), or with: {shlex.join(words)}"
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) or "no message"
+
+
+def extend_card(path: Path, findings: Findings, plots: Mapping[str, str]) -> None:
+    """Add the tags and our section to a model card that is there.
+
+    Args:
+        path: of the card.
+        findings: what to say.
+        plots: names of files in `FOLDER` beside the card, and what they show.
+    """
+    card = ModelCard.load(path)
+    card.data.tags = [*(card.data.tags or []), *(tag for tag in TAGS if tag not in (card.data.tags or []))]
+    card.text = f"{card.text.rstrip()}\n\n{section(findings, plots)}"
+    card.save(path)
+
+
+def section(findings: Findings, plots: Mapping[str, str]) -> str:
+    """Markdown: method, what was measured, configuration, plots, citation."""
+    measured = "\n".join(f"| {name} | {value} |" for name, value in findings.figures().items())
+    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in findings.settings.items())
+    pictures = "\n\n".join(f"![{text}]({FOLDER}/{name})" for name, text in plots.items())
+    return f"""## Importance sampling
+
+This model was trained with online importance sampling (`hf_importance`). In every step the importance of the examples
+at hand was measured; the next examples were drawn in proportion to it, with weights that keep the gradient unbiased.
+
+| measured | |
+|---|---|
+{measured}
+
+{pictures}
+
+The settings are in `importance_config.json`:
+
+| setting | value |
+|---|---|
+{settings}
+
+Method:
+{_CITATION}"""

@@ -1,0 +1,163 @@
+"""The figures of a report as pictures, for a light and for a dark page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
+
+from hf_importance.record import distribution
+from hf_importance.report.findings import Findings
+
+THEMES = {
+    "light": {"page": "#ffffff", "ink": "#1f2933", "grid": "#d5dae0", "cool": "#2f6f9f"},
+    "dark": {"page": "#161b22", "ink": "#e6e9ed", "grid": "#3a424d", "cool": "#6cb6e8"},
+}
+WARM = "#e0555f"  # on both
+_MOST_CURVES = 6
+_MOST_POINTS = 20_000
+_GOLDEN = 0.618034  # multiples of it, modulo 1, are evenly spread
+_SMALLEST = 1e-6
+"""Importances below it are drawn there: the axis is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture, and what it says in words.
+
+    Args:
+        name: of its file, without the ending.
+        title: of the picture.
+        text: what is to be seen, for those who do not see it.
+        draw: onto axes, in the colours of a theme.
+    """
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[Axes, dict[str, str]], None]
+
+    def png(self, theme: str) -> bytes:
+        """The picture, for a `light` or a `dark` page."""
+        colours = THEMES[theme]
+        inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+        style = {**dict.fromkeys(inked, colours["ink"]), "grid.color": colours["grid"], "font.size": 10}
+        style |= {"axes.facecolor": colours["page"], "axes.spines.top": False, "axes.spines.right": False}
+        with mpl.rc_context(style):
+            figure = Figure(figsize=(5.0, 3.4), layout="constrained", facecolor=colours["page"])
+            axes = figure.add_subplot()
+            axes.grid(linewidth=0.6)
+            axes.set_axisbelow(True)
+            self.draw(axes, colours)
+            buffer = BytesIO()
+            figure.savefig(buffer, format="png", dpi=150)
+        return buffer.getvalue()
+
+
+def plots(findings: Findings) -> list[Plot]:
+    """Those for which there are figures."""
+    drawn = [_distributions(findings), _gains(findings), _coverage(findings), _visits(findings)]
+    return [plot for plot in drawn if plot is not None]
+
+
+def _distributions(findings: Findings) -> Plot | None:
+    visits = findings.visits / len(findings)
+    moments = [*findings.distributions, (visits, distribution(findings.columns["importance"]))]
+    moments = [(visits, percentiles) for visits, percentiles in moments if percentiles.isfinite().all()]
+    if not moments:
+        return None
+    chosen = sorted({round(i * (len(moments) - 1) / (_MOST_CURVES - 1)) for i in range(_MOST_CURVES)})
+    moments = [moments[i] for i in chosen]
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        shades = mpl.colormaps["viridis"](torch.linspace(0.25, 0.85, len(moments)).numpy())  # seen on both pages
+        for shade, (visits, percentiles) in zip(shades, moments, strict=True):
+            share = torch.linspace(0, 1, len(percentiles))
+            axes.plot(percentiles.clamp(min=_SMALLEST), share, color=shade, linewidth=1.8, label=f"{visits:.1f}")
+        axes.set(xscale="log", xlabel="importance", ylabel="examples with less")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _label_logarithmic(axes.xaxis, (1, 3))
+        axes.legend(title="visits per example", frameon=False)
+
+    medians = [percentiles[len(percentiles) // 2].item() for _, percentiles in moments]
+    text = (
+        f"Share of the examples below an importance, at {len(moments)} moments. The median was {medians[0]:.3g} after "
+        f"{moments[0][0]:.1f} visits per example and {medians[-1]:.3g} after {moments[-1][0]:.1f}."
+    )
+    return Plot("importances", "Importances", text, draw)
+
+
+def _gains(findings: Findings) -> Plot | None:
+    names = {"effective_sample_size": "effective sample size", "variance_ratio": "variance ratio"}
+    text = "Effective sample size and variance ratio over the steps."
+    return _curves(findings, "gain", "Gain", names, "share of uniform sampling", text)
+
+
+def _coverage(findings: Findings) -> Plot | None:
+    names = {"seen": "seen", "pruned": "pruned"}
+    text = "Share of the examples that were seen, and that were pruned, over the steps."
+    return _curves(findings, "coverage", "Seen and pruned", names, "share of the examples", text)
+
+
+def _curves(findings: Findings, name: str, title: str, names: dict[str, str], label: str, text: str) -> Plot | None:
+    curves = {word: findings.logged(key) for key, word in names.items()}
+    curves = {word: points for word, points in curves.items() if points[0]}
+    if not curves:
+        return None
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        for (word, points), colour in zip(curves.items(), (colours["cool"], WARM), strict=False):
+            axes.plot(*points, color=colour, linewidth=1.8, marker=".", label=word)
+        axes.set(xlabel="step", ylabel=label)
+        axes.set_ylim(0, max(1.05, *(1.05 * max(values) for _, values in curves.values())))
+        axes.legend(frameon=False)
+
+    ends = ", ".join(f"{word} {values[0]:.2f} → {values[-1]:.2f}" for word, (_, values) in curves.items())
+    return Plot(name, title, f"{text} First and last: {ends}.", draw)
+
+
+def _visits(findings: Findings) -> Plot | None:
+    columns = findings.columns
+    known = (columns["importance"].isfinite() & (columns["visits"] > 0)).nonzero().flatten()
+    if not len(known):
+        return None
+    shown = known[:: -(-len(known) // _MOST_POINTS)]
+    importance, visits = columns["importance"][shown].clamp(min=_SMALLEST), columns["visits"][shown]
+    spread = (
+        visits + (torch.arange(len(shown)) * _GOLDEN % 1 - 0.5) * 0.6
+    )  # else points of equal visits hide each other
+    suspect = columns["suspect"][shown]
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        for points, colour, label in (
+            (~suspect, colours["cool"], "not suspect"),
+            (suspect, WARM, "suspected label error"),
+        ):
+            if points.any():
+                scatter = {"s": 7, "alpha": 0.5, "linewidths": 0, "label": label}
+                axes.scatter(importance[points], spread[points], color=colour, **scatter)
+        axes.set(xscale="log", yscale="log", xlabel="importance", ylabel="visits")
+        _label_logarithmic(axes.xaxis, (1, 3))
+        _label_logarithmic(axes.yaxis, (1, 2, 5))
+        axes.legend(frameon=False, markerscale=3)
+
+    text = (
+        f"Visits against importance, a point per example: from {visits.min().item()} to {visits.max().item()} visits, "
+        f"more where the importance is larger; {int(suspect.sum()):,} of {len(shown):,} points are suspected label "
+        "errors."
+    )
+    return Plot("visits", "Visits", text, draw)
+
+
+def _label_logarithmic(axis: Axis, multiples: tuple[int, ...]) -> None:
+    """Of each power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=multiples, numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
