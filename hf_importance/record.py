@@ -22,15 +22,17 @@ _MOST_WAITING = 64
 class VisitRecord:
     """Per example: how often it was visited, with what mean loss, and what was seen the last time. 24 bytes each.
 
+    The mean leaves out the first visit, at which the model may know nothing yet, unless it is the only one.
+
     Args:
         length: number of examples.
 
     >>> record = VisitRecord(3)
-    >>> for loss in (2.0, 1.0):
+    >>> for loss in (9.0, 2.0, 1.0):
     ...     record.update(torch.tensor([1]), torch.tensor([[0.0], [loss], [4.0], [0.7]]))
     >>> columns = record.columns()
     >>> columns["visits"], columns["loss"], columns["mean_loss"]
-    (tensor([0, 2, 0], dtype=torch.int32), tensor([nan, 1., nan]), tensor([   nan, 1.5000,    nan]))
+    (tensor([0, 3, 0], dtype=torch.int32), tensor([nan, 1., nan]), tensor([   nan, 1.5000,    nan]))
     """
 
     def __init__(self, length: int) -> None:
@@ -58,8 +60,11 @@ class VisitRecord:
         index, seen = (torch.cat(parts, -1) for parts in zip(*self._waiting, strict=True))
         self._waiting.clear()
         index, visit, count = index.unique(return_inverse=True, return_counts=True)
-        last = torch.zeros_like(index).scatter_reduce_(0, visit, torch.arange(len(visit)), "amax")
+        place = torch.arange(len(visit))
+        first = torch.full_like(index, len(visit)).scatter_reduce_(0, visit, place, "amin")
+        last = torch.zeros_like(index).scatter_reduce_(0, visit, place, "amax")
         loss = seen[SEEN.index("loss")].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        loss[first[self._visits[index] == 0]] = 0.0
         self._total_loss[index] += torch.zeros(len(index)).index_add_(0, visit, loss)
         self._visits[index] += count.int()
         self._seen[:, index] = seen[:, last]
@@ -67,7 +72,7 @@ class VisitRecord:
     def columns(self) -> dict[str, Tensor]:
         """`[examples]` each: what is named in `COLUMNS`; `visits` int32, the others float32, NaN if never visited."""
         self._write_down()
-        mean_loss = self._total_loss / self._visits  # 0 / 0 is NaN
+        mean_loss = torch.where(self._visits > 1, self._total_loss / (self._visits - 1), self._seen[SEEN.index("loss")])
         return dict(zip(SEEN, self._seen.clone(), strict=True)) | {
             "visits": self._visits.clone(),
             "mean_loss": mean_loss,
@@ -120,7 +125,7 @@ def part(state: Mapping[str, Any], index: Tensor | slice) -> dict[str, Any]:
 def suspects(columns: Mapping[str, Tensor]) -> Tensor:
     """Whether the label is probably wrong: bool `[examples]`.
 
-    It is suspect if over all visits it got less probability than chance: a mean loss above the logarithm of the number
+    It is suspect if over its visits it got less probability than chance: a mean loss above the logarithm of the number
     of classes. The mean over the visits tells more than the final loss: what is wrong is learnt late, and by the end it
     may have been learnt by heart (Pleiss et al. 2020, arXiv 2001.10528). None is where examples have no single label.
 

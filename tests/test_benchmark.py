@@ -1,65 +1,269 @@
-"""The benchmark: a grid of a few seconds, its file of results, and what is made of it."""
+"""The benchmarks: their arithmetic by hand, the rivals against their descriptions, grids of a few seconds."""
 
 import json
+import math
+from concurrent.futures import Future
 
 import benchmark
 import pytest
 import torch
+from benchmarks import accuracy, label_errors, results, tasks
+from benchmarks.methods import LOW, METHODS, InfoBatch, Presampling, Rival, RivalTrainer, SeTa
+from scipy.optimize import minimize
 
 
-def small(_):
-    torch.manual_seed(0)
-    columns = {"pixel_values": torch.randn(64, 784), "labels": torch.arange(64) % 10}
-    return benchmark.Task(columns, columns, benchmark.Perceptron, epochs=4, batch=16, learning_rate=1e-3)
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Instead of the tasks one of a second: four clusters; and one with numbers to predict."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(96) % 4
+    columns = {
+        "values": torch.randn(4, 8, generator=g)[labels] + 0.3 * torch.randn(96, 8, generator=g),
+        "labels": labels,
+    }
+    numbers = {**columns, "labels": columns["values"].sum(1)}
+    found = {
+        "digits": tasks.Task(columns, columns, lambda: tasks.Perceptron(8, 16, 4), 4, 16, 1e-2),
+        "image": tasks.Task(numbers, numbers, lambda: tasks.Perceptron(8, 16, 1), 4, 16, 1e-2),
+    }
+    for module in (accuracy, label_errors):
+        monkeypatch.setattr(module, "task_of", found.__getitem__)
+    return found
 
 
-def test_a_run_has_the_steps_of_its_budget():
-    for budget, steps in ((1.0, 16), (0.5, 8), (0.3, 8)):
-        for method in ("uniform", "importance, pruning 10 %"):
-            found = benchmark.run(small(None), benchmark.METHODS[method], budget, seed=1)
-            assert found["steps"] == steps
-            assert 0 <= found["accuracy"] <= 1
-            assert found["cross_entropy"] > 0
-            assert ("pruned" in found) == (method != "uniform")
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["digits", "image"])
+def test_a_run_has_the_steps_of_its_budget(method, task):
+    cost = METHODS[method].cost
+    for budget in (1.0, 0.5):
+        found = accuracy.run(task, method, budget, seed=1)
+        assert found["steps"] == 24 * budget / cost
+        assert found["score"] == (found["accuracy"] if task == "digits" else -found["error"])
+        assert ("pruned" in found) == (METHODS[method].settings is not None)
 
 
 def test_runs_are_repeatable():
-    first, second = (benchmark.run(small(None), {}, 1.0, seed=3) for _ in range(2))
-    assert first["cross_entropy"] == second["cross_entropy"]
-    assert first["cross_entropy"] != benchmark.run(small(None), {}, 1.0, seed=4)["cross_entropy"], "control"
+    for method in METHODS:
+        first, second, other = (accuracy.run("digits", method, 1.0, seed)["cross_entropy"] for seed in (3, 3, 4))
+        assert first == second
+        assert first != other, "control"
 
 
-@pytest.fixture
-def results(tmp_path):
+def test_all_methods_learn():
+    for method in METHODS:
+        assert accuracy.run("digits", method, 1.0, seed=1)["accuracy"] > 0.6, "chance is 0.25"
+
+
+# ---- rivals ----------------------------------------------------------------------------------------------------------
+
+
+def epochs(rival, number):
+    return [rival.choose() for _ in range(number)]
+
+
+def test_rival_is_uniform_reshuffling(small, tmp_path):
+    index, weight = Rival(10, 4, 5).choose()
+    assert sorted(index.tolist()) == list(range(10))
+    assert set(weight.tolist()) == {1.0}
+
+
+def test_infobatch_leaves_out_half_of_the_easy_and_weighs_the_rest():
+    torch.manual_seed(0)
+    rival = InfoBatch(100, 10, 80)
+    assert len(rival.choose()[0]) == 100, "nothing is known"
+    rival.observe(torch.arange(100), torch.cat([torch.zeros(60), torch.ones(40)]))
+    total, visits = torch.zeros(100), 400
+    for index, weight in epochs(rival, visits):
+        assert len(index.unique()) == len(index)
+        assert set(weight[index < 60].tolist()) == {2.0}
+        assert set(weight[index >= 60].tolist()) == {1.0}
+        assert (index >= 60).sum() == 40
+        total.index_add_(0, index, weight)
+    torch.testing.assert_close(total / visits, torch.ones(100), atol=0.2, rtol=0)  # 4 σ of a fair coin
+    rival.step = 70
+    assert len(rival.choose()[0]) == 100, "the last eighth has all"
+
+
+def test_seta_slides_from_easy_to_hard():
+    rival = SeTa(1000, 10, 800)
+    assert len(rival.choose()[0]) == 1000
+    rival.observe(torch.arange(1000), torch.arange(1000) // 100 + 0.0)
+    rival.step = 1
+    lowest = []
+    for index, weight in epochs(rival, 7):
+        assert 400 < len(index) < 500
+        assert set(weight.tolist()) == {1.0}
+        groups = (index // 100).unique().tolist()
+        assert groups == list(range(groups[0], groups[0] + 5))
+        lowest.append(groups[0])
+    assert lowest == [0, 1, 2, 3, 4, 5, 0]
+
+
+def test_low_solves_its_problem():
+    g = torch.Generator().manual_seed(1)
+    importance = torch.rand(8, generator=g) * 1.4
+    weight = LOW(8, 8, 1).reweigh(torch.ones(8), importance).double()
+    gain = importance.double() ** 2
+
+    def lost(w):
+        w = torch.from_numpy(w)
+        return (0.1 * (w - 1).square().sum() - (w * gain).sum()).item()
+
+    bounds, total = [(0, None)] * 8, {"type": "eq", "fun": lambda w: w.sum() - 8}
+    best = minimize(lost, [1.0] * 8, bounds=bounds, constraints=[total], method="SLSQP", options={"ftol": 1e-12})
+    torch.testing.assert_close(weight, torch.from_numpy(best.x), atol=1e-3, rtol=0)
+    assert (weight == 0).any(), "control: the bound is reached"
+    assert lost(weight.numpy()) < lost(torch.ones(8).double().numpy())
+
+
+def test_presampling_is_unbiased():
+    torch.manual_seed(0)
+    rival = Presampling(12, 4, 100)
+    importance = torch.tensor([0.1, 0.2, 0.3, 0.5, 1.0, 2.0])
+    total, draws = torch.zeros(6), 4000
+    for _ in range(draws):
+        chosen, weight = rival.select(importance, importance)
+        assert len(chosen) == 4
+        total.index_add_(0, chosen, weight / 4)
+    torch.testing.assert_close(total / draws * 6, torch.ones(6), atol=0.25, rtol=0)
+
+
+def test_weights_reach_the_loss(small, tmp_path):
+    """A rival that weighs all examples with nothing trains nothing; one that weighs them with 1 trains."""
+
+    class Weighing(Rival):
+        value = 0.0
+
+        def reweigh(self, weight, importance):
+            return weight * self.value
+
+    for value, same in ((0.0, True), (1.0, False)):
+        torch.manual_seed(0)
+        task, rival = small["digits"], Weighing(96, 16, 6)
+        rival.value = value
+        model = task.model()
+        before = [p.clone() for p in model.parameters()]
+        arguments = task.arguments(str(tmp_path), 6, 1)
+        arguments.weight_decay = 0.0
+        rows = tasks.Rows(task.train)
+        RivalTrainer(model, arguments, rival=rival, train_dataset=rows, data_collator=tasks.collate).train()
+        assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)) == same
+        assert rival.step == 6
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def found_runs(gain=0.1):
     """Two methods, budgets and seeds, with figures that are easy to see through."""
-    found = benchmark._load(tmp_path / "accuracy.json")
-    for method, gain in (("uniform", 0.0), ("importance", 0.1)):
+    runs = []
+    for method, more in (("uniform", 0.0), ("ours", gain)):
         for budget in (0.5, 1.0):
             for seed in (1, 2):
-                run = {"task": "digits", "method": method, "budget": budget, "seed": seed}
-                run |= {"accuracy": budget / 2 + gain + seed / 100, "cross_entropy": 1 - budget / 2}
-                found["runs"].append(run)
-    benchmark._save(tmp_path / "accuracy.json", found)
-    return tmp_path / "accuracy.json"
+                value = budget / 2 + more + seed / 100
+                run = {"task": "digits", "method": method, "budget": budget, "seed": seed, "steps": 1, "seconds": 1.0}
+                runs.append(run | {"accuracy": value, "cross_entropy": 1 - budget / 2, "score": value})
+    return runs
 
 
-def test_table_and_plot(results, capsys):
-    benchmark.main(["plot", "--output", str(results)])
+def test_budget_to_reach():
+    curve = {0.5: 0.2, 1.0: 0.4, 1.5: 0.4}
+    assert accuracy.budget_to_reach(curve, 0.3) == pytest.approx(0.75)
+    assert accuracy.budget_to_reach(curve, 0.1) == 0.5, "as low as the grid tells"
+    assert accuracy.budget_to_reach(curve, 0.41) == math.inf
+
+
+def test_compute_to_match():
+    """Uniform has 0.5 + seed at 1; ours has 0.35 + seed at 0.5 and 0.6 + seed at 1."""
+    assert accuracy.compute_to_match(found_runs(), "digits", "uniform") == pytest.approx((1.0, 1.0, 1.0))
+    assert accuracy.compute_to_match(found_runs(), "digits", "ours") == pytest.approx((0.8, 0.8, 0.8))
+    assert accuracy.compute_to_match(found_runs(-0.1), "digits", "ours")[0] == math.inf
+    assert accuracy.compute_to_match(found_runs(), "digits", "LOW") is None
+    noisy = found_runs()
+    for run in noisy:
+        run["score"] += (run["seed"] - 1.5) * 0.1 * (run["method"] == "ours")
+    value, low, high = accuracy.compute_to_match(noisy, "digits", "ours")
+    assert low < value < high, "seeds that differ make an interval"
+
+
+def test_tables(tmp_path, capsys):
+    path = tmp_path / "accuracy.json"
+    results.save(path, results.load(path) | {"runs": found_runs()}, accuracy.KEYS)
+    benchmark.main(["accuracy", "--show", "--output", str(path)])
     printed = capsys.readouterr().out
-    assert "| digits | uniform | 0.2650 ± 0.0050 (0.750) | 0.5150 ± 0.0050 (0.500) |" in printed
-    assert "| digits | importance | 0.3650 ± 0.0050 (0.750) | 0.6150 ± 0.0050 (0.500) |" in printed
-    assert results.with_suffix(".png").stat().st_size > 1000
+    assert "| digits | uniform | 26.50 ± 0.50 (0.750) | 51.50 ± 0.50 (0.500) |" in printed
+    assert "| digits | ours | 36.50 ± 0.50 (0.750) | 61.50 ± 0.50 (0.500) |" in printed
+    assert "| ours | 0.80 (0.80–0.80) |" in printed
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert "| uniform | 2.0 | 2.0 |\n| ours | 1.0 | 1.0 |" in printed
+    assert "| digits | ours | 36.50" in path.with_suffix(".md").read_text()
 
 
-def test_what_is_there_is_not_run_again(results, capsys):
-    arguments = ["--methods", "uniform", "--budgets", "0.5", "1.0", "--seeds", "2", "--tasks", "digits"]
-    before = results.read_text()
-    benchmark.main(["accuracy", *arguments, "--output", str(results)])
-    assert "4 of 4 runs are in" in capsys.readouterr().out
-    assert results.read_text() == before
-    assert json.loads(before)["format"] == benchmark.FORMAT
+# ---- grids -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_without_its_data_says_so():
-    with pytest.raises(SystemExit, match="needs --fashion_mnist PATH"):
-        benchmark.fashion_mnist_task(benchmark.argparse.Namespace(fashion_mnist=None))
+class SameProcess:
+    """Runs at once what a pool of processes would: those would not see the small tasks."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, run, *point):
+        job = Future()
+        job.set_result(run(*point))
+        return job
+
+
+def test_what_is_there_is_not_run_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
+    path = tmp_path / "accuracy.json"
+    grid = ["--tasks", "digits", "--methods", "uniform", "LOW", "--budgets", "0.5", "1.0", "--output", str(path)]
+    benchmark.main(["accuracy", *grid, "--seeds", "1"])
+    assert "0 of 4 runs are in" in capsys.readouterr().out
+    before = json.loads(path.read_text())
+    assert before["format"] == results.FORMAT
+    benchmark.main(["accuracy", *grid, "--seeds", "2"])
+    assert "4 of 8 runs are in" in capsys.readouterr().out
+    after = json.loads(path.read_text())["runs"]
+    assert len(after) == 8
+    assert all(run in after for run in before["runs"])
+    assert after == sorted(after, key=lambda run: [run[name] for name in accuracy.KEYS])
+
+
+def test_label_errors(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("cleanlab")
+    monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
+    path = tmp_path / "label_errors.json"
+    benchmark.main(["label_errors", "--tasks", "digits", "--shares", "0.1", "--seeds", "2", "--output", str(path)])
+    (first, _) = json.loads(path.read_text())["runs"]
+    assert first["wrong"] == 10
+    for ranking in label_errors.RANKINGS:
+        assert 0.9 < first[f"auroc_{ranking}"] <= 1
+    assert first["flagged_right_ours"] <= first["flagged_ours"]
+    printed = capsys.readouterr().out
+    assert "| digits | mean loss of the visits (ours) | " in printed
+    assert "| digits | cleanlab | " in printed
+
+
+def test_wrong_labels_are_wrong(small):
+    task = small["digits"]
+    train, wrong = tasks.with_wrong_labels(task, 0.25, seed=3)
+    assert wrong.sum() == 24
+    assert torch.equal(train["labels"] != task.train["labels"], wrong)
+    assert 0 <= train["labels"].min() <= train["labels"].max() < 4
+    assert not torch.equal(wrong, tasks.with_wrong_labels(task, 0.25, seed=4)[1])
+
+
+def test_a_task_without_its_data_says_so(monkeypatch):
+    monkeypatch.delenv("FASHION_MNIST", raising=False)
+    with pytest.raises(SystemExit, match="need FASHION_MNIST=PATH"):
+        tasks.fashion_mnist_task()

@@ -62,7 +62,14 @@ def test_settings_are_those_of_the_config():
             assert rows[field.name] == f"`{field.default}`"
 
 
-def test_results_are_those_of_the_file():
-    runs = benchmark._load(benchmark.RESULTS / "accuracy.json")["runs"]
-    assert len(runs) > 100
-    assert benchmark.table(runs) in README
+def test_tables_are_those_of_the_results(tmp_path):
+    marks = re.findall(r"^<!-- (\w+) -->$", README, flags=re.MULTILINE)
+    assert {"accuracy", "label_errors"} <= set(marks)
+    assert benchmark.with_tables(README) == README, "run: python scripts/benchmark.py readme"
+    for part in marks:
+        found = benchmark.results.load(benchmark.results.FOLDER / f"{part}.json")
+        assert len(found["runs"]) >= 4
+        key = "auroc_mean_loss" if part == "label_errors" else "accuracy"
+        changed = [run | ({key: 0.123} if key in run else {}) for run in found["runs"]]
+        benchmark.results.save(tmp_path / f"{part}.json", found | {"runs": changed}, ["task", "seed"])
+    assert benchmark.with_tables(README, tmp_path) != README, "control"

@@ -24,28 +24,29 @@ def recorded(visits, examples=31):
 
 
 def test_columns_are_those_of_one_visit_after_the_other():
-    visits = batches()
-    columns = recorded(visits).columns()
+    visits = [*batches(), (torch.tensor([30]), torch.full((4, 1), 0.7))]
+    columns = recorded(visits, examples=32).columns()
     last, losses = {}, {}
     for index, seen in visits:
         for i, values in zip(index.tolist(), seen.T.tolist(), strict=True):
             last[i] = values
             losses.setdefault(i, []).append(values[1])
     assert set(columns) == set(COLUMNS)
-    assert 30 not in last
-    assert columns["visits"].tolist() == [len(losses.get(i, [])) for i in range(31)]
+    assert 31 not in last
+    assert columns["visits"].tolist() == [len(losses.get(i, [])) for i in range(32)]
     for row, name in enumerate(SEEN):
-        expected = torch.tensor([last.get(i, [math.nan] * 4)[row] for i in range(31)])
+        expected = torch.tensor([last.get(i, [math.nan] * 4)[row] for i in range(32)])
         assert torch.equal(columns[name].nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
         first = torch.tensor([values[row] for values in visits[0][1].T.tolist()])
         assert not torch.isin(first, columns[name]).all(), "control: not what was seen first"
-    mean = torch.tensor([sum(losses[i]) / len(losses[i]) if i in losses else -1 for i in range(31)])
+    later = {i: found[1:] or found for i, found in losses.items()}
+    mean = torch.tensor([sum(later[i]) / len(later[i]) if i in later else -1 for i in range(32)])
     torch.testing.assert_close(columns["mean_loss"].nan_to_num(nan=-1), mean)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_mean_usable():
     found = VisitRecord(1)
-    for loss in (1.0, math.nan, math.inf):
+    for loss in (5.0, 1.0, math.nan, math.inf):
         found.update(torch.tensor([0]), torch.tensor([[0.0], [loss], [0.0], [0.5]]))
     assert found.columns()["loss"].isinf()
     assert found.columns()["mean_loss"].item() == pytest.approx(1 / 3)

@@ -68,7 +68,7 @@ class ReportMixin:
 
         `report.html` shows it all, with no network. `examples.parquet` has a row per training example: `index`,
         `label`, `prediction` and its `probability` (as seen at the last visit, in training mode), `loss` (then),
-        `mean_loss` (over all visits), `suspect`, `importance`, `visits`, `pruned`; null where unknown.
+        `mean_loss` (over the visits after the first), `suspect`, `importance`, `visits`, `pruned`; null where unknown.
 
         With several processes a collective; the first one writes.
 

@@ -1,0 +1,207 @@
+"""What comes of a budget: tasks × methods × budgets × seeds.
+
+Budget 1 is the full training of a task; with 0.5 there are half of the steps, in which the learning rate decays to zero
+as well. The learning rate was tuned for uniform sampling and is the same for all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from benchmarks.methods import METHODS
+from benchmarks.results import grouped, mean_and_error
+from benchmarks.tasks import Task, predict, task_of
+
+KEYS = ("task", "method", "budget", "seed")
+BUDGETS = (0.3, 0.5, 0.7, 1.0, 1.5)
+_RESAMPLES = 1000
+_COLOURS = {"uniform": "#6b7280", "ours": "#d1495b", "ours, pruning": "#8f1d38"}
+
+
+def run(task_name: str, method: str, budget: float, seed: int) -> dict[str, Any]:
+    """Train once; what came of it."""
+    task = task_of(task_name)
+    set_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = METHODS[method].trainer(task, budget, seed, folder)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    logs = [log for log in trainer.state.log_history if "importance/pruned" in log]
+    found = {"steps": trainer.state.global_step, "seconds": round(seconds, 2), **evaluate(trainer.model, task)}
+    if logs:
+        found["pruned"] = round(logs[-1]["importance/pruned"], 4)
+        found["floor"] = logs[-1]["importance/uniform_fraction"]
+        ratios = [log["importance/variance_ratio"] for log in logs[1:] if "importance/variance_ratio" in log]
+        if ratios:
+            found["variance_ratio"] = round(statistics.mean(ratios), 4)
+    return found
+
+
+def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
+    """Of the test data: accuracy and cross-entropy, or the mean squared error; `score` is what should be high."""
+    outputs, labels = predict(model, task.test).double(), task.test["labels"]
+    if not task.classes:
+        error = nn.functional.mse_loss(outputs.flatten(), labels.double()).item()
+        return {"error": error, "score": -error}
+    accuracy = (outputs.argmax(1) == labels).double().mean().item()
+    return {
+        "accuracy": accuracy,
+        "cross_entropy": nn.functional.cross_entropy(outputs, labels).item(),
+        "score": accuracy,
+    }
+
+
+# ---- compute to match ------------------------------------------------------------------------------------------------
+
+
+def budget_to_reach(curve: dict[float, float], target: float) -> float:
+    """The least budget at which the line through the points reaches the target; infinity if it never does."""
+    points = sorted(curve.items())
+    if points[0][1] >= target:
+        return points[0][0]
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if after >= target:
+            return low + (high - low) * (target - before) / (after - before)
+    return float("inf")
+
+
+def compute_to_match(runs: list[dict[str, Any]], task: str, method: str) -> tuple[float, float, float] | None:
+    """The share of uniform's full budget at which the method is as good; with the 5 % and 95 % of a bootstrap.
+
+    The least budget of the grid is as low as it can tell. The bootstrap draws seeds, the same for both. None without
+    runs of uniform at budget 1 or of the method.
+    """
+    scores = grouped([found for found in runs if found["task"] == task], "score", ("method", "budget"))
+    target = scores.get(("uniform", 1.0), [])
+    curve = {budget: values for (name, budget), values in scores.items() if name == method}
+    if not target or not curve:
+        return None
+    seeds = min(len(target), *map(len, curve.values()))
+    rng = random.Random(0)
+
+    def reached(chosen: list[int]) -> float:
+        means = {budget: statistics.mean(values[i] for i in chosen) for budget, values in curve.items()}
+        return budget_to_reach(means, statistics.mean(target[i] for i in chosen))
+
+    drawn = sorted(reached(rng.choices(range(seeds), k=seeds)) for _ in range(_RESAMPLES))
+    return reached(list(range(seeds))), drawn[_RESAMPLES // 20], drawn[-_RESAMPLES // 20]
+
+
+# ---- tables and plot -------------------------------------------------------------------------------------------------
+
+
+def tables(runs: list[dict[str, Any]]) -> str:
+    """Markdown: compute to match, mean ranks, and the figures of uniform and ours."""
+    ours = [found for found in runs if found["method"] in _COLOURS]
+    return "\n\n".join([match_table(runs), rank_table(runs), figures_table(ours)])
+
+
+def figures_table(runs: list[dict[str, Any]]) -> str:
+    """For each task, method and budget: accuracy ± standard error (cross-entropy) in percent, or the squared error."""
+    budgets = sorted({found["budget"] for found in runs})
+    lines = ["| task | method | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |"]
+    lines.append("|" + "---|" * (2 + len(budgets)))
+    for task in _in_order(runs, "task"):
+        for method in METHODS:
+            same = [found for found in runs if (found["task"], found["method"]) == (task, method)]
+            if same:
+                cells = [_cell([found for found in same if found["budget"] == budget]) for budget in budgets]
+                lines.append(f"| {task} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return ""
+    if "error" in runs[0]:
+        mean, error = mean_and_error([found["error"] for found in runs])
+        return f"{mean:.3g} ± {error:.1g}"
+    mean, error = mean_and_error([found["accuracy"] for found in runs])
+    entropy = statistics.mean(found["cross_entropy"] for found in runs)
+    return f"{100 * mean:.2f} ± {100 * error:.2f} ({entropy:.3f})"
+
+
+def match_table(runs: list[dict[str, Any]]) -> str:
+    """Compute to match, with its interval."""
+    tasks = _in_order(runs, "task")
+    lines = ["| method | " + " | ".join(tasks) + " |", "|" + "---|" * (1 + len(tasks))]
+    for method in METHODS:
+        cells = []
+        for task in tasks:
+            found = compute_to_match(runs, task, method)
+            cells.append("" if found is None else f"{_share(found[0])} ({_share(found[1])}–{_share(found[2])})")
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _share(value: float) -> str:
+    return "never" if value == float("inf") else f"{value:.2f}"
+
+
+def _in_order(runs: list[dict[str, Any]], name: str) -> list[str]:
+    return list(dict.fromkeys(found[name] for found in runs))
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy, or error, against budget: a panel per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = _in_order(runs, "task")
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    for panel, task in zip(panels.flat, tasks, strict=False):
+        of_task = [found for found in runs if found["task"] == task]
+        figure_name = "error" if "error" in of_task[0] else "accuracy"
+        values = grouped(of_task, figure_name, ("method", "budget"))
+        for i, method in enumerate(METHODS):
+            points = {budget: mean_and_error(found) for (name, budget), found in values.items() if name == method}
+            if points:
+                budgets = sorted(points)
+                mean, error = zip(*(points[budget] for budget in budgets), strict=True)
+                emphasis = method in _COLOURS
+                style = {"color": _COLOURS.get(method, f"C{i}"), "linewidth": 2.2 if emphasis else 0.9, "marker": "."}
+                panel.errorbar(budgets, mean, error, label=method, alpha=1.0 if emphasis else 0.6, **style)
+        panel.set(title=task, xlabel="budget", ylabel=f"test {figure_name}")
+        if figure_name == "error":
+            panel.set_yscale("log")
+        panel.grid(alpha=0.25)
+    for panel in panels.flat[len(tasks) :]:
+        panel.set_axis_off()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def rank_table(runs: list[dict[str, Any]]) -> str:
+    """For each method and budget the mean rank over the tasks, 1 is best; of tasks that all methods have runs of."""
+    scores = grouped(runs, "score", KEYS[:3])
+    budgets = sorted({found["budget"] for found in runs})
+    methods = [method for method in METHODS if any(found["method"] == method for found in runs)]
+    ranks: dict[tuple[str, float], list[int]] = defaultdict(list)
+    for task, budget in itertools.product(_in_order(runs, "task"), budgets):
+        means = {m: statistics.mean(scores[task, m, budget]) for m in methods if (task, m, budget) in scores}
+        if len(means) == len(methods):
+            for rank, method in enumerate(sorted(means, key=means.__getitem__, reverse=True), 1):
+                ranks[method, budget].append(rank)
+    lines = ["| mean rank | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |"]
+    lines.append("|" + "---|" * (1 + len(budgets)))
+    for method in methods:
+        cells = [f"{statistics.mean(found):.1f}" if (found := ranks[method, budget]) else "" for budget in budgets]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""What a step costs over that of `Trainer`: in alternating pairs of short trainings in one process; and peak memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_importance import ImportanceTrainer
+
+KEYS = ("model", "workers", "device")
+TRAINERS = {"uniform": Trainer, "ours": ImportanceTrainer}
+_EXAMPLES = 4096
+_WARM_UP = 5  # steps
+_CLASSES = 10
+
+
+def _bert(width: int, layers: int, length: int) -> nn.Module:
+    config = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": max(2, width // 64)}
+    config |= {"vocab_size": 30522, "intermediate_size": 4 * width, "max_position_embeddings": length}
+    return BertForSequenceClassification(BertConfig(num_labels=_CLASSES, **config))
+
+
+def _vit(width: int, layers: int, size: int, patch: int) -> nn.Module:
+    config = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": max(2, width // 64)}
+    config |= {"image_size": size, "patch_size": patch, "intermediate_size": 4 * width}
+    return ViTForImageClassification(ViTConfig(num_labels=_CLASSES, **config))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the tokens of a text, or the pixels of a side
+    "BERT tiny": (lambda: _bert(64, 1, 16), 16),
+    "BERT small": (lambda: _bert(128, 2, 64), 64),
+    "ViT tiny": (lambda: _vit(64, 1, 16, 8), 16),
+    "ViT small": (lambda: _vit(128, 3, 32, 4), 32),
+    "BERT base": (lambda: _bert(768, 12, 128), 128),
+    "ViT base": (lambda: _vit(768, 12, 224, 16), 224),
+}
+SMALL = ("BERT tiny", "BERT small", "ViT tiny", "ViT small")
+BASE = ("BERT base", "ViT base")
+
+
+class Examples(torch.utils.data.Dataset):
+    """Made on the fly, so that the data cost little and the same for both."""
+
+    def __init__(self, model: str) -> None:
+        _, size = MODELS[model]
+        text = model.startswith("BERT")
+        self.name = "input_ids" if text else "pixel_values"
+        self.values = torch.randint(30522, (64, size)) if text else torch.randn(64, 3, size, size)
+
+    def __len__(self) -> int:
+        return _EXAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {self.name: self.values[index % 64], "labels": index % _CLASSES}
+
+
+class Clock(TrainerCallback):
+    """Seconds per step, from the end of the warm-up to the end."""
+
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step == _WARM_UP:
+            self.start, self.first = _now(), state.global_step
+        self.seconds_per_step = 0.0
+
+    def on_train_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        self.seconds_per_step = (_now() - self.start) / (state.global_step - self.first)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _train(model: nn.Module, name: str, which: str, workers: int, steps: int, folder: str) -> float:
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not cuda,
+        bf16=cuda,
+        dataloader_pin_memory=cuda,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+    )
+    clock = Clock()
+    TRAINERS[which](model=model, args=arguments, train_dataset=Examples(name), callbacks=[clock]).train()
+    return clock.seconds_per_step
+
+
+def run(name: str, workers: int, device: str, pairs: int = 12, seconds: float = 2.0) -> dict[str, Any]:
+    """Step time of both in pairs, the order within them alternating.
+
+    Args:
+        name: of the model.
+        workers: of the data loader.
+        device: where; for the file only.
+        pairs: of trainings.
+        seconds: of one training, about.
+    """
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    model = MODELS[name][0]()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = _WARM_UP + max(20, int(seconds / _train(model, name, "uniform", workers, _WARM_UP + 10, folder)))
+        _train(model, name, "ours", workers, steps, folder)
+        found: dict[str, list[float]] = {which: [] for which in TRAINERS}
+        for pair in range(pairs):
+            for which in sorted(TRAINERS, reverse=bool(pair % 2)):
+                found[which].append(_train(model, name, which, workers, steps, folder))
+    ratios = [ours / uniform for ours, uniform in zip(found["ours"], found["uniform"], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {
+        "steps": steps,
+        "pairs": pairs,
+        "milliseconds": round(1000 * statistics.median(found["uniform"]), 3),
+        "extra_milliseconds": round(
+            1000 * statistics.median(a - b for a, b in zip(*found.values(), strict=True)) * -1, 3
+        ),
+        "ratio": round(median, 4),
+        "quartiles": [round(low, 4), round(high, 4)],
+        "peak_memory": {which: _peak_memory(name, which) for which in TRAINERS},
+    }
+
+
+def _peak_memory(name: str, which: str) -> int:
+    """Bytes at most: allocated on the GPU, else resident in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_memory_here, name, which).result()
+
+
+def _peak_memory_here(name: str, which: str) -> int:
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        _train(MODELS[name][0](), name, which, 0, 30, folder)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tables(runs: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| model | device | workers | step | ratio (quartiles) | peak memory |", "|" + "---|" * 6]
+    for found in runs:
+        low, high = found["quartiles"]
+        memory = found["peak_memory"]
+        lines.append(
+            f"| {found['model']} | {found['device']} | {found['workers']} | {found['milliseconds']:.1f} ms | "
+            f"{found['ratio']:.3f} ({low:.3f}–{high:.3f}) | {memory['ours'] / memory['uniform']:.3f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""Files of results: JSON with all runs, written after each of them, so that nothing is run twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+FORMAT = 2
+FOLDER = Path(__file__).parent.parent / "results"
+_PACKAGES = ("hf_importance", "torch", "transformers", "accelerate", "numpy", "scikit-learn")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What is in the file, or the head of a new one: versions, machine, no runs."""
+    if path.exists():
+        return json.loads(path.read_text())
+    return {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "runs": [],
+    }
+
+
+def save(path: Path, results: dict[str, Any], keys: Sequence[str]) -> None:
+    """Write all of it, the runs in the order of `keys`, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    runs = sorted(results["runs"], key=lambda run: [run[name] for name in keys])
+    head = json.dumps({name: value for name, value in results.items() if name != "runs"}, indent=1)
+    lines = ",\n  ".join(map(json.dumps, runs))
+    unfinished.write_text(f'{head[:-2]},\n "runs": [\n  {lines}\n ]\n}}\n')
+    os.replace(unfinished, path)
+
+
+def fill(
+    path: Path, keys: Sequence[str], grid: Iterable[tuple[Any, ...]], run: Callable[..., dict[str, Any]], processes: int
+) -> None:
+    """Run what of the grid is not yet in the file, a process per core.
+
+    Args:
+        path: of the file.
+        keys: names of what a point of the grid says.
+        grid: the points.
+        run: from a point, as arguments, to what came of it.
+        processes: how many.
+    """
+    results = load(path)
+    done = {tuple(found[name] for name in keys) for found in results["runs"]}
+    grid = list(grid)
+    missing = [point for point in grid if point not in done]
+    print(f"{len(grid) - len(missing)} of {len(grid)} runs are in {path}; {len(missing)} to go")
+    with ProcessPoolExecutor(processes, initializer=_be_quiet) as pool:
+        jobs = {pool.submit(run, *point): point for point in missing}
+        for number, job in enumerate(as_completed(jobs), 1):
+            results["runs"].append(dict(zip(keys, jobs[job], strict=True)) | job.result())
+            save(path, results, keys)
+            print(f"{number}/{len(missing)} {jobs[job]}", flush=True)
+
+
+def _be_quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+def grouped(runs: Iterable[dict[str, Any]], figure: str, keys: Sequence[str]) -> dict[tuple[Any, ...], list[float]]:
+    """The values of a figure by the values of the keys, in the order of the seeds."""
+    groups = defaultdict(list)
+    for found in sorted(runs, key=lambda run: run["seed"]):
+        groups[tuple(found[name] for name in keys)].append(found[figure])
+    return groups
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error; NaN for one value."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
