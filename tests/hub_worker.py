@@ -5,23 +5,28 @@ import sys
 import time
 from pathlib import Path
 
-folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import fine_tuning  # noqa: E402
 import run_text_classification  # noqa: E402
 
-time.sleep = lambda seconds: None  # the client waits before it tries again
 
-for name, flags in runs.items():
-    run = [
-        *("--train_file", str(folder / "train.csv"), "--output_dir", str(folder / name), "--hub_model_id", name),
-        *("--do_train", "--push_to_hub", "--report", "--num_train_epochs", "2", "--per_device_train_batch_size", "8"),
-        *("--max_seq_length", "16", "--logging_steps", "2", "--save_strategy", "no", "--disable_tqdm", "true"),
-    ]
-    try:
-        fine_tuning.script(lambda run=run, flags=flags: run_text_classification.main([*run, *flags]))
-        outcome = "pushed"
-    except SystemExit as stop:
-        outcome = str(stop.code)
-    (folder / f"{name}.txt").write_text(outcome)
+def main(folder, runs):
+    time.sleep = lambda seconds: None  # the client waits before it tries again
+    for name, flags in runs.items():
+        run = [
+            *("--train_file", str(folder / "train.csv"), "--output_dir", str(folder / name), "--hub_model_id", name),
+            *("--do_train", "--push_to_hub", "--report", "--num_train_epochs", "2"),
+            *("--per_device_train_batch_size", "8", "--max_seq_length", "16", "--logging_steps", "2"),
+            *("--save_strategy", "no", "--disable_tqdm", "true", *flags),
+        ]
+        try:
+            fine_tuning.script(lambda run=run: run_text_classification.main(run))
+            outcome = "pushed"
+        except SystemExit as stop:
+            outcome = str(stop.code)
+        (folder / f"{name}.txt").write_text(outcome)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

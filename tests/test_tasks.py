@@ -36,10 +36,10 @@ def llama():
     return made(hf.LlamaForCausalLM, hf.LlamaConfig, **DECODER)
 
 
-def gpt2():
+def gpt2(cls=hf.GPT2LMHeadModel):
     """Its class has no `loss_type`: that its labels are shifted shows only in its loss."""
     drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
-    return made(hf.GPT2LMHeadModel, hf.GPT2Config, vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=T, **drop)
+    return made(cls, hf.GPT2Config, vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=T, **drop)
 
 
 def mixtral():
@@ -130,7 +130,12 @@ def test_uniform_step_is_that_of_trainer(tmp_path, head):
     assert tiny.difference(ours, before) > 1e-4, "control: the step is large"
 
 
-def test_gpt2_shifts(tmp_path):
+class OfTheUsersOwn(hf.GPT2LMHeadModel):
+    """A causal model whose class transformers does not list: only its loss tells that it shifts its labels."""
+
+
+@pytest.mark.parametrize("cls", [hf.GPT2LMHeadModel, OfTheUsersOwn])
+def test_gpt2_shifts(tmp_path, cls):
     """`Trainer` divides its loss by one token per text too many; without, the step is the same."""
 
     class Counting(tiny.Plain):
@@ -138,9 +143,11 @@ def test_gpt2_shifts(tmp_path):
             return None
 
     settings = {"more": {"data_collator": tiny.pad}, "learning_rate": 1.0, **ONE_STEP}
-    plain = tiny.trained(tmp_path, gpt2(), texts(), Counting, **settings)
-    ours = tiny.trained(tmp_path, gpt2(), texts(), importance={"metric": "uniform"}, **settings)
+    model = gpt2(cls)
+    plain = tiny.trained(tmp_path, model, texts(), Counting, **settings)
+    ours = tiny.trained(tmp_path, model, texts(), importance={"metric": "uniform"}, **settings)
     assert tiny.difference(ours, plain) < 1e-6
+    assert tiny.difference(ours, tiny.trainer(tmp_path, model, texts(), **settings)) > 1e-4, "control"
 
 
 def token_oracle(shift):
