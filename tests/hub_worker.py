@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import fine_tuning  # noqa: E402
-import run_text_classification  # noqa: E402
+import fine_tuning
+import run_text_classification
 
 
 def main(folder, runs):
