@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ _GOOD_ENOUGH = 1.01
 """The guard takes the lowest floor whose second moment is within 1 % of the least."""
 _FORGET = 0.5
 """Share of the evidence that the guard keeps from pass to pass."""
-_MOST_EVIDENCE = 64
-"""Batches that wait to be weighed."""
+CHUNK = 2**20
+"""Examples at a time, where all of them are gone through."""
+_MOST_WAITING = 64
+"""Batches that wait to be written down, all at once, which costs hardly more than one."""
 _COUNTS = ("known", "mean", "sum", "peak", "drawable", "revisit_rate")
 
 
@@ -28,6 +31,8 @@ class ImportanceMemory:
     The floor of the rates needs the mean importance, and their normalisation a sum over all examples. Both are taken
     afresh once per pass ([`begin_pass`]), so that an update costs the batch and not the data set. Draws between passes
     need a sum that is right at any time: with `follow_updates` it follows each update by its difference.
+
+    Updates wait until somebody asks, or many have come. What is asked is always as if each had been made at once.
 
     The guard: every visit tells what was remembered of an example and what it has become, from which follows how large
     the gradient estimate would be with another floor ([`functional.second_moments`]). The next pass gets the floor that
@@ -58,16 +63,16 @@ class ImportanceMemory:
         revisit_pruned: float = 0.0,
         record: VisitRecord | None = None,
     ) -> None:
-        self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
+        self._importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
         self.pruned = torch.zeros(length, dtype=torch.bool)
-        self.record = record
+        self._record = record
         self.follow_updates = False
         self.momentum = momentum
         self.max_rate = max_rate
         self.floor = uniform_fraction
         self._floors = torch.linspace(uniform_fraction, 1.0, _FLOORS + 1, dtype=torch.float64)
         self._second_moments = torch.zeros_like(self._floors)
-        self._evidence: list[tuple[Tensor, Tensor, Tensor]] = []  # remembered, measured, inverse rates of batches
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []  # arguments of `update`
         self._guard = guard and uniform_fraction < 1
         self._revisit_pruned = revisit_pruned
         self._revisit_rate = 0.0  # before normalisation, as below
@@ -75,9 +80,26 @@ class ImportanceMemory:
         self.begin_pass()
 
     def __len__(self) -> int:
-        return len(self.importance)
+        return len(self._importance)
 
-    @torch.no_grad()
+    @property
+    def importance(self) -> Tensor:
+        """float32 `[examples]`, NaN where unknown."""
+        self._write_down()
+        return self._importance
+
+    @property
+    def record(self) -> VisitRecord | None:
+        """What was taken down beside the importances."""
+        self._write_down()
+        return self._record
+
+    @property
+    def seen(self) -> float:
+        """Share of the examples whose importance is known."""
+        self._write_down()
+        return self._known / len(self)
+
     def update(
         self, index: Tensor, importance: Tensor, inverse_rate: Tensor | None = None, seen: Tensor | None = None
     ) -> None:
@@ -86,35 +108,44 @@ class ImportanceMemory:
         Args:
             index: int64 `[visits]`. Visits of one example in one batch count as one, with their mean.
             importance: `[visits]`, ≥ 0. Where it is not finite, the example becomes unknown again.
-            inverse_rate: `[visits]`, as drawn; for the guard, which learns nothing without.
-            seen: for the record, see [`VisitRecord.update`].
+            inverse_rate: `[visits]`, as drawn; for the guard, which learns nothing without. For all batches or none.
+            seen: for the record, see [`VisitRecord.update`]; likewise.
         """
-        if self.record is not None and seen is not None:
-            self.record.update(index, seen)
-        importance = importance.float()
-        if self._guard and inverse_rate is not None:
-            self._evidence.append((self.importance[index], importance, inverse_rate))
-            if len(self._evidence) == _MOST_EVIDENCE:
-                self._weigh_evidence()
-        index, visit, count = index.unique(return_inverse=True, return_counts=True)
-        measured = torch.zeros(len(index)).index_add_(0, visit, importance).div_(count)
-        old = self.importance[index]
+        self._waiting.append((index, importance, inverse_rate, seen))
+        if len(self._waiting) == _MOST_WAITING:
+            self._write_down()
+
+    @torch.no_grad()
+    def _write_down(self) -> None:
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        indices, importances, inverse_rates, seen = zip(*waiting, strict=True)
+        index, importance = torch.cat(indices), torch.cat(importances).float()
+        batch = torch.arange(len(waiting)).repeat_interleave(torch.tensor([len(index) for index in indices]))
+        once, place, count = (index * len(waiting) + batch).unique(return_inverse=True, return_counts=True)
+        measured = torch.zeros(len(once)).index_add_(0, place, importance).div_(count)
+        remembered = torch.empty_like(measured)
+        for turn in _turns(once // len(waiting)):
+            remembered[turn] = self._mix_in(once[turn] // len(waiting), measured[turn])
+        if self._guard and inverse_rates[0] is not None:
+            self._second_moments += functional.second_moments(
+                remembered[place], self._mean, importance, torch.cat(inverse_rates), self._floors, self.max_rate
+            )
+        if self._record is not None and seen[0] is not None:
+            self._record.update(index, torch.cat(seen, 1))
+
+    def _mix_in(self, index: Tensor, measured: Tensor) -> Tensor:
+        """Of examples that differ; returns what was remembered before."""
+        old = self._importance[index]
         unknown = old.isnan()
         new = torch.where(unknown, measured, measured.lerp(old, self.momentum))
         new.masked_fill_(~new.isfinite(), torch.nan)
         self._known += int(unknown.sum()) - int(new.isnan().sum())
-        if self.follow_updates and len(index):
+        if self.follow_updates:
             self._follow(self._unnormalised(old, index), self._unnormalised(new, index))
-        self.importance[index] = new
-
-    def _weigh_evidence(self) -> None:
-        """Of many batches at once, which costs hardly more than of one."""
-        if self._evidence:
-            remembered, measured, inverse_rate = (torch.cat(column) for column in zip(*self._evidence, strict=True))
-            self._second_moments += functional.second_moments(
-                remembered, self._mean, measured, inverse_rate, self._floors, self.max_rate
-            )
-            self._evidence.clear()
+        self._importance[index] = new
+        return old
 
     def _follow(self, old_rate: Tensor, new_rate: Tensor) -> None:
         self._sum += (new_rate.double() - old_rate.double()).sum().item()
@@ -130,20 +161,20 @@ class ImportanceMemory:
                 ones included as they are remembered: the smallest ones, of equal ones the first. Unknown ones stay.
                 The others are drawn (again).
         """
-        self._weigh_evidence()
-        self.importance += increment
+        self._write_down()
+        if increment:
+            self._importance += increment
         if prune_mass > 0:
             self._prune(prune_mass)
         if self._guard:
             self._choose_floor()
-        kept = ~self.pruned
-        self._mean = self.importance.where(kept, torch.nan).nanmean(dtype=torch.float64).item()
-        rate = self._unnormalised(self.importance, slice(None)).where(kept, 0.0)
-        self._sum, self._peak = rate.sum(dtype=torch.float64).item(), rate.max().item()
-        pruned = len(self) - int(kept.sum())
+        pruned = int(self.pruned.sum())
         self._drawable = len(self) - pruned
+        self._mean = self._mean_importance()
+        self._sum, self._peak, least = self._measure_rates()
+        self.alike = least == self._peak and not pruned
         skips = self.follow_updates and pruned and not self._revisit_pruned
-        self._kept = kept.nonzero().flatten() if skips else None
+        self._kept = (~self.pruned).nonzero().flatten() if skips else None
         if pruned and self._revisit_pruned:
             share = self._revisit_pruned / (1 - self._revisit_pruned)
             self._revisit_rate = share * self._sum / pruned
@@ -153,6 +184,7 @@ class ImportanceMemory:
     @property
     def awaits_evidence(self) -> bool:
         """Whether the guard has not yet seen an example for the second time, though importances differ."""
+        self._write_down()
         return self._guard and self._known > 0 and not self._second_moments.any()
 
     def candidates(self, number: int, rng: torch.Generator) -> Tensor:
@@ -162,25 +194,22 @@ class ImportanceMemory:
 
     def rates(self, index: Tensor | slice = slice(None)) -> Tensor:
         """float64 `[visits]`: the rates of some examples, by default of all; their mean over the drawable ones is 1."""
-        return self._unnormalised(self.importance[index], index).double() / (self._sum / self._drawable)
+        self._write_down()
+        return self._unnormalised(self._importance[index], index).double() / (self._sum / self._drawable)
 
     @property
     def largest_rate(self) -> float:
         """No rate is above it. It is reached at the start of a pass, and may be above all rates later."""
+        self._write_down()
         return self._peak / (self._sum / self._drawable)
-
-    @property
-    def seen(self) -> float:
-        """Share of the examples whose importance is known."""
-        return self._known / len(self)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changed, as tensors and plain values."""
-        self._weigh_evidence()
+        self._write_down()
         return {
-            "importance": self.importance.clone(),
+            "importance": self._importance.clone(),
             "pruned": self.pruned.clone(),
-            "record": None if self.record is None else self.record.state_dict(),
+            "record": None if self._record is None else self._record.state_dict(),
             "floor": self.floor,
             "second_moments": self._second_moments.clone(),
             **{name: getattr(self, f"_{name}") for name in _COUNTS},
@@ -196,16 +225,41 @@ class ImportanceMemory:
 
     def remember(self, importance: Tensor, pruned: Tensor, record: Mapping[str, Any] | None = None) -> None:
         """Take over what was measured elsewhere: float32 and bool `[examples]`, and the state of a record."""
-        if self.record is not None and record is not None:
-            self.record.load_state_dict(record)
-        self.importance.copy_(importance)
+        self._waiting.clear()
+        if self._record is not None and record is not None:
+            self._record.load_state_dict(record)
+        self._importance.copy_(importance)
         self.pruned.copy_(pruned)
-        self._known = int(self.importance.isfinite().sum())
+        self._known = int(self._importance.isfinite().sum())
         self.begin_pass()
 
     def _unnormalised(self, importance: Tensor, index: Tensor | slice) -> Tensor:
         rate = functional.unnormalised_rates(importance, self._mean, self.floor, self.max_rate)
         return rate.masked_fill_(self.pruned[index], self._revisit_rate)
+
+    def _chunks(self) -> Iterator[slice]:
+        """Of all examples, so that going through them takes little memory."""
+        return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))
+
+    def _mean_importance(self) -> float:
+        """Of the examples that are known and not pruned; NaN without any."""
+        total, known = 0.0, 0
+        for chunk in self._chunks():
+            kept = self._importance[chunk].masked_fill(self.pruned[chunk], torch.nan)
+            total += kept.nansum(dtype=torch.float64).item()
+            known += len(kept) - int(kept.isnan().sum())
+        return total / known if known else torch.nan
+
+    def _measure_rates(self) -> tuple[float, float, float]:
+        """Their sum, the largest and the smallest, before normalisation, of the examples that are not pruned."""
+        total, largest, least = 0.0, 0.0, math.inf
+        for chunk in self._chunks():
+            pruned = self.pruned[chunk]
+            rate = functional.unnormalised_rates(self._importance[chunk], self._mean, self.floor, self.max_rate)
+            total += rate.masked_fill(pruned, 0.0).sum(dtype=torch.float64).item()
+            largest = max(largest, rate.masked_fill(pruned, 0.0).max().item())
+            least = min(least, rate.masked_fill(pruned, math.inf).min().item())
+        return total, largest, least
 
     def _choose_floor(self) -> None:
         enough = self._second_moments <= _GOOD_ENOUGH * self._second_moments.min()
@@ -213,7 +267,17 @@ class ImportanceMemory:
         self._second_moments *= _FORGET
 
     def _prune(self, mass: float) -> None:
-        importance, order = self.importance.sort(stable=True)  # NaN comes last
+        importance, order = self._importance.sort(stable=True)  # NaN comes last
         cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
         self.pruned.zero_()
         self.pruned[order[: int((cumulated < mass * cumulated[-1]).sum())]] = True
+
+
+def _turns(index: Tensor) -> Iterator[Tensor]:
+    """Positions in a sorted index, in turns within which no example comes twice: of all the first, the second, …"""
+    place = torch.arange(len(index))
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = index[1:] != index[:-1]
+    turn = place - place.where(first, 0).cummax(0).values
+    for number in range(int(turn.max()) + 1 if len(index) else 0):
+        yield (turn == number).nonzero().flatten()

@@ -15,8 +15,6 @@ COLUMNS = (*SEEN, "visits", "mean_loss")
 QUANTILES = 101
 _MOST_EXAMPLES = 2**16
 """Of which a distribution is taken."""
-_MOST_WAITING = 64
-"""Batches that wait to be written down."""
 
 
 class VisitRecord:
@@ -39,26 +37,15 @@ class VisitRecord:
         self._seen = torch.full((len(SEEN), length), torch.nan)
         self._visits = torch.zeros(length, dtype=torch.int32)
         self._total_loss = torch.zeros(length)
-        self._waiting: list[tuple[Tensor, Tensor]] = []
         self.distributions: list[tuple[float, Tensor]] = []
 
     def update(self, index: Tensor, seen: Tensor) -> None:
-        """Take down the visits of a batch.
+        """Take down visits; many at once cost hardly more than a few.
 
         Args:
-            index: int64 `[visits]`.
+            index: int64 `[visits]`, in the order of the visits.
             seen: float32 `[4, visits]`, the rows named in `SEEN`.
         """
-        self._waiting.append((index, seen))
-        if len(self._waiting) == _MOST_WAITING:
-            self._write_down()
-
-    def _write_down(self) -> None:
-        """Many batches at once, which costs hardly more than one."""
-        if not self._waiting:
-            return
-        index, seen = (torch.cat(parts, -1) for parts in zip(*self._waiting, strict=True))
-        self._waiting.clear()
         index, visit, count = index.unique(return_inverse=True, return_counts=True)
         place = torch.arange(len(visit))
         first = torch.full_like(index, len(visit)).scatter_reduce_(0, visit, place, "amin")
@@ -71,7 +58,6 @@ class VisitRecord:
 
     def columns(self) -> dict[str, Tensor]:
         """`[examples]` each: what is named in `COLUMNS`; `visits` int32, the others float32, NaN if never visited."""
-        self._write_down()
         mean_loss = torch.where(self._visits > 1, self._total_loss / (self._visits - 1), self._seen[SEEN.index("loss")])
         return dict(zip(SEEN, self._seen.clone(), strict=True)) | {
             "visits": self._visits.clone(),
@@ -80,12 +66,10 @@ class VisitRecord:
 
     def keep_distribution(self, importance: Tensor) -> None:
         """Of the importances as they are now: see [`distribution`]; with the visits per example so far."""
-        self._write_down()
         self.distributions.append((self._visits.double().mean().item(), distribution(importance)))
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values."""
-        self._write_down()
         return {
             "seen": self._seen.clone(),
             "visits": self._visits.clone(),

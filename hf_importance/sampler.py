@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from hf_importance import functional
-from hf_importance.memory import ImportanceMemory
+from hf_importance.memory import CHUNK, ImportanceMemory
 from hf_importance.record import part
 
 _MOST_CANDIDATES = 2**16
@@ -143,7 +143,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._passes = 0
         self._visits_in_pass = 0
         self._share = 1.0  # of a whole pass in this one
-        self._index = torch.empty(0, dtype=torch.int64)  # visits left in this pass, and their rates
+        self._index = torch.empty(0, dtype=_index_type(memory))  # visits left in this pass, and their rates
         self._rate = torch.empty(0, dtype=torch.float64)
         self._outstanding: dict[int, Draw] = {}  # drawn, and not yet used
         self._replays = False
@@ -197,21 +197,29 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Up to `size` visits of this pass, or of a new one when this one is over."""
         if not len(self._index):
             self._begin_pass()
-            rate = self.memory.rates()
-            self._index = self._shuffled_visits(rate)
-            self._rate = rate[self._index]
+            self._plan_pass()
         index, self._index = self._index[:size], self._index[size:]
         rate, self._rate = self._rate[:size], self._rate[size:]
-        return index, rate
+        return index.long(), rate
 
-    def _shuffled_visits(self, rate: Tensor) -> Tensor:
-        if bool((rate == 1).all()):
-            return torch.randperm(len(rate), generator=self._rng)
-        expected = self._share * rate
-        visits = expected.floor()
-        visits += torch.rand(len(rate), dtype=torch.float64, generator=self._rng) < expected - visits
-        index = torch.repeat_interleave(visits.long())
-        return index[torch.randperm(len(index), generator=self._rng)]
+    def _plan_pass(self) -> None:
+        """All visits of the pass, in their order: 12 bytes each."""
+        memory, kind = self.memory, self._index.dtype
+        if memory.alike:
+            self._index = torch.randperm(len(memory), generator=self._rng).to(kind)
+            self._rate = torch.ones(len(memory), dtype=torch.float64)
+            return
+        parts = []
+        for start in range(0, len(memory), CHUNK):
+            rate = memory.rates(slice(start, start + CHUNK))
+            expected = self._share * rate
+            visits = expected.floor()
+            visits += torch.rand(len(rate), dtype=torch.float64, generator=self._rng) < expected - visits
+            index = torch.repeat_interleave(visits.long())
+            parts.append(((start + index).to(kind), rate[index]))
+        index, rate = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = torch.randperm(len(index), generator=self._rng)
+        self._index, self._rate = index[order], rate[order]
 
     def _next_replacement(self, size: int) -> tuple[Tensor, Tensor]:
         """Up to `size` visits: the accepted ones of as many candidates as it takes on average."""
@@ -295,3 +303,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         mine = slice(None) if self.shard.index is None else self.shard.index
         self.memory.remember(importance[mine], pruned[mine], None if record is None else part(record, mine))
         self._passes, self._skip = passes, skip
+
+
+def _index_type(memory: ImportanceMemory) -> torch.dtype:
+    return torch.int32 if len(memory) < 2**31 else torch.int64
