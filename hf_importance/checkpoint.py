@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_importance.record import join
-from hf_importance.sampler import ImportanceBatchSampler
+from hf_importance.sampler import ImportanceBatchSampler, joined_counters
 
 _FORMAT = 2
 _TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
@@ -67,8 +67,8 @@ def resume(
         sampler.load_state_dict(states[rank]["sampler"], skip)
         return states[rank]["on_their_way"], None
     length = sampler.shard.length
-    importance, pruned, passes = torch.full((length,), torch.nan), torch.zeros(length, dtype=torch.bool), 0
-    record = None
+    importance, pruned = torch.full((length,), torch.nan), torch.zeros(length, dtype=torch.bool)
+    counters, record = {}, None
     if not states:
         dropped = "has no importances: they start unknown."
     elif (found := states[0]["sampler"]["length"]) != length:
@@ -81,7 +81,7 @@ def resume(
             "was written with another number of processes or batch size: the importances are kept, the order of the "
             "examples is a new one."
         )
-        passes = states[0]["sampler"]["passes"]
+        counters = joined_counters([state["sampler"] for state in states], sampler.shard.ranks)
         index = [state["sampler"]["shard"] for state in states]
         index = [slice(None) if positions is None else positions for positions in index]
         memories = [state["sampler"]["memory"] for state in states]
@@ -89,7 +89,7 @@ def resume(
             importance[positions], pruned[positions] = memory["importance"], memory["pruned"]
         if memories[0]["record"] is not None:
             record = join([memory["record"] for memory in memories], index, length)
-    sampler.begin_with(importance, pruned, passes, skip, record)
+    sampler.begin_with(importance, pruned, counters, skip, record)
     return [], dropped
 
 

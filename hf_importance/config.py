@@ -61,10 +61,19 @@ class ImportanceConfig:
         "At the end of each pass stop drawing the examples that together hold less than this share of the importance, "
         "in [0, 1). 0 prunes nothing.",
     )
+    prune_until: float = _setting(
+        0.5,
+        "Share of the training after which nothing is pruned any more, in (0, 1]. 1 prunes to the end.",
+    )
     revisit_pruned: float = _setting(
         0.0,
         "Share of the visits that go to pruned examples, in [0, 1): they can come back, and the gradient stays that of "
         "all examples.",
+    )
+    uniform_below: float = _setting(
+        0.3,
+        "Sampling becomes uniform, and nothing is pruned, as the mean importance falls from twice this share of what "
+        "it was when the examples were new to once this share, in [0, 1]. 0: never.",
     )
     guard: bool = _setting(
         True,
@@ -96,6 +105,7 @@ class ImportanceConfig:
             memory_momentum=memory_momentum,
             uniform_fraction=0.0,
             max_rate=math.inf,
+            uniform_below=0.0,
             guard=False,
             importance_increment=importance_increment,
         )
@@ -148,6 +158,8 @@ class ImportanceConfig:
         self._check_range("weight_exponent", "in [0, 1]", lambda x: 0 <= x <= 1)
         self._check_range("budget", "above 0 and finite", lambda x: 0 < x < math.inf)
         self._check_range("prune_mass", "in [0, 1)", lambda x: 0 <= x < 1)
+        self._check_range("prune_until", "in (0, 1]", lambda x: 0 < x <= 1)
+        self._check_range("uniform_below", "in [0, 1]", lambda x: 0 <= x <= 1)
         self._check_range("revisit_pruned", "in [0, 1)", lambda x: 0 <= x < 1)
         self._check_range("importance_increment", "at least 0 and finite", lambda x: 0 <= x < math.inf)
         if self.seed is not None:

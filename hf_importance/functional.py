@@ -255,6 +255,28 @@ def second_moments(
     return ((inverse_rate[told] * measured[told].double().square())[:, None] / rate).nan_to_num(nan=0.0).sum(0)
 
 
+def preference(importance: float, fresh: float, uniform_below: float) -> float:
+    """How much there still is to prefer, from 1, all of it, to 0: the data are as good as learnt.
+
+    By then what importance sampling gains is overfitting. It falls linearly as the mean importance falls from twice
+    `uniform_below` of what it was when the examples were new to once that share.
+
+    Args:
+        importance: mean over the training data.
+        fresh: mean over examples when they were seen for the first time.
+        uniform_below: u in [0, 1]. With 0 preference never falls.
+
+    Returns:
+        In 0 … 1; 1 where a mean is not known.
+
+    >>> [preference(q, fresh=1.0, uniform_below=0.3) for q in (0.8, 0.45, 0.2)]
+    [1.0, 0.5, 0.0]
+    """
+    if uniform_below == 0 or not (importance >= 0 and fresh > 0):
+        return 1.0
+    return min(1.0, max(0.0, importance / (fresh * uniform_below) - 1))
+
+
 # ---- what a batch tells about the sampling ---------------------------------------------------------------------------
 
 

@@ -32,6 +32,9 @@ class ImportanceMemory:
     afresh once per pass ([`begin_pass`]), so that an update costs the batch and not the data set. Draws between passes
     need a sum that is right at any time: with `follow_updates` it follows each update by its difference.
 
+    Preference is for what is still to be learnt. As the mean importance falls to a small share of what it was when the
+    examples were new, the floor rises to 1 and nothing is pruned any more ([`preference`]).
+
     Updates wait until somebody asks, or many have come. What is asked is always as if each had been made at once.
 
     The guard: every visit tells what was remembered of an example and what it has become, from which follows how large
@@ -45,6 +48,7 @@ class ImportanceMemory:
         max_rate: cap of the rates before normalisation, ≥ 1.
         guard: whether the floor may rise.
         revisit_pruned: share of the visits that go to pruned examples, in [0, 1).
+        uniform_below: see [`functional.preference`].
         record: what is taken down beside the importances, None for nothing.
 
     >>> memory = ImportanceMemory(3, momentum=0.0)
@@ -61,6 +65,7 @@ class ImportanceMemory:
         max_rate: float = 64.0,
         guard: bool = False,
         revisit_pruned: float = 0.0,
+        uniform_below: float = 0.0,
         record: VisitRecord | None = None,
     ) -> None:
         self._importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
@@ -75,9 +80,10 @@ class ImportanceMemory:
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []  # arguments of `update`
         self._guard = guard and uniform_fraction < 1
         self._revisit_pruned = revisit_pruned
+        self._uniform_below = uniform_below
         self._revisit_rate = 0.0  # before normalisation, as below
         self._known = 0
-        self.begin_pass()
+        self._measure()
 
     def __len__(self) -> int:
         return len(self._importance)
@@ -151,7 +157,7 @@ class ImportanceMemory:
         self._sum += (new_rate.double() - old_rate.double()).sum().item()
         self._peak = max(self._peak, new_rate.max().item())
 
-    def begin_pass(self, increment: float = 0.0, prune_mass: float = 0.0) -> None:
+    def begin_pass(self, increment: float = 0.0, prune_mass: float = 0.0, fresh: float = math.nan) -> None:
         """Choose the floor, prune, and take the mean and the sum afresh, O(examples).
 
         Args:
@@ -160,18 +166,23 @@ class ImportanceMemory:
             prune_mass: prune the examples that together hold less than this share of the importance of all, pruned
                 ones included as they are remembered: the smallest ones, of equal ones the first. Unknown ones stay.
                 The others are drawn (again).
+            fresh: mean importance of examples when they are seen for the first time; NaN if that is not known yet.
         """
         self._write_down()
         if increment:
             self._importance += increment
-        if prune_mass > 0:
-            self._prune(prune_mass)
-        if self._guard:
-            self._choose_floor()
+        self.pruned.zero_()
+        preference = functional.preference(self._mean_importance(), fresh, self._uniform_below)
+        if prune_mass * preference > 0:
+            self._prune(prune_mass * preference)
+        self._choose_floor(preference)
+        self._measure()
+
+    def _measure(self) -> None:
         pruned = int(self.pruned.sum())
         self._drawable = len(self) - pruned
         self._mean = self._mean_importance()
-        self._sum, self._peak, least = self._measure_rates()
+        self._sum, self._peak, least = self._measure_rates() if self._known else (float(self._drawable), 1.0, 1.0)
         self.alike = least == self._peak and not pruned
         skips = self.follow_updates and pruned and not self._revisit_pruned
         self._kept = (~self.pruned).nonzero().flatten() if skips else None
@@ -231,7 +242,7 @@ class ImportanceMemory:
         self._importance.copy_(importance)
         self.pruned.copy_(pruned)
         self._known = int(self._importance.isfinite().sum())
-        self.begin_pass()
+        self._measure()
 
     def _unnormalised(self, importance: Tensor, index: Tensor | slice) -> Tensor:
         rate = functional.unnormalised_rates(importance, self._mean, self.floor, self.max_rate)
@@ -243,6 +254,8 @@ class ImportanceMemory:
 
     def _mean_importance(self) -> float:
         """Of the examples that are known and not pruned; NaN without any."""
+        if not self._known:
+            return torch.nan
         total, known = 0.0, 0
         for chunk in self._chunks():
             kept = self._importance[chunk].masked_fill(self.pruned[chunk], torch.nan)
@@ -261,15 +274,18 @@ class ImportanceMemory:
             least = min(least, rate.masked_fill(pruned, math.inf).min().item())
         return total, largest, least
 
-    def _choose_floor(self) -> None:
-        enough = self._second_moments <= _GOOD_ENOUGH * self._second_moments.min()
-        self.floor = self._floors[enough][0].item()  # the lowest where nothing is known: all are 0
-        self._second_moments *= _FORGET
+    def _choose_floor(self, preference: float) -> None:
+        lowest = self._floors[0].item()
+        wanted = lowest + (1 - lowest) * (1 - preference)
+        if self._guard:
+            enough = self._second_moments <= _GOOD_ENOUGH * self._second_moments.min()
+            wanted = max(wanted, self._floors[enough][0].item())  # the lowest where nothing is known: all are 0
+            self._second_moments *= _FORGET
+        self.floor = wanted
 
     def _prune(self, mass: float) -> None:
         importance, order = self._importance.sort(stable=True)  # NaN comes last
         cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
-        self.pruned.zero_()
         self.pruned[order[: int((cumulated < mass * cumulated[-1]).sum())]] = True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from hf_importance.record import part
 
 _MOST_CANDIDATES = 2**16
 """At a time, in the stream with replacement: bounds the memory where one rate is far above the others."""
+_FRESH = 1 / 4
+"""The last part of the first pass: its importances are those of examples that are new to a model that is not."""
 _TRIAL = 1 / 16, 256
 """Share of the examples, and least number of visits, of the short pass that the guard learns from."""
 
@@ -38,7 +40,7 @@ class Draw:
 
 
 _SKIPPED = Draw(-1, [], [])
-_COUNTERS = ("draws", "passes", "visits_in_pass", "share")
+_COUNTERS = ("draws", "visits", "before", "fresh_sum", "fresh_count", "passes", "visits_in_pass", "share")
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         budget: visits per epoch, of all ranks together, over the number of examples, > 0.
         increment: see [`ImportanceMemory.begin_pass`].
         prune_mass: likewise.
+        prune_until: share of the planned visits after which nothing is pruned any more, in (0, 1].
+        planned: visits of this rank in the whole training; None if it has no end.
         drop_last: leave out a last batch that is smaller.
         seed: of its own generator. No global generator is touched.
     """
@@ -123,6 +127,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         budget: float = 1.0,
         increment: float = 0.0,
         prune_mass: float = 0.0,
+        prune_until: float = 1.0,
+        planned: int | None = None,
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
@@ -136,10 +142,13 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._weight_exponent = weight_exponent
         self._increment = increment
         self._prune_mass = prune_mass
+        self._prune_before = math.inf if planned is None or prune_until == 1 else prune_until * planned
         self._rank = rank
         self._seed = seed
         self._rng = torch.Generator()
         self._draws = 0
+        self._visits, self._before = 0, 0  # so far, and of those what others drew
+        self._fresh_sum, self._fresh_count = 0.0, 0  # of importances in the last part of the first pass
         self._passes = 0
         self._visits_in_pass = 0
         self._share = 1.0  # of a whole pass in this one
@@ -172,6 +181,11 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def update(self, draw: Draw, importance: Tensor, seen: Tensor | None = None) -> None:
         """Remember what was measured and seen at the visits of a draw: see [`ImportanceMemory.update`]."""
         index = self.shard.local(torch.tensor(draw.index, dtype=torch.int64))
+        visits = self._before + draw.number * self.batch_size
+        if (1 - _FRESH) * len(self.memory) <= visits < len(self.memory):
+            measured = importance[importance.isfinite()]
+            self._fresh_sum += measured.sum().item()
+            self._fresh_count += len(measured)
         self.memory.update(index, importance, self.inverse_rate(draw), seen)
 
     def inverse_rate(self, draw: Draw) -> Tensor | None:
@@ -191,6 +205,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         draw = Draw(self._draws, self.shard.positions(index).tolist(), weight.tolist())
         self._outstanding[draw.number] = draw
         self._draws += 1
+        self._visits += size
         return draw
 
     def _next_reshuffled(self, size: int) -> tuple[Tensor, Tensor]:
@@ -218,6 +233,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
             index = torch.repeat_interleave(visits.long())
             parts.append(((start + index).to(kind), rate[index]))
         index, rate = (torch.cat(part) for part in zip(*parts, strict=True))
+        del parts
         order = torch.randperm(len(index), generator=self._rng)
         self._index, self._rate = index[order], rate[order]
 
@@ -238,7 +254,9 @@ class ImportanceBatchSampler(Sampler[Draw]):
         later = self._passes > 0
         if later and self.memory.record is not None:
             self.memory.record.keep_distribution(self.memory.importance)
-        self.memory.begin_pass(self._increment * later, self._prune_mass * later)
+        prunes = later and self._visits < self._prune_before
+        fresh = self._fresh_sum / self._fresh_count if self._fresh_count else math.nan
+        self.memory.begin_pass(self._increment * later, self._prune_mass * prunes, fresh)
         # alone it is the seed that accelerate's sampler has in this epoch: the same permutations
         self._rng.manual_seed(self._seed + self._passes * self.shard.ranks + self._rank)
         self._passes += 1
@@ -287,7 +305,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self,
         importance: Tensor,
         pruned: Tensor,
-        passes: int,
+        counters: Mapping[str, float],
         skip: int = 0,
         record: Mapping[str, Any] | None = None,
     ) -> None:
@@ -296,13 +314,23 @@ class ImportanceBatchSampler(Sampler[Draw]):
         Args:
             importance: float32 `[all examples]`.
             pruned: bool `[all examples]`.
-            passes: that went before.
+            counters: see [`joined_counters`].
             skip: as for [`load_state_dict`].
             record: state of a record of all examples.
         """
         mine = slice(None) if self.shard.index is None else self.shard.index
         self.memory.remember(importance[mine], pruned[mine], None if record is None else part(record, mine))
-        self._passes, self._skip = passes, skip
+        self._skip = skip
+        for name, value in counters.items():
+            setattr(self, f"_{name}", value)
+        self._before = self._visits
+
+
+def joined_counters(states: Sequence[Mapping[str, Any]], ranks: int) -> dict[str, float]:
+    """How far several ranks have come together, as each of another number of ranks counts it."""
+    visits = sum(state["visits"] for state in states) // ranks
+    fresh = {name: sum(state[name] for state in states) for name in ("fresh_sum", "fresh_count")}
+    return {"passes": states[0]["passes"], "visits": visits, **fresh}
 
 
 def _index_type(memory: ImportanceMemory) -> torch.dtype:

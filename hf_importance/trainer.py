@@ -131,6 +131,7 @@ class ImportanceTrainerMixin(ReportMixin):
                 config.max_rate,
                 config.guard and config.metric != "uniform" and config.weight_exponent > 0,
                 config.revisit_pruned,
+                config.uniform_below,
                 VisitRecord(len(shard)) if config.record else None,
             )
         else:  # another attempt of `auto_find_batch_size`, which keeps what was learnt
@@ -145,6 +146,8 @@ class ImportanceTrainerMixin(ReportMixin):
             budget=config.budget,
             increment=config.importance_increment,
             prune_mass=config.prune_mass,
+            prune_until=config.prune_until,
+            planned=self._planned_visits(shard),
             drop_last=args.dataloader_drop_last,
             seed=seed,
         )
@@ -154,6 +157,12 @@ class ImportanceTrainerMixin(ReportMixin):
                 f"batches of {sampler.batch_size}. Make the batch smaller, or leave dataloader_drop_last out."
             )
         return sampler
+
+    def _planned_visits(self, shard: Shard) -> int:
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps * args.gradient_accumulation_steps * self._train_batch_size
+        return round(args.num_train_epochs * self.importance.budget * len(shard))
 
     # ---- the training step -------------------------------------------------------------------------------------------
 

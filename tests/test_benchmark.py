@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import benchmark
 import pytest
 import torch
-from benchmarks import accuracy, label_errors, results, tasks
+from benchmarks import accuracy, draws, label_errors, overhead, results, tasks
 from benchmarks.methods import LOW, METHODS, InfoBatch, Presampling, Rival, RivalTrainer, SeTa
 from scipy.optimize import minimize
 
@@ -267,3 +267,69 @@ def test_a_task_without_its_data_says_so(monkeypatch):
     monkeypatch.delenv("FASHION_MNIST", raising=False)
     with pytest.raises(SystemExit, match="need FASHION_MNIST=PATH"):
         tasks.fashion_mnist_task()
+
+
+# ---- what a step and a draw cost -------------------------------------------------------------------------------------
+
+
+def test_overhead(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
+    monkeypatch.setattr(overhead, "ProcessPoolExecutor", SameProcess)
+    monkeypatch.setattr(overhead, "_EXAMPLES", 96)
+    monkeypatch.setattr(overhead, "_WORDS", 50)
+    monkeypatch.setattr(overhead.run, "__defaults__", (2, 0.01))  # pairs, seconds
+    path = tmp_path / "overhead.json"
+    models = ["BERT tiny", "ViT tiny", "GPT-2 tiny"]
+    monkeypatch.setitem(overhead.MODELS, "GPT-2 tiny", (lambda: overhead._gpt2(8, 1, 8), 8))
+    benchmark.main(["overhead", "--models", *models, "--workers", "0", "--output", str(path)])
+    runs = json.loads(path.read_text())["runs"]
+    assert {run["model"] for run in runs} == set(models)
+    for run in runs:
+        assert run["pairs"] == 2
+        assert run["milliseconds"] > 0
+        assert run["quartiles"][0] <= run["ratio"] <= run["quartiles"][1]
+        assert set(run["peak_memory"]) == {"uniform", "ours"}
+    assert "| GPT-2 tiny | " in capsys.readouterr().out
+
+
+def test_ratios_are_taken_in_pairs(monkeypatch):
+    """The second pair is on a machine that is twice as slow; its ratio is that of the first."""
+    monkeypatch.setattr(overhead, "_peak_memory", lambda *_: 1)
+    speed, calls = iter([1, 1, 1, 1, 2, 2, 3, 3]), []
+
+    def train(model, name, which, workers, steps, folder):
+        calls.append(which)
+        return next(speed) * {"uniform": 0.010, "ours": 0.011}[which]
+
+    monkeypatch.setattr(overhead, "_train", train)
+    found = overhead.run("BERT tiny", 0, "CPU", pairs=3)
+    assert calls[2:] == ["ours", "uniform", "uniform", "ours", "ours", "uniform"], "the order alternates"
+    assert found["ratio"] == pytest.approx(1.1)
+    assert found["quartiles"] == pytest.approx([1.1, 1.1])
+    assert found["milliseconds"] == pytest.approx(20)
+    assert found["extra_milliseconds"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize("sampler", draws.SAMPLERS)
+def test_draws(sampler):
+    found = draws.run(sampler, 1000)
+    assert found["batch"] > 0
+    assert ("bytes" in found) == sampler.startswith("ours")
+    if "bytes" in found:
+        assert found["bytes"] == pytest.approx(5 if "replacement" in sampler else 17, rel=0.05), "as the README says"
+        assert found["new_pass"] > 0
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path, capsys):
+    assert "16,777,216" in draws.run("torch.multinomial", 10**8)["left_out"]
+    monkeypatch.setattr(draws.os, "sysconf", lambda name: 1000)
+    assert "GB" in draws.run("RandomSampler", 10**6)["left_out"]
+    monkeypatch.undo()
+    monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
+    monkeypatch.setattr(draws, "EXAMPLES", (1000,))
+    monkeypatch.setattr(draws, "_BATCHES", 2)
+    benchmark.main(["draws", "--output", str(tmp_path / "draws.json")])
+    printed = capsys.readouterr().out
+    for head in ("a batch of 32", "the first batch", "between two passes", "bytes per example"):
+        assert head in printed
+    assert "| ours, at the start | " in printed

@@ -48,7 +48,7 @@ FROZEN = {"learning_rate": 0.0, "num_train_epochs": 20, "logging_steps": 5}
 
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
 def test_pruned_examples_are_no_longer_drawn(tmp_path, sampling):
-    importance = {"prune_mass": 0.05, "sampling": sampling}
+    importance = {"prune_mass": 0.05, "prune_until": 1.0, "sampling": sampling}
     run = tiny.trained(tmp_path, tiny.bert(), ROWS, Recorder, importance, {"per_example_loss_func": unequal}, **FROZEN)
     assert run.kept_indices.tolist() == list(range(10, 40))
     late = {i for draw in run.draws[25:] for i in draw.index}
@@ -77,7 +77,9 @@ def test_kept_indices_select(tmp_path):
 
     rows = tiny.texts()
     data = datasets.Dataset.from_dict({key: [torch.as_tensor(row[key]).tolist() for row in rows] for key in rows[0]})
-    run = tiny.trained(tmp_path, tiny.bert(), data, importance={"prune_mass": 0.5}, num_train_epochs=4)
+    run = tiny.trained(
+        tmp_path, tiny.bert(), data, importance={"prune_mass": 0.5, "prune_until": 1.0}, num_train_epochs=4
+    )
     kept = data.select(run.kept_indices)
     assert 0 < len(kept) < 40
     assert [row[0] for row in kept["input_ids"]] == run.kept_indices.tolist()
@@ -86,7 +88,7 @@ def test_kept_indices_select(tmp_path):
 
 def test_revisited_examples_come_back(tmp_path):
     """The loss of the first ten examples grows after they were pruned; without revisits nobody notices."""
-    importance = {"prune_mass": 0.05, "memory_momentum": 0.0}
+    importance = {"prune_mass": 0.05, "prune_until": 1.0, "memory_momentum": 0.0}
     for revisits, kept in ((0.1, 40), (0.0, 30)):
         grown = []
 
@@ -111,7 +113,7 @@ def test_revisits_keep_the_loss_unbiased(tmp_path):
     losses = None
     found = {}
     for revisits in (0.2, 0.0):
-        settings = {"prune_mass": 0.05, "revisit_pruned": revisits, "memory_momentum": 0.0}
+        settings = {"prune_mass": 0.05, "prune_until": 1.0, "revisit_pruned": revisits, "memory_momentum": 0.0}
         run = tiny.trained(
             tmp_path, tiny.opinionated_bert(), ROWS, Recorder, settings, {"per_example_loss_func": unequal},
             **{**FROZEN, "num_train_epochs": 120, "logging_steps": 1},

@@ -283,3 +283,18 @@ def test_variance_ratio_is_the_ratio_of_second_moments(rate):
     uniform = sum(1 / 3 * g**2 for g in q.tolist())
     assert found.item() == pytest.approx(importance_sampling / uniform, rel=1e-12)
     assert (found < 1) == (rate[2] > 1), "a gain only where the important is preferred"
+
+
+# ---- what there still is to prefer -----------------------------------------------------------------------------------
+
+
+def test_preference():
+    assert F.preference(0.6, 1.0, 0.3) == pytest.approx(1.0)
+    assert F.preference(0.45, 1.0, 0.3) == pytest.approx(0.5)
+    assert F.preference(0.3, 1.0, 0.3) == pytest.approx(0.0)
+    assert F.preference(4.5, 10.0, 0.3) == pytest.approx(0.5), "a share, whatever the unit"
+    falling = [F.preference(q / 100, 1.0, 0.4) for q in range(101)]
+    assert falling == sorted(falling)
+    assert (falling[0], falling[100]) == (0.0, 1.0)
+    for unknown in ((math.nan, 1.0, 0.3), (0.1, math.nan, 0.3), (0.1, 0.0, 0.3), (0.1, 1.0, 0.0)):
+        assert F.preference(*unknown) == 1.0

@@ -8,6 +8,7 @@ import torch
 from torch import tensor
 
 from hf_importance.memory import ImportanceMemory
+from hf_importance.record import VisitRecord
 
 
 def remembering(importance, **settings):
@@ -169,3 +170,79 @@ def test_revisits_have_their_share_of_the_visits():
     without.begin_pass(prune_mass=0.1)
     assert without.rates()[:2].tolist() == [0.0, 0.0], "control"
     assert (rates[2:] / rates[2]).tolist() == pytest.approx((without.rates()[2:] / without.rates()[2]).tolist())
+
+
+# ---- what there still is to prefer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fresh", "floor", "pruned"),
+    [
+        (2.5, 0.3, [0, 1]),  # nothing is learnt: the mean importance is still 2.5
+        (4.0, 0.3, [0, 1]),  # 0.625 of it is left, more than twice 0.3
+        (2.5 / 0.45, 0.65, [0]),  # half way: half of the floor's way to 1, and half of the share to prune
+        (2.5 / 0.3, 1.0, []),
+        (100.0, 1.0, []),
+        (math.nan, 0.3, [0, 1]),
+        (0.0, 0.3, [0, 1]),
+    ],
+)
+def test_preference_ends_as_the_data_are_learnt(fresh, floor, pruned):
+    memory = remembering([1.0, 2.0, 3.0, 4.0], uniform_below=0.3)
+    memory.begin_pass(prune_mass=0.35, fresh=fresh)
+    assert memory.floor == pytest.approx(floor)
+    assert memory.pruned.nonzero().flatten().tolist() == pruned
+    memory.begin_pass(prune_mass=0.35, fresh=fresh)
+    assert memory.pruned.nonzero().flatten().tolist() == pruned, "the mean is that of all, pruned ones too"
+    never = remembering([1.0, 2.0, 3.0, 4.0], uniform_below=0.0)
+    never.begin_pass(prune_mass=0.35, fresh=fresh)
+    assert (never.floor, never.pruned.sum()) == (0.3, 2), "control"
+
+
+def test_the_guard_may_only_raise_that_floor():
+    for remembered, floor in (([1.0, 2.0, 3.0, 4.0], 0.65), ([4.0, 3.0, 2.0, 1.0], 1.0)):
+        memory = remembering(remembered, uniform_below=0.3, guard=True)
+        memory.update(torch.arange(4), tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.float64))
+        memory.begin_pass(fresh=memory.importance.mean().item() / 0.45)
+        assert memory.floor == pytest.approx(floor)
+
+
+# ---- waiting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_updates_that_wait_are_as_if_each_were_made_at_once(guard):
+    """Whoever asks after each batch, and whoever asks at the end, finds the same: examples come again, also in one."""
+    g = torch.Generator().manual_seed(0)
+    waiting, asked = (ImportanceMemory(20, momentum=0.3, guard=guard, record=VisitRecord(20)) for _ in range(2))
+    for memory in (waiting, asked):
+        memory.update(torch.arange(19), torch.rand(19, generator=g.manual_seed(1)))
+        memory.begin_pass()
+    for _ in range(150):
+        index, importance = torch.randint(20, (6,), generator=g), torch.rand(6, generator=g)
+        importance[torch.rand(6, generator=g) < 0.1] = math.nan
+        inverse_rate, seen = torch.rand(6, generator=g, dtype=torch.float64), torch.rand(4, 6, generator=g)
+        for memory in (waiting, asked):
+            memory.update(index, importance, inverse_rate, seen)
+        assert asked.seen <= 1.0
+    assert len(waiting._waiting) == 150 + 1 - 2 * 64 - 1, "control: it waits, after all"
+    assert not asked._waiting
+    for memory in (waiting, asked):
+        memory.begin_pass()
+    assert torch.equal(waiting.importance.nan_to_num(-1), asked.importance.nan_to_num(-1))
+    assert waiting.seen == asked.seen
+    assert waiting.floor == asked.floor
+    torch.testing.assert_close(waiting._second_moments, asked._second_moments, rtol=1e-12, atol=0)
+    for name, column in waiting.record.columns().items():
+        torch.testing.assert_close(column, asked.record.columns()[name], rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_large_data_are_gone_through_in_pieces(monkeypatch):
+    importance = torch.rand(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    whole = remembering(importance)
+    monkeypatch.setattr("hf_importance.memory.CHUNK", 64)
+    pieces = remembering(importance)
+    for memory in (whole, pieces):
+        memory.begin_pass(prune_mass=0.1)
+    torch.testing.assert_close(pieces.rates(), whole.rates(), rtol=1e-12, atol=0)
+    assert pieces.largest_rate == pytest.approx(whole.largest_rate, rel=1e-12)

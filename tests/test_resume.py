@@ -49,6 +49,7 @@ SETTINGS = {
     "plain": {},
     "replacement": {"importance": {"sampling": "replacement"}},
     "pruning, budget": {"importance": {"prune_mass": 0.1, "budget": 0.7, "importance_increment": 0.01}},
+    "half learnt": {"importance": {"uniform_below": 0.6, "prune_mass": 0.1, "prune_until": 0.8}},
     "accumulation": {"gradient_accumulation_steps": 3},
     "workers": {"dataloader_num_workers": 2},
     "workers, replacement": {"dataloader_num_workers": 2, "importance": {"sampling": "replacement"}},

@@ -341,6 +341,38 @@ def test_pruned_examples_are_not_drawn(sampling):
     assert visits_of(draws, 6).sum() == 60
 
 
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+def test_pruning_ends_at_a_share_of_the_training(sampling):
+    """Of 10 epochs; a pass that has begun goes on."""
+    for until, last in ((0.5, 5), (1.0, 10), (0.25, 3)):
+        memory = memory_of([0.001, 1.0, 1.0, 0.001, 1.0, 1.0])
+        sampler = ImportanceBatchSampler(
+            memory, 6, sampling=sampling, prune_mass=0.01, prune_until=until, planned=60, seed=3
+        )
+        epochs = [visits_of(drawn(sampler), 6)[[0, 3]].sum().item() for _ in range(10)]
+        assert epochs[2:last] == [0.0] * (last - 2)
+        assert sum(epochs[last:]) > 0 or last == 10
+
+
+def test_fresh_are_the_importances_at_the_end_of_the_first_pass(monkeypatch):
+    """40 examples in batches of 4: of the first pass the batches from the 30th visit on, numbers 8 and 9."""
+    memory = ImportanceMemory(40, uniform_below=0.3)
+    sampler = ImportanceBatchSampler(memory, 4)
+    found = []
+    begin_pass = memory.begin_pass
+    monkeypatch.setattr(memory, "begin_pass", lambda *a: (found.append(a[-1]), begin_pass(*a)))
+    for number, draw in enumerate(drawn(sampler, epochs=2)[:12]):
+        importance = torch.full((4,), float(number))
+        importance[0] = math.nan
+        sampler.update(draw, importance)
+    drawn(sampler, epochs=2)
+    assert all(map(math.isnan, found[:2])), "nothing is known before"
+    assert found[-1] == 8.5
+    again = ImportanceBatchSampler(ImportanceMemory(40), 4)
+    again.load_state_dict(sampler.state_dict())
+    assert again._fresh_sum / again._fresh_count == found[-1]
+
+
 def test_increment_brings_forgotten_examples_back():
     for increment, comes_back in ((0.1, True), (0.0, False)):
         memory = memory_of([0.0, 1.0, 1.0], uniform_fraction=0.0)
