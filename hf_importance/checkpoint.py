@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from hf_importance.record import join
-from hf_importance.sampler import ImportanceBatchSampler, joined_counters
+from hf_importance.sampler import ImportanceBatchSampler
 
-_FORMAT = 2
+_FORMAT = 3
 _TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
 
 
@@ -46,7 +46,7 @@ def load_states(checkpoint: str | Path) -> list[dict[str, Any]]:
 
 
 def resume(
-    sampler: ImportanceBatchSampler, checkpoint: str | Path, rank: int, skip: int
+    sampler: ImportanceBatchSampler, checkpoint: str | Path, rank: int, skip: int, epochs: float
 ) -> tuple[list[Any], str | None]:
     """Put a sampler where it was, or as near as it can be.
 
@@ -55,6 +55,7 @@ def resume(
         checkpoint: its folder.
         rank: this one.
         skip: see [`ImportanceBatchSampler.load_state_dict`].
+        epochs: that went before.
 
     Returns:
         What was measured and not yet remembered, as it was saved; and what could not be kept, None if all was.
@@ -68,7 +69,7 @@ def resume(
         return states[rank]["on_their_way"], None
     length = sampler.shard.length
     importance, pruned = torch.full((length,), torch.nan), torch.zeros(length, dtype=torch.bool)
-    counters, record = {}, None
+    passes, fresh, record = 0, (0.0, 0.0), None
     if not states:
         dropped = "has no importances: they start unknown."
     elif (found := states[0]["sampler"]["length"]) != length:
@@ -81,7 +82,8 @@ def resume(
             "was written with another number of processes or batch size: the importances are kept, the order of the "
             "examples is a new one."
         )
-        counters = joined_counters([state["sampler"] for state in states], sampler.shard.ranks)
+        passes = states[0]["sampler"]["passes"]
+        fresh = tuple(sum(state["sampler"][name] for state in states) for name in ("fresh_sum", "fresh_weight"))
         index = [state["sampler"]["shard"] for state in states]
         index = [slice(None) if positions is None else positions for positions in index]
         memories = [state["sampler"]["memory"] for state in states]
@@ -89,7 +91,7 @@ def resume(
             importance[positions], pruned[positions] = memory["importance"], memory["pruned"]
         if memories[0]["record"] is not None:
             record = join([memory["record"] for memory in memories], index, length)
-    sampler.begin_with(importance, pruned, counters, skip, record)
+    sampler.begin_with(importance, pruned, epochs, passes, fresh, skip, record)
     return [], dropped
 
 

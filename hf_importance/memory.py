@@ -33,9 +33,9 @@ class ImportanceMemory:
     need a sum that is right at any time: with `follow_updates` it follows each update by its difference.
 
     Preference is for what is still to be learnt. As the mean importance falls to a small share of what it was when the
-    examples were new, the floor rises to 1 and nothing is pruned any more ([`preference`]).
+    examples were new, the floor rises to 1 and nothing is pruned any more ([`functional.preference`]).
 
-    Updates wait until somebody asks, or many have come. What is asked is always as if each had been made at once.
+    Updates wait until somebody asks, or many have come. Importances are then as if each had been made at once.
 
     The guard: every visit tells what was remembered of an example and what it has become, from which follows how large
     the gradient estimate would be with another floor ([`functional.second_moments`]). The next pass gets the floor that
@@ -111,6 +111,8 @@ class ImportanceMemory:
     ) -> None:
         """Remember what was measured: q ← α·q + (1 − α)·measured, or the measurement itself where q was unknown.
 
+        The tensors are kept for a while: they must not change.
+
         Args:
             index: int64 `[visits]`. Visits of one example in one batch count as one, with their mean.
             importance: `[visits]`, ≥ 0. Where it is not finite, the example becomes unknown again.
@@ -163,18 +165,17 @@ class ImportanceMemory:
         Args:
             increment: ε added to every known importance, so that no example is forgotten (Salaün et al. 2023, the last
                 line of their algorithm).
-            prune_mass: prune the examples that together hold less than this share of the importance of all, pruned
-                ones included as they are remembered: the smallest ones, of equal ones the first. Unknown ones stay.
-                The others are drawn (again).
-            fresh: mean importance of examples when they are seen for the first time; NaN if that is not known yet.
+            prune_mass: prune this share of the importance, less where there is less to prefer: see [`prunable`]. All
+                others are drawn (again).
+            fresh: mean importance of examples that are new to the model, for [`functional.preference`]; NaN if that is
+                not known.
         """
         self._write_down()
         if increment:
             self._importance += increment
-        self.pruned.zero_()
+        self.pruned.zero_()  # so that the mean is that of all
         preference = functional.preference(self._mean_importance(), fresh, self._uniform_below)
-        if prune_mass * preference > 0:
-            self._prune(prune_mass * preference)
+        self.pruned.copy_(self.prunable(prune_mass * preference))
         self._choose_floor(preference)
         self._measure()
 
@@ -191,6 +192,18 @@ class ImportanceMemory:
             self._revisit_rate = share * self._sum / pruned
             self._sum, self._peak = self._sum * (1 + share), max(self._peak, self._revisit_rate)
             self._drawable = len(self)
+
+    def prunable(self, mass: float) -> Tensor:
+        """Which examples together hold less than a share of the importance of all, as it is remembered.
+
+        The smallest ones, of equal ones the first; no unknown ones. Bool `[examples]`.
+        """
+        found = torch.zeros_like(self.pruned)
+        if mass > 0:
+            importance, order = self.importance.sort(stable=True)  # NaN comes last
+            cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
+            found[order[: int((cumulated < mass * cumulated[-1]).sum())]] = True
+        return found
 
     @property
     def awaits_evidence(self) -> bool:
@@ -282,11 +295,6 @@ class ImportanceMemory:
             wanted = max(wanted, self._floors[enough][0].item())  # the lowest where nothing is known: all are 0
             self._second_moments *= _FORGET
         self.floor = wanted
-
-    def _prune(self, mass: float) -> None:
-        importance, order = self._importance.sort(stable=True)  # NaN comes last
-        cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
-        self.pruned[order[: int((cumulated < mass * cumulated[-1]).sum())]] = True
 
 
 def _turns(index: Tensor) -> Iterator[Tensor]:

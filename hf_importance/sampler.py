@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Draw:
 
 
 _SKIPPED = Draw(-1, [], [])
-_COUNTERS = ("draws", "visits", "before", "fresh_sum", "fresh_count", "passes", "visits_in_pass", "share")
+_COUNTERS = ("draws", "visits", "before", "fresh_sum", "fresh_weight", "passes", "visits_in_pass", "share")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         budget: visits per epoch, of all ranks together, over the number of examples, > 0.
         increment: see [`ImportanceMemory.begin_pass`].
         prune_mass: likewise.
-        prune_until: share of the planned visits after which nothing is pruned any more, in (0, 1].
-        planned: visits of this rank in the whole training; None if it has no end.
+        prune_until: share of the training after which nothing is pruned any more, in (0, 1]; see [`plan`].
         drop_last: leave out a last batch that is smaller.
         seed: of its own generator. No global generator is touched.
     """
@@ -128,7 +127,6 @@ class ImportanceBatchSampler(Sampler[Draw]):
         increment: float = 0.0,
         prune_mass: float = 0.0,
         prune_until: float = 1.0,
-        planned: int | None = None,
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
@@ -142,13 +140,14 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._weight_exponent = weight_exponent
         self._increment = increment
         self._prune_mass = prune_mass
-        self._prune_before = math.inf if planned is None or prune_until == 1 else prune_until * planned
+        self._prune_until = prune_until
+        self._prune_before = math.inf  # in visits
         self._rank = rank
         self._seed = seed
         self._rng = torch.Generator()
         self._draws = 0
         self._visits, self._before = 0, 0  # so far, and of those what others drew
-        self._fresh_sum, self._fresh_count = 0.0, 0  # of importances in the last part of the first pass
+        self._fresh_sum, self._fresh_weight = 0.0, 0.0  # of importances in the last part of the first pass
         self._passes = 0
         self._visits_in_pass = 0
         self._share = 1.0  # of a whole pass in this one
@@ -162,6 +161,11 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Batches per epoch, the same on all ranks. Pruning does not change it: learning rate schedules rest on it."""
         full, rest = divmod(self.visits_per_epoch, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
+
+    def plan(self, epochs: float) -> None:
+        """How many epochs the whole training is going to have."""
+        visits = epochs * min(len(self) * self.batch_size, self.visits_per_epoch)
+        self._prune_before = math.inf if self._prune_until == 1 else self._prune_until * visits
 
     def __iter__(self) -> Iterator[Draw]:
         """An epoch. After [`load_state_dict`] it begins with what is thrown away and goes on with what was drawn."""
@@ -181,12 +185,14 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def update(self, draw: Draw, importance: Tensor, seen: Tensor | None = None) -> None:
         """Remember what was measured and seen at the visits of a draw: see [`ImportanceMemory.update`]."""
         index = self.shard.local(torch.tensor(draw.index, dtype=torch.int64))
+        inverse_rate = self.inverse_rate(draw)
         visits = self._before + draw.number * self.batch_size
-        if (1 - _FRESH) * len(self.memory) <= visits < len(self.memory):
-            measured = importance[importance.isfinite()]
-            self._fresh_sum += measured.sum().item()
-            self._fresh_count += len(measured)
-        self.memory.update(index, importance, self.inverse_rate(draw), seen)
+        if visits < len(self.memory) and visits + len(draw.index) > (1 - _FRESH) * len(self.memory):
+            known = importance.isfinite()
+            weight = known.double() if inverse_rate is None else inverse_rate * known
+            self._fresh_sum += weight.dot(importance.double().nan_to_num(0.0, 0.0, 0.0)).item()
+            self._fresh_weight += weight.sum().item()
+        self.memory.update(index, importance, inverse_rate, seen)
 
     def inverse_rate(self, draw: Draw) -> Tensor | None:
         """float64 `[batch]`, from the weights; None where all weights are the same."""
@@ -255,7 +261,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         if later and self.memory.record is not None:
             self.memory.record.keep_distribution(self.memory.importance)
         prunes = later and self._visits < self._prune_before
-        fresh = self._fresh_sum / self._fresh_count if self._fresh_count else math.nan
+        fresh = self._fresh_sum / self._fresh_weight if self._fresh_weight else math.nan
         self.memory.begin_pass(self._increment * later, self._prune_mass * prunes, fresh)
         # alone it is the seed that accelerate's sampler has in this epoch: the same permutations
         self._rng.manual_seed(self._seed + self._passes * self.shard.ranks + self._rank)
@@ -305,7 +311,9 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self,
         importance: Tensor,
         pruned: Tensor,
-        counters: Mapping[str, float],
+        epochs: float,
+        passes: int = 0,
+        fresh: tuple[float, float] = (0.0, 0.0),
         skip: int = 0,
         record: Mapping[str, Any] | None = None,
     ) -> None:
@@ -314,23 +322,17 @@ class ImportanceBatchSampler(Sampler[Draw]):
         Args:
             importance: float32 `[all examples]`.
             pruned: bool `[all examples]`.
-            counters: see [`joined_counters`].
+            epochs: that went before.
+            passes: likewise.
+            fresh: sum and weight of the importances of examples that were new.
             skip: as for [`load_state_dict`].
             record: state of a record of all examples.
         """
         mine = slice(None) if self.shard.index is None else self.shard.index
         self.memory.remember(importance[mine], pruned[mine], None if record is None else part(record, mine))
-        self._skip = skip
-        for name, value in counters.items():
-            setattr(self, f"_{name}", value)
-        self._before = self._visits
-
-
-def joined_counters(states: Sequence[Mapping[str, Any]], ranks: int) -> dict[str, float]:
-    """How far several ranks have come together, as each of another number of ranks counts it."""
-    visits = sum(state["visits"] for state in states) // ranks
-    fresh = {name: sum(state[name] for state in states) for name in ("fresh_sum", "fresh_count")}
-    return {"passes": states[0]["passes"], "visits": visits, **fresh}
+        self._visits = self._before = round(epochs * self.visits_per_epoch)
+        self._fresh_sum, self._fresh_weight = fresh
+        self._passes, self._skip = passes, skip
 
 
 def _index_type(memory: ImportanceMemory) -> torch.dtype:

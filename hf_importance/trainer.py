@@ -98,6 +98,8 @@ class ImportanceTrainerMixin(ReportMixin):
         base = super().get_train_dataloader()
         self.accelerator._dataloaders.remove(base)
         self._sampler = self._new_sampler(len(base.dataset))
+        steps = self.args.max_steps
+        self._sampler.plan(steps / self._steps_per_epoch if steps > 0 else self.args.num_train_epochs)
         self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
         loader = DataLoader(
             ImportanceDataset(base.dataset),
@@ -147,7 +149,6 @@ class ImportanceTrainerMixin(ReportMixin):
             increment=config.importance_increment,
             prune_mass=config.prune_mass,
             prune_until=config.prune_until,
-            planned=self._planned_visits(shard),
             drop_last=args.dataloader_drop_last,
             seed=seed,
         )
@@ -158,11 +159,9 @@ class ImportanceTrainerMixin(ReportMixin):
             )
         return sampler
 
-    def _planned_visits(self, shard: Shard) -> int:
-        args = self.args
-        if args.max_steps > 0:
-            return args.max_steps * args.gradient_accumulation_steps * self._train_batch_size
-        return round(args.num_train_epochs * self.importance.budget * len(shard))
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self._sampler) // self.args.gradient_accumulation_steps)
 
     # ---- the training step -------------------------------------------------------------------------------------------
 
@@ -257,13 +256,15 @@ class ImportanceTrainerMixin(ReportMixin):
 
     @property
     def kept_indices(self) -> Tensor:
-        """int64 `[kept]`, ascending: the examples of `train_dataset` that are not pruned, as for `dataset.select`.
+        """int64 `[kept]`, ascending: examples of `train_dataset` to go on with, as for `dataset.select`.
 
-        With several processes a collective.
+        All but those that together hold less than `prune_mass` of the importance, as it is now; also where they are
+        drawn again, as `prune_until` is over. With several processes a collective.
         """
         if self._sampler is None:
             return torch.arange(len(self.train_dataset))
-        return (self._gathered(self._sampler.memory.pruned.float()) == 0).nonzero().flatten()
+        prunable = self._sampler.memory.prunable(self.importance.prune_mass)
+        return (self._gathered(prunable.float()) == 0).nonzero().flatten()
 
     def _gathered(self, values: Tensor) -> Tensor:
         """From `[examples of this rank]` to those of all."""
@@ -322,9 +323,11 @@ class ImportanceTrainerMixin(ReportMixin):
         if checkpoint is None:
             return
         accumulation = self.args.gradient_accumulation_steps
-        steps_per_epoch = -(-len(self._sampler) // accumulation)
-        skip = self.state.global_step % steps_per_epoch * accumulation  # by `Trainer`, after this
-        on_their_way, dropped = resume(self._sampler, checkpoint, self.args.process_index, skip)
+        done = self.state.global_step
+        skip = done % self._steps_per_epoch * accumulation  # by `Trainer`, after this
+        on_their_way, dropped = resume(
+            self._sampler, checkpoint, self.args.process_index, skip, done / self._steps_per_epoch
+        )
         self._on_their_way.extend((Draw(*draw), rows, None) for draw, rows in on_their_way)
         if dropped:
             logger.warning(f"{checkpoint} {dropped}")

@@ -35,7 +35,7 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
         seeds, budgets = (1,), (0.5, 1.0)
     grid = itertools.product(seeds, arguments.tasks, arguments.methods, budgets)
     points = ((task, method, budget, seed) for seed, task, method, budget in grid)
-    runs = _filled(arguments, accuracy.KEYS, points, accuracy.run)
+    runs = _filled(arguments, accuracy.KEYS, points, accuracy.run, accuracy.settings)
     accuracy.plot(runs, path.with_suffix(".png"))
     path.with_suffix(".md").write_text(accuracy.figures_table(runs) + "\n", encoding="utf-8")
     return accuracy.tables(runs)
@@ -94,10 +94,14 @@ def _file_of(arguments: argparse.Namespace) -> Path:
 
 
 def _filled(
-    arguments: argparse.Namespace, keys: Sequence[str], grid: Iterable[tuple[Any, ...]], run: Callable[..., Any]
+    arguments: argparse.Namespace,
+    keys: Sequence[str],
+    grid: Iterable[tuple[Any, ...]],
+    run: Callable[..., Any],
+    *settings: Callable[[str, Any], dict[str, Any] | None],
 ) -> list[dict[str, Any]]:
     if not arguments.show:
-        results.fill(_file_of(arguments), keys, grid, run, arguments.processes)
+        results.fill(_file_of(arguments), keys, grid, run, arguments.processes, *settings)
     return results.load(_file_of(arguments))["runs"]
 
 

@@ -67,6 +67,16 @@ SETTINGS = {
 }
 
 
+def test_updates_that_wait_are_saved(tmp_path):
+    """Nobody asks for the memory but the checkpoint."""
+    seldom = {"save_steps": 6, "logging_steps": 1000, "importance": {"prune_mass": 0.1}}
+    whole = straight(tmp_path, **seldom)
+    again = resumed(tmp_path, 6, **seldom)
+    assert tiny.difference(whole, again) == 0.0
+    assert torch.equal(whole.importances, again.importances)
+    assert same_record(whole, again)
+
+
 @pytest.mark.parametrize("case", SETTINGS)
 def test_resumed_is_straight(tmp_path, case):
     settings = SETTINGS[case]

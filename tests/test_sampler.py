@@ -346,16 +346,15 @@ def test_pruning_ends_at_a_share_of_the_training(sampling):
     """Of 10 epochs; a pass that has begun goes on."""
     for until, last in ((0.5, 5), (1.0, 10), (0.25, 3)):
         memory = memory_of([0.001, 1.0, 1.0, 0.001, 1.0, 1.0])
-        sampler = ImportanceBatchSampler(
-            memory, 6, sampling=sampling, prune_mass=0.01, prune_until=until, planned=60, seed=3
-        )
+        sampler = ImportanceBatchSampler(memory, 6, sampling=sampling, prune_mass=0.01, prune_until=until, seed=3)
+        sampler.plan(epochs=10)
         epochs = [visits_of(drawn(sampler), 6)[[0, 3]].sum().item() for _ in range(10)]
         assert epochs[2:last] == [0.0] * (last - 2)
         assert sum(epochs[last:]) > 0 or last == 10
 
 
 def test_fresh_are_the_importances_at_the_end_of_the_first_pass(monkeypatch):
-    """40 examples in batches of 4: of the first pass the batches from the 30th visit on, numbers 8 and 9."""
+    """40 examples in batches of 4: of the first pass those with a visit from the 31st on, numbers 7 to 9."""
     memory = ImportanceMemory(40, uniform_below=0.3)
     sampler = ImportanceBatchSampler(memory, 4)
     found = []
@@ -367,10 +366,42 @@ def test_fresh_are_the_importances_at_the_end_of_the_first_pass(monkeypatch):
         sampler.update(draw, importance)
     drawn(sampler, epochs=2)
     assert all(map(math.isnan, found[:2])), "nothing is known before"
-    assert found[-1] == 8.5
+    assert found[-1] == 8.0
     again = ImportanceBatchSampler(ImportanceMemory(40), 4)
     again.load_state_dict(sampler.state_dict())
-    assert again._fresh_sum / again._fresh_count == found[-1]
+    assert again._fresh_sum / again._fresh_weight == found[-1]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 40, 64])
+def test_fresh_is_known_for_any_batch(batch):
+    memory = ImportanceMemory(40)
+    sampler = ImportanceBatchSampler(memory, batch)
+    for draw in drawn(sampler):
+        sampler.update(draw, torch.full((len(draw.index),), 3.0))
+    assert sampler._fresh_sum / sampler._fresh_weight == pytest.approx(3.0)
+
+
+def test_fresh_is_the_mean_of_all_even_if_some_are_preferred():
+    """As after a resume with another batch size: what is known is drawn by its rate. 200 seeds; the weights undo it."""
+    importance = [0.1, 0.2, 0.5, 4.0, math.nan, math.nan, 3.0, 0.2]
+    true = tensor([0.1, 0.2, 0.5, 4.0, 2.0, 1.0, 3.0, 0.2])
+    found, plain = [], []
+    for seed in range(200):
+        sampler = ImportanceBatchSampler(memory_of(importance), 8, seed=seed)
+        (draw,) = drawn(sampler)
+        sampler.update(draw, true[draw.index])
+        found.append(sampler._fresh_sum / sampler._fresh_weight)
+        plain.append(true[draw.index].mean().item())
+    assert sum(found) / 200 == pytest.approx(true.mean().item(), rel=0.05)
+    assert sum(plain) / 200 > 1.2 * true.mean().item(), "control"
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_plan_counts_the_visits_there_are(drop_last):
+    """40 examples in batches of 16: 40 visits per epoch, or 32."""
+    sampler = ImportanceBatchSampler(ImportanceMemory(40), 16, prune_until=0.5, drop_last=drop_last)
+    sampler.plan(epochs=3)
+    assert sampler._prune_before == 0.5 * sum(len(draw.index) for draw in drawn(sampler, epochs=3))
 
 
 def test_increment_brings_forgotten_examples_back():

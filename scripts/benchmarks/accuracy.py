@@ -48,6 +48,15 @@ def run(task_name: str, method: str, budget: float, seed: int) -> dict[str, Any]
     return found
 
 
+def settings(key: str, value: Any) -> dict[str, Any] | None:
+    """What a task or a method of a run stands for."""
+    if key == "task":
+        task = task_of(value)
+        kept = ("epochs", "batch", "learning_rate", "weight_decay", "bf16")
+        return {"examples": len(task.train["labels"]), **{name: getattr(task, name) for name in kept}}
+    return METHODS[value].description() if key == "method" else None
+
+
 def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
     """Of the test data: accuracy and cross-entropy, or the mean squared error; `score` is what should be high."""
     outputs, labels = predict(model, task.test).double(), task.test["labels"]

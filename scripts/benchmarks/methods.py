@@ -6,6 +6,7 @@ what weight. Everything else is the same for all: model, data, optimizer, schedu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -225,6 +226,14 @@ class Method:
     settings: dict[str, Any] | None = None
     rival: type[Rival] | None = None
     cost: float = 1.0
+
+    def description(self) -> dict[str, Any]:
+        """All settings, as JSON takes them."""
+        if self.settings is None:
+            return {"class": Trainer.__name__ if self.rival is None else self.rival.__name__, "cost": self.cost}
+        settings = asdict(ImportanceConfig(**self.settings))
+        settings.pop("budget")
+        return {name: str(value) if value == math.inf else value for name, value in settings.items()}
 
     def trainer(self, task: Task, budget: float, seed: int, folder: str) -> Trainer:
         """Ready to train with this share of the full training's compute."""

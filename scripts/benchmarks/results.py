@@ -45,7 +45,12 @@ def save(path: Path, results: dict[str, Any], keys: Sequence[str]) -> None:
 
 
 def fill(
-    path: Path, keys: Sequence[str], grid: Iterable[tuple[Any, ...]], run: Callable[..., dict[str, Any]], processes: int
+    path: Path,
+    keys: Sequence[str],
+    grid: Iterable[tuple[Any, ...]],
+    run: Callable[..., dict[str, Any]],
+    processes: int,
+    settings: Callable[[str, Any], dict[str, Any] | None] = lambda key, value: None,
 ) -> None:
     """Run what of the grid is not yet in the file, a process per core.
 
@@ -55,12 +60,26 @@ def fill(
         grid: the points.
         run: from a point, as arguments, to what came of it.
         processes: how many.
+        settings: from a key and a value of it to what the value stands for, which is kept in the file.
+
+    Raises:
+        SystemExit: if the file has runs of what had the same name, and other settings.
     """
     results = load(path)
     done = {tuple(found[name] for name in keys) for found in results["runs"]}
     grid = list(grid)
     missing = [point for point in grid if point not in done]
     print(f"{len(grid) - len(missing)} of {len(grid)} runs are in {path}; {len(missing)} to go")
+    for key, value in dict.fromkeys(pair for point in missing for pair in zip(keys, point, strict=True)):
+        now = json.loads(json.dumps(settings(key, value)))
+        if now is not None:
+            kept = results.setdefault("settings", {}).setdefault(key, {})
+            if kept.setdefault(str(value), now) != now and any(found[key] == value for found in results["runs"]):
+                raise SystemExit(
+                    f"error: {path} has runs of the {key} {value!r} with other settings, {kept[str(value)]}; now they "
+                    f"are {now}. Take those runs out of it, or name another file with --output."
+                )
+            kept[str(value)] = now
     with ProcessPoolExecutor(processes, initializer=_be_quiet) as pool:
         jobs = {pool.submit(run, *point): point for point in missing}
         for number, job in enumerate(as_completed(jobs), 1):

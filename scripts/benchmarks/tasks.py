@@ -279,7 +279,7 @@ def banking77_task(examples: int = 3000, longest: int = 24) -> Task:
     def new() -> nn.Module:
         return AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32, num_labels=len(names))
 
-    return Task(columns("train"), columns("test"), new, 8, 32, 2e-4, bf16=True)
+    return Task(columns("train"), columns("test"), new, 8, 32, 5e-4, bf16=True)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
