@@ -242,7 +242,7 @@ class Method:
         common = {"model": task.model(), "args": task.arguments(folder, steps, seed)}
         common |= {"train_dataset": Rows(task.train), "data_collator": collate}
         if self.settings is not None:
-            return ImportanceTrainer(**common, importance=ImportanceConfig(budget=budget, **self.settings))
+            return ImportanceTrainer(**common, importance=ImportanceConfig(**self.settings))
         if self.rival is not None:
             return RivalTrainer(**common, rival=self.rival(examples, task.batch, steps))
         return Trainer(**common)
