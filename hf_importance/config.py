@@ -57,9 +57,9 @@ class ImportanceConfig:
     )
     budget: float = _setting(1.0, "Visits per epoch over the number of examples, above 0.")
     prune_mass: float = _setting(
-        0.0,
-        "At the end of each pass stop drawing the examples that together hold less than this share of the importance, "
-        "in [0, 1). 0 prunes nothing.",
+        0.1,
+        "After each pass leave out the examples that together hold less than this share of the importance, and are "
+        "less than half as important as the mean, in [0, 1). 0 prunes nothing.",
     )
     prune_until: float = _setting(
         0.5,
@@ -71,7 +71,7 @@ class ImportanceConfig:
         "all examples.",
     )
     uniform_below: float = _setting(
-        0.3,
+        0.4,
         "Sampling becomes uniform, and nothing is pruned, as the mean importance falls from twice this share of what "
         "it was when the examples were new to once this share, in [0, 1]. 0: never.",
     )
@@ -105,6 +105,7 @@ class ImportanceConfig:
             memory_momentum=memory_momentum,
             uniform_fraction=0.0,
             max_rate=math.inf,
+            prune_mass=0.0,
             uniform_below=0.0,
             guard=False,
             importance_increment=importance_increment,
@@ -170,8 +171,6 @@ class ImportanceConfig:
         for name in ("guard", "record", "report_examples_to_hub"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(self._message(name, "True or False"))
-        if self.metric == "uniform" and self.prune_mass:
-            raise ValueError(self._message("prune_mass", "0 with metric='uniform', which tells no examples apart"))
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

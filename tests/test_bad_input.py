@@ -32,6 +32,10 @@ SETTINGS = [
     ("budget", 0.0, ValueError, "must be above 0 and finite"),
     ("budget", math.inf, ValueError, "must be above 0 and finite"),
     ("prune_mass", 1.0, ValueError, r"must be in \[0, 1\)"),
+    ("prune_until", 0.0, ValueError, r"must be in \(0, 1\], but is 0.0 \(default: 0.5\)"),
+    ("prune_until", 1.01, ValueError, r"must be in \(0, 1\]"),
+    ("uniform_below", -0.1, ValueError, r"must be in \[0, 1\]"),
+    ("uniform_below", True, TypeError, r"must be a number in \[0, 1\]"),
     ("prune_mass", -0.01, ValueError, r"must be in \[0, 1\)"),
     ("revisit_pruned", 1.0, ValueError, r"must be in \[0, 1\)"),
     ("guard", "yes", TypeError, "must be True or False"),
@@ -46,11 +50,6 @@ SETTINGS = [
 def test_settings(name, value, error, message):
     with pytest.raises(error, match=rf"ImportanceConfig.{name} {message}"):
         ImportanceConfig(**{name: value})
-
-
-def test_uniform_metric_cannot_prune():
-    with pytest.raises(ValueError, match="prune_mass must be 0 with metric='uniform'"):
-        ImportanceConfig(metric="uniform", prune_mass=0.1)
 
 
 # ---- at construction -------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ def test_defaults_are_the_documented_ones():
         max_rate=64.0,
         weight_exponent=1.0,
         budget=1.0,
-        prune_mass=0.0,
+        prune_mass=0.1,
+        prune_until=0.5,
         revisit_pruned=0.0,
+        uniform_below=0.4,
         guard=True,
         importance_increment=0.0,
         record=True,
@@ -31,6 +33,7 @@ def test_paper():
     assert (config.sampling, config.memory_momentum, config.uniform_fraction) == ("replacement", 0.3, 0.0)
     assert (config.max_rate, config.weight_exponent) == (math.inf, 1.0)
     assert not config.guard
+    assert (config.prune_mass, config.uniform_below) == (0.0, 0.0)
     assert config.importance_increment > 0, "without a floor only the increment brings forgotten examples back"
 
 

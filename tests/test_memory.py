@@ -117,11 +117,14 @@ def test_increment_is_added_to_what_is_known():
 @pytest.mark.parametrize(
     ("importance", "mass", "pruned"),
     [
-        ([1.0, 2.0, 3.0, 4.0], 0.11, [0]),
-        ([1.0, 2.0, 3.0, 4.0], 0.31, [0, 1]),
-        ([1.0, 2.0, 3.0, 4.0], 0.3, [0]),  # strictly less than the share
-        ([4.0, 1.0, 3.0, 2.0], 0.31, [1, 3]),
-        ([1.0, 1.0, 1.0, 1.0], 0.6, [0, 1]),  # of equal ones the first
+        ([1.0, 2.0, 3.0, 14.0], 0.11, [0]),
+        ([1.0, 2.0, 3.0, 14.0], 0.16, [0, 1]),
+        ([1.0, 2.0, 3.0, 14.0], 0.15, [0]),  # strictly less than the share
+        ([1.0, 2.0, 3.0, 14.0], 0.31, [0, 1]),  # 3.0 is more than half of the mean
+        ([14.0, 1.0, 3.0, 2.0], 0.16, [1, 3]),
+        ([1.0, 1.0, 1.0, 9.0], 0.2, [0, 1]),  # of equal ones the first
+        ([1.0, 1.0, 1.0, 1.0], 0.6, []),
+        ([1.0, 2.0, 1.0, 2.0], 0.6, []),
         ([0.0, 0.0, 5.0], 0.01, [0, 1]),
         ([0.0, 0.0, 0.0], 0.5, []),
         ([math.nan, 1.0, 9.0, math.nan], 0.2, [1]),
@@ -148,9 +151,9 @@ def test_the_share_is_of_all_that_is_remembered():
     assert memory.pruned.tolist() == [True, True, False, False]
     memory.begin_pass(prune_mass=0.15)
     assert memory.pruned.tolist() == [True, True, False, False], "nothing has changed"
-    memory.update(tensor([2]), tensor([0.5]))
+    memory.update(tensor([2]), tensor([0.4]))
     memory.begin_pass(prune_mass=0.15)
-    assert memory.pruned.tolist() == [True, True, True, False], "2.5 of 18.5"
+    assert memory.pruned.tolist() == [True, True, True, False], "2.4 of 18.4"
     memory.update(tensor([3]), tensor([1.5]))
     memory.begin_pass(prune_mass=0.15)
     assert memory.pruned.tolist() == [False, False, True, False], "those that are now above others are back"
@@ -188,14 +191,14 @@ def test_revisits_have_their_share_of_the_visits():
     ],
 )
 def test_preference_ends_as_the_data_are_learnt(fresh, floor, pruned):
-    memory = remembering([1.0, 2.0, 3.0, 4.0], uniform_below=0.3)
-    memory.begin_pass(prune_mass=0.35, fresh=fresh)
+    memory = remembering([0.5, 1.0, 3.0, 5.5], uniform_below=0.3)
+    memory.begin_pass(prune_mass=0.2, fresh=fresh)
     assert memory.floor == pytest.approx(floor)
     assert memory.pruned.nonzero().flatten().tolist() == pruned
-    memory.begin_pass(prune_mass=0.35, fresh=fresh)
+    memory.begin_pass(prune_mass=0.2, fresh=fresh)
     assert memory.pruned.nonzero().flatten().tolist() == pruned, "the mean is that of all, pruned ones too"
-    never = remembering([1.0, 2.0, 3.0, 4.0], uniform_below=0.0)
-    never.begin_pass(prune_mass=0.35, fresh=fresh)
+    never = remembering([0.5, 1.0, 3.0, 5.5], uniform_below=0.0)
+    never.begin_pass(prune_mass=0.2, fresh=fresh)
     assert (never.floor, never.pruned.sum()) == (0.3, 2), "control"
 
 
