@@ -58,8 +58,8 @@ class ImportanceConfig:
     budget: float = _setting(1.0, "Visits per epoch over the number of examples, above 0.")
     prune_mass: float = _setting(
         0.1,
-        "After each pass leave out the examples that together hold less than this share of the importance, and are "
-        "less than half as important as the mean, in [0, 1). 0 prunes nothing.",
+        "After each pass leave out the examples that together hold less than this share of the importance, in [0, 1). "
+        "0 prunes nothing.",
     )
     prune_until: float = _setting(
         0.5,

@@ -18,8 +18,6 @@ _GOOD_ENOUGH = 1.01
 """The guard takes the lowest floor whose second moment is within 1 % of the least."""
 _FORGET = 0.5
 """Share of the evidence that the guard keeps from pass to pass."""
-_UNIMPORTANT = 0.5
-"""Share of the mean importance below which an example may be pruned."""
 CHUNK = 2**20
 """Examples at a time, where all of them are gone through."""
 _MOST_WAITING = 64
@@ -198,13 +196,13 @@ class ImportanceMemory:
     def prunable(self, mass: float) -> Tensor:
         """Which examples together hold less than a share of the importance of all, as it is remembered.
 
-        The smallest ones, of equal ones the first; no unknown ones, and none that is at least half as important as the
-        mean: where all are about equally important there is nothing to leave out. Bool `[examples]`.
+        The smallest ones, of equal ones the first; no unknown ones, and none that is as important as the mean: where
+        all are equally important there is nothing to leave out. Bool `[examples]`.
         """
         found = torch.zeros_like(self.pruned)
         if mass > 0:
             importance, order = self.importance.sort(stable=True)  # NaN comes last
-            unimportant = importance < _UNIMPORTANT * importance.nanmean(dtype=torch.float64)
+            unimportant = importance < importance.nanmean(dtype=torch.float64)
             cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
             found[order[unimportant & (cumulated < mass * cumulated[-1])]] = True
         return found

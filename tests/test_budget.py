@@ -58,7 +58,7 @@ def test_pruned_examples_are_no_longer_drawn(tmp_path, sampling):
     assert shares[-1] == 0.25
     steps = [log["importance/seen"] for log in run.state.log_history if "importance/seen" in log]
     assert steps[-1] == 1.0, "they were seen before they were pruned"
-    unpruned = tiny.trained(tmp_path, tiny.bert(), ROWS, Recorder, {"sampling": sampling}, **FROZEN,
+    unpruned = tiny.trained(tmp_path, tiny.bert(), ROWS, Recorder, {"sampling": sampling, "prune_mass": 0.0}, **FROZEN,
                             more={"per_example_loss_func": unequal})  # fmt: skip
     assert len(unpruned.kept_indices) == 40
     assert {i for draw in unpruned.draws[25:] for i in draw.index} == set(range(40)), "control"

@@ -25,7 +25,7 @@ from benchmarks.tasks import Task, predict, task_of
 KEYS = ("task", "method", "budget", "seed")
 BUDGETS = (0.3, 0.5, 0.7, 1.0, 1.5)
 _RESAMPLES = 1000
-_COLOURS = {"uniform": "#6b7280", "ours": "#d1495b", "ours, pruning": "#8f1d38"}
+_COLOURS = {"uniform": "#6b7280", "ours": "#d1495b", "ours, short": "#8f1d38"}
 
 
 def run(task_name: str, method: str, budget: float, seed: int) -> dict[str, Any]:

@@ -256,7 +256,7 @@ def _paper(**changes: Any) -> dict[str, Any]:
 METHODS = {
     "uniform": Method(),
     "ours": Method({}),
-    "ours, pruning": Method({"prune_mass": 0.1}),
+    "ours, short": Method({"prune_until": 1.0, "uniform_below": 0.0}),
     "paper": Method(_paper()),
     "paper, no weights": Method(_paper(weight_exponent=0.0)),
     "loss-proportional": Method(_paper(metric="loss")),
