@@ -75,6 +75,7 @@ class ImportanceMemory:
         self.momentum = momentum
         self.max_rate = max_rate
         self.floor = uniform_fraction
+        self.left_out = 0.0  # share of the examples that are pruned
         self._floors = torch.linspace(uniform_fraction, 1.0, _FLOORS + 1, dtype=torch.float64)
         self._second_moments = torch.zeros_like(self._floors)
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []  # arguments of `update`
@@ -181,6 +182,7 @@ class ImportanceMemory:
 
     def _measure(self) -> None:
         pruned = int(self.pruned.sum())
+        self.left_out = pruned / len(self)
         self._drawable = len(self) - pruned
         self._mean = self._mean_importance()
         self._sum, self._peak, least = self._measure_rates() if self._known else (float(self._drawable), 1.0, 1.0)

@@ -61,8 +61,10 @@ def test_figures_by_hand():
     assert found.figures()["suspected label errors"] == "1 (25.0%)"
     assert found.summary() == (
         "Importance sampling: 20 visits of 4 examples, 90 % of them to 50% of the examples, "
-        "second moment of the gradient 0.80 of that of uniform sampling, 25% pruned."
+        "second moment of the gradient 0.80 of that of uniform sampling, up to 25% pruned at a time."
     )
+    found.history.append({"step": 15, "importance/pruned": 0.5})
+    assert found.pruned == 0.5, "they came back since"
 
 
 def test_busy_of_equal_visits():
@@ -196,7 +198,7 @@ def test_plots_are_drawn_for_both_pages(theme):
 
 def test_report_of_a_training(tmp_path, capsys):
     rows = datasets.Dataset.from_list([{**row, "text": f"text {i}"} for i, row in enumerate(tiny.texts(24))])
-    a = tiny.trainer(tmp_path / "out", tiny.opinionated_bert(), rows, importance={"prune_mass": 0.05})
+    a = tiny.trainer(tmp_path / "out", tiny.opinionated_bert(), rows, importance={"prune_until": 1.0})
     a.train()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Importance sampling: ")]
     assert printed == [a._findings().summary()]
@@ -206,7 +208,7 @@ def test_report_of_a_training(tmp_path, capsys):
     assert "text 3" in page_of(page).text
     table = pq.read_table(page.parent / "examples.parquet").to_pydict()
     torch.testing.assert_close(torch.tensor(table["importance"]), a.importances)
-    assert [i for i, pruned in enumerate(table["pruned"]) if not pruned] == a.kept_indices.tolist()
+    assert table["pruned"] == a._sampler.memory.pruned.tolist()
     assert sum(table["visits"]) == 72
     assert table["label"] == [row["labels"] for row in rows]
     assert len(a._sampler.memory.record.distributions) == 3, "two whole passes and a short one are over"

@@ -57,8 +57,8 @@ class Findings:
 
     @property
     def pruned(self) -> float:
-        """Share of the examples that are no longer drawn."""
-        return self.columns["pruned"].double().mean().item()
+        """Largest share of the examples that was left out at a time, as far as it was logged."""
+        return max([self.columns["pruned"].double().mean().item(), *self.logged("pruned")[1]])
 
     @property
     def decides(self) -> bool:
@@ -100,7 +100,7 @@ class Findings:
             "visits per example": f"{self.visits / len(self):.2f}",
             "90 % of the visits went to": f"{self.busy:.1%} of the examples",
             "examples seen": f"{self.seen:.1%}",
-            "examples pruned": f"{self.pruned:.1%}",
+            "examples pruned": f"up to {self.pruned:.1%}",
         }
         if sample_size is not None:
             figures["effective sample size"] = f"{sample_size:.3f} of the visits"
@@ -118,7 +118,7 @@ class Findings:
             f"{self.visits:,} visits of {len(self):,} examples",
             f"90 % of them to {self.busy:.0%} of the examples",
             *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} of that of uniform sampling"]),
-            f"{self.pruned:.0%} pruned",
+            f"up to {self.pruned:.0%} pruned at a time",
         ]
         return "Importance sampling: " + ", ".join(parts) + "."
 

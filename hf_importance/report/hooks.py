@@ -39,7 +39,7 @@ class ReportMixin:
         memory = self._sampler.memory
         logs = {
             "importance/seen": memory.seen,
-            "importance/pruned": memory.pruned.double().mean().item(),
+            "importance/pruned": memory.left_out,
             "importance/uniform_fraction": memory.floor,
             "importance/effective_sample_size": (functional.effective_sample_size(weight) / len(weight)).item(),
             "importance/weight_max": weight.max().item(),
