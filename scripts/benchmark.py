@@ -37,7 +37,7 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
     points = ((task, method, budget, seed) for seed, task, method, budget in grid)
     runs = _filled(arguments, accuracy.KEYS, points, accuracy.run, accuracy.settings)
     accuracy.plot(runs, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(accuracy.figures_table(runs) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(accuracy.details(runs), encoding="utf-8")
     return accuracy.tables(runs)
 
 

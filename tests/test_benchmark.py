@@ -199,7 +199,9 @@ def test_tables(tmp_path, capsys):
     assert "| ours | 0.80 (0.80–0.80) |" in printed
     assert path.with_suffix(".png").stat().st_size > 1000
     assert "| uniform | 2.0 | 2.0 |\n| ours | 1.0 | 1.0 |" in printed
-    assert "| digits | ours | 36.50" in path.with_suffix(".md").read_text()
+    details = path.with_suffix(".md").read_text()
+    assert "| digits | ours | 36.50" in details
+    assert "| seconds, budget 1 | digits |\n|---|---|\n| uniform | 1.0 |" in details
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What the README says runs, and its table of settings is that of the code."""
 
+import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import run_image_classification
 import run_text_classification
 import tiny
 from arguments import parse
+from benchmarks import accuracy, results
+from PIL import Image
 
 from hf_importance import ImportanceConfig
 
@@ -62,14 +66,28 @@ def test_settings_are_those_of_the_config():
             assert rows[field.name] == f"`{field.default}`"
 
 
+FIGURES = {"accuracy": "accuracy", "overhead": "ratio", "draws": "batch_mean", "label_errors": "auroc_mean_loss"}
+
+
+def runs_of(part):
+    return results.load(results.FOLDER / f"{part}.json")["runs"]
+
+
 def test_tables_are_those_of_the_results(tmp_path):
-    marks = re.findall(r"^<!-- (\w+) -->$", README, flags=re.MULTILINE)
-    assert {"accuracy", "label_errors"} <= set(marks)
+    assert set(re.findall(r"^<!-- (\w+) -->$", README, flags=re.MULTILINE)) == set(FIGURES)
     assert benchmark.with_tables(README) == README, "run: python scripts/benchmark.py readme"
-    for part in marks:
-        found = benchmark.results.load(benchmark.results.FOLDER / f"{part}.json")
-        assert len(found["runs"]) >= 4
-        key = "auroc_mean_loss" if part == "label_errors" else "accuracy"
-        changed = [run | ({key: 0.123} if key in run else {}) for run in found["runs"]]
-        benchmark.results.save(tmp_path / f"{part}.json", found | {"runs": changed}, ["task", "seed"])
-    assert benchmark.with_tables(README, tmp_path) != README, "control"
+    for part in FIGURES:
+        shutil.copy(results.FOLDER / f"{part}.json", tmp_path)
+    for part, figure in FIGURES.items():
+        assert len(runs_of(part)) >= 4
+        changed = [run | ({figure: 0.123} if figure in run else {}) for run in runs_of(part)]
+        (tmp_path / f"{part}.json").write_text(json.dumps({"runs": changed}))
+        assert benchmark.with_tables(README, tmp_path) != README, "control"
+        shutil.copy(results.FOLDER / f"{part}.json", tmp_path)
+
+
+def test_the_plot_and_the_figures_of_all_methods_are_those_of_the_results():
+    runs = runs_of("accuracy")
+    assert Image.open(results.FOLDER / "accuracy.png").text["Source"] == results.digest(runs)
+    assert (results.FOLDER / "accuracy.md").read_text() == accuracy.details(runs)
+    assert results.digest(runs[1:]) != results.digest(runs), "control"

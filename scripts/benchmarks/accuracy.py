@@ -19,7 +19,7 @@ from torch import nn
 from transformers import set_seed
 
 from benchmarks.methods import METHODS
-from benchmarks.results import grouped, mean_and_error
+from benchmarks.results import digest, grouped, mean_and_error
 from benchmarks.tasks import Task, predict, task_of
 
 KEYS = ("task", "method", "budget", "seed")
@@ -141,6 +141,23 @@ def _cell(runs: list[dict[str, Any]]) -> str:
     return f"{100 * mean:.2f} ± {100 * error:.2f} ({entropy:.3f})"
 
 
+def details(runs: list[dict[str, Any]]) -> str:
+    """Markdown: the figures of all methods, and what they took."""
+    return "\n\n".join([figures_table(runs), seconds_table(runs)]) + "\n"
+
+
+def seconds_table(runs: list[dict[str, Any]]) -> str:
+    """Median seconds of a training with budget 1. They were not run alone: read no small difference out of it."""
+    tasks = _in_order(runs, "task")
+    lines = ["| seconds, budget 1 | " + " | ".join(tasks) + " |", "|" + "---|" * (1 + len(tasks))]
+    seconds = grouped([found for found in runs if found["budget"] == 1.0], "seconds", ("task", "method"))
+    for method in METHODS:
+        cells = [f"{statistics.median(found):.1f}" if (found := seconds[task, method]) else "" for task in tasks]
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def match_table(runs: list[dict[str, Any]]) -> str:
     """Compute to match, with its interval."""
     tasks = _in_order(runs, "task")
@@ -192,8 +209,9 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.25)
     for panel in panels.flat[len(tasks) :]:
         panel.set_axis_off()
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=110)
+    most = max(panels.flat, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Source": digest(runs)})
     plt.close(figure)
 
 
