@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -40,12 +41,21 @@ def test_python_runs(tmp_path):
     assert names["trainer"].importances.isfinite().sum() == 16
 
 
-def commands():
+def commands(script):
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line.split("#")[0].split() for line in text.splitlines() if line.startswith("python scripts/")]
+    return [
+        shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(f"python scripts/{script}")
+    ]
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda words: words[1])
+@pytest.mark.parametrize("command", commands("benchmark"), ids=lambda words: words[2])
+def test_parts_of_the_benchmark_are_known(command, capsys):
+    assert benchmark.new_parser().parse_args(command[2:]).part == command[2]
+    with pytest.raises(SystemExit):
+        benchmark.new_parser().parse_args([*command[2:], "--unknown"])
+
+
+@pytest.mark.parametrize("command", commands("run"), ids=lambda words: words[1])
 def test_flags_are_known(command):
     module = {"text": run_text_classification, "image": run_image_classification}[command[1].split("_")[1]]
     data = module.TextArguments if module is run_text_classification else module.ImageArguments

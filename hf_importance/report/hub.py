@@ -85,7 +85,8 @@ def section(findings: Findings, plots: Mapping[str, str]) -> str:
     return f"""## Importance sampling
 
 This model was trained with online importance sampling (`hf_importance`). In every step the importance of the examples
-at hand was measured; the next examples were drawn in proportion to it, with weights that keep the gradient unbiased.
+at hand was measured; the next examples were drawn in proportion to it, with weights that undo the preference. Examples
+that together hold little of the importance may have been left out for a part of the training (`prune_mass`).
 
 | measured | |
 |---|---|
