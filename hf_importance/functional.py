@@ -14,6 +14,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """Label of a position that has no loss, as in `torch.nn.functional.cross_entropy`."""
 
+_CPU_ELEMENTS, _CUDA_ELEMENTS = 2**17, 2**26
+"""Logits at a time: what fits into a cache, and what takes little memory. No copy of all logits is made."""
+
 # ---- per-example losses ----------------------------------------------------------------------------------------------
 
 
@@ -101,6 +104,16 @@ def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: fl
     >>> cross_entropy_importance(torch.tensor([[20.0, 0.0]]), torch.tensor([0]))
     tensor([2.9149e-09])
     """
+    soft = labels.is_floating_point()
+    rows, targets = logits.flatten(0, -2), labels.flatten(0, -2) if soft else labels.flatten()
+    size = max(1, (_CUDA_ELEMENTS if logits.is_cuda else _CPU_ELEMENTS) // max(1, logits.shape[-1]))
+    parts = zip(rows.split(size), targets.split(size), strict=True)
+    squares = torch.cat([_squared_distance(*part, label_smoothing) for part in parts])
+    return _per_example(squares.view(logits.shape[:-1])).sum(1).sqrt()
+
+
+def _squared_distance(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """‖p − t‖² of each position `[positions]`, 0 where it has no loss."""
     gradient = _at_least_float32(logits).softmax(-1)
     if labels.is_floating_point():
         target = _smooth(labels.to(gradient.dtype), label_smoothing)
@@ -109,12 +122,11 @@ def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: fl
     else:
         ignored = labels == IGNORE_INDEX
         label = labels.masked_fill(ignored, 0).unsqueeze(-1)
-        gradient -= label_smoothing / gradient.shape[-1]
+        if label_smoothing:
+            gradient -= label_smoothing / gradient.shape[-1]
     gradient.scatter_(-1, label, 0.0)
     squares = gradient.sum(-1).square() + gradient.square_().sum(-1)
-    if not labels.is_floating_point():
-        squares.masked_fill_(ignored, 0.0)
-    return _per_example(squares).sum(1).sqrt()
+    return squares if labels.is_floating_point() else squares.masked_fill_(ignored, 0.0)
 
 
 @torch.no_grad()

@@ -298,3 +298,19 @@ def test_preference():
     assert (falling[0], falling[100]) == (0.0, 1.0)
     for unknown in ((math.nan, 1.0, 0.3), (0.1, math.nan, 0.3), (0.1, 0.0, 0.3), (0.1, 1.0, 0.0)):
         assert F.preference(*unknown) == 1.0
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_importance_is_the_same_in_pieces(monkeypatch, soft):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=g)
+    labels = torch.randint(7, (3, 5), generator=g)
+    labels[1, 2:4] = F.IGNORE_INDEX
+    if soft:
+        labels = torch.rand(3, 5, 7, generator=g)
+    whole = F.cross_entropy_importance(logits, labels, 0.1)
+    monkeypatch.setattr(F, "_CPU_ELEMENTS", 14)
+    sizes = []
+    monkeypatch.setattr(F, "_squared_distance", lambda *a, f=F._squared_distance: (sizes.append(len(a[0])), f(*a))[1])
+    assert torch.equal(F.cross_entropy_importance(logits, labels, 0.1), whole)
+    assert sizes == [2] * 7 + [1], "control: it is in pieces"

@@ -58,7 +58,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the tokens of 
     "BERT small": (lambda: _bert(128, 2, 64), 64),
     "ViT tiny": (lambda: _vit(64, 1, 16, 8), 16),
     "ViT small": (lambda: _vit(128, 3, 32, 4), 32),
-    "GPT-2 tiny": (lambda: _gpt2(64, 1, 64), 64),  # its logits are most of what it needs
+    "GPT-2 tiny": (lambda: _gpt2(64, 1, 16), 16),  # its logits are most of what it needs
     "BERT base": (lambda: _bert(768, 12, 128), 128),
     "ViT base": (lambda: _vit(768, 12, 224, 16), 224),
 }
