@@ -11,6 +11,7 @@ import transformers as hf
 from torch import nn
 
 from hf_importance import ImportanceConfig, ImportanceTrainer, ImportanceTrainerMixin
+from hf_importance.memory import ImportanceMemory
 
 V, T, N = tiny.WORDS, tiny.LENGTH, 24
 DECODER = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -213,7 +214,8 @@ def test_weights_multiply_the_losses_of_tokens(tmp_path, monkeypatch):
     """(1/B) Σ wᵢ Σₜ ℓᵢₜ / n̄ with n̄ over all data, by hand."""
     data, model = tiny.token_rows(N), tiny.token_bert()
     rates = torch.linspace(0.5, 1.5, N, dtype=torch.float64)
-    monkeypatch.setattr("hf_importance.memory.ImportanceMemory.rates", lambda self, index=slice(None): rates[index])
+    monkeypatch.setattr(ImportanceMemory, "rates", lambda self, index=slice(None): rates[index])
+    monkeypatch.setattr(ImportanceMemory, "alike", property(lambda self: False, lambda self, _: None), raising=False)
     settings = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0, "max_steps": 1}
     run = tiny.trained(tmp_path, model, data, more={"data_collator": tiny.pad}, **settings)
     drawn = run.importances.isfinite().nonzero().flatten().tolist()
