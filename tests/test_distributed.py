@@ -170,7 +170,7 @@ def test_from_two_processes_to_one(alone, ranks_of, monkeypatch):
         known[state["sampler"]["shard"]] = state["sampler"]["memory"]["importance"]
     warned = []
     monkeypatch.setattr("hf_importance.trainer.logger.warning", warned.append)
-    run = distributed_worker.trainer(alone / "one again", learning_rate=0.0)
+    run = distributed_worker.trainer(alone / "one again", importance=tiny.ALL, learning_rate=0.0)
     run.train(resume_from_checkpoint=str(folder))
     assert "another number of processes" in warned[0]
     rates = functional.rates(known.double(), 0.3, 64.0)

@@ -35,7 +35,8 @@ def test_float16_with_skipped_steps(tmp_path):
     half = tiny.trained(tmp_path, model, tiny.texts(), HalfOnCpu, max_grad_norm=0.0, **FROZEN)
     assert half.scales[-1] < half.scales[0], "control: gradients overflowed, and steps were skipped"
     torch.testing.assert_close(half.importances, exact(tmp_path, model), rtol=0.02, atol=0.005)
-    learning = tiny.trained(tmp_path, model, tiny.texts(), HalfOnCpu, max_grad_norm=0.0, num_train_epochs=8)
+    longer = {"max_grad_norm": 0.0, "num_train_epochs": 8}
+    learning = tiny.trained(tmp_path, model, tiny.texts(), HalfOnCpu, tiny.ALL, **longer)
     assert learning.scales[0] > learning.scales[20] == learning.scales[-1]
     assert learning.importances.isfinite().all()
     assert tiny.logged(learning, "loss")[-1] < tiny.logged(learning, "loss")[0]

@@ -96,7 +96,13 @@ def test_epoch_has_the_batches_that_its_loader_announces(tmp_path, budget, drop_
 
 def test_important_examples_are_drawn_more(tmp_path):
     run = tiny.trained(
-        tmp_path, tiny.bert(), tiny.texts(), Recorder, {"metric": "loss"}, num_train_epochs=40, learning_rate=3e-3
+        tmp_path,
+        tiny.bert(),
+        tiny.texts(),
+        Recorder,
+        {"metric": "loss", **tiny.ALL},
+        num_train_epochs=40,
+        learning_rate=3e-3,
     )
     visits = torch.zeros(40)
     for used, _, _, _ in run.steps[5 * 20 :]:
@@ -192,7 +198,7 @@ def test_measured_variance_and_mean_are_right(tmp_path):
         tmp_path,
         tiny.opinionated_bert(),
         tiny.texts(20),
-        importance={"metric": "loss"},
+        importance={"metric": "loss", **tiny.ALL},
         learning_rate=0.0,
         num_train_epochs=300,
         per_device_train_batch_size=20,
@@ -214,7 +220,7 @@ def test_logged_loss_is_the_mean_loss_over_the_data(tmp_path):
         model,
         data,
         Recorder,
-        {"memory_momentum": 0.0},
+        {"memory_momentum": 0.0, **tiny.ALL},
         learning_rate=0.0,
         num_train_epochs=101,
         logging_steps=1,

@@ -16,6 +16,8 @@ from transformers import (
 from hf_importance import ImportanceConfig, ImportanceTrainer
 
 WORDS, LENGTH, CLASSES = 60, 8, 4
+ALL = {"prune_mass": 0.0, "uniform_below": 0.0}
+"""Settings with which all examples are drawn by their importance to the end."""
 CHECKPOINTING = "activation_checkpointing"  # its name from transformers 5.23 on
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
