@@ -204,7 +204,7 @@ def test_other_batch_size(tmp_path, warnings_of):
     """The importances are kept; 20 batches of 2 per epoch, of which the first 7 are skipped."""
     straight(tmp_path)
     (state,) = load_states(tmp_path / "checkpoint-7")
-    again = resumed(tmp_path, 7, per_device_train_batch_size=2)
+    again = resumed(tmp_path, 7, tiny.ALL, per_device_train_batch_size=2)
     assert "another number of processes or batch size" in warnings_of[0]
     assert again._sampler.memory.record.columns()["visits"].sum() == 7 * 8 + 2 * len(again.draws)
     assert [draw.number for draw in again.draws] == list(range(53))
