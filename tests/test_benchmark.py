@@ -8,7 +8,7 @@ import benchmark
 import pytest
 import torch
 from benchmarks import accuracy, draws, label_errors, overhead, results, tasks
-from benchmarks.methods import LOW, METHODS, InfoBatch, Presampling, Rival, RivalTrainer, SeTa
+from benchmarks.methods import LOW, METHODS, InfoBatch, Method, Presampling, Rival, RivalTrainer, SeTa
 from scipy.optimize import minimize
 
 
@@ -239,6 +239,21 @@ def test_what_is_there_is_not_run_again(tmp_path, capsys, monkeypatch):
     assert len(after) == 8
     assert all(run in after for run in before["runs"])
     assert after == sorted(after, key=lambda run: [run[name] for name in accuracy.KEYS])
+
+
+def test_runs_with_other_settings_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
+    path = tmp_path / "accuracy.json"
+    grid = ["--tasks", "digits", "--methods", "ours", "--budgets", "0.5", "--output", str(path)]
+    benchmark.main(["accuracy", *grid, "--seeds", "1"])
+    kept = json.loads(path.read_text())["settings"]
+    assert kept["task"]["digits"]["batch"] == 16
+    assert kept["method"]["ours"]["uniform_fraction"] == 0.3
+    benchmark.main(["accuracy", *grid, "--seeds", "2"])
+    assert len(json.loads(path.read_text())["runs"]) == 2, "control: the same settings go on"
+    monkeypatch.setitem(METHODS, "ours", Method({"uniform_fraction": 0.5}))
+    with pytest.raises(SystemExit, match="has runs of the method 'ours' with other settings"):
+        benchmark.main(["accuracy", *grid, "--seeds", "3"])
 
 
 def test_label_errors(tmp_path, capsys, monkeypatch):

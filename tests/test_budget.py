@@ -136,3 +136,20 @@ def test_without_weights_there_is_no_short_pass(tmp_path, exponent, short):
     run = tiny.trained(tmp_path, tiny.bert(), rows, importance=settings, num_train_epochs=1.5)
     assert (run._sampler._passes == 3) == short
     assert run._sampler._share == 1.0
+
+
+def test_sampling_becomes_uniform_as_the_data_are_learnt(tmp_path):
+    """40 examples are learnt by heart in 40 epochs; while nothing is learnt, nothing changes."""
+    for rate, below, last in ((1e-2, 0.4, 1.0), (1e-2, 0.0, 0.3), (0.0, 0.4, 0.3)):
+        settings = {"uniform_below": below, "guard": False, "prune_until": 1.0}
+        run = tiny.trained(
+            tmp_path, tiny.bert(), tiny.texts(), importance=settings, num_train_epochs=40, learning_rate=rate
+        )
+        floors, pruned = tiny.logged(run, "importance/uniform_fraction"), tiny.logged(run, "importance/pruned")
+        assert floors[0] == pytest.approx(0.3)
+        assert floors[-1] == pytest.approx(last)
+        if last == 1.0:
+            assert tiny.logged(run, "importance/weight_max")[-1] == pytest.approx(1.0)
+            assert pruned[-1] == 0.0
+        elif rate > 0:
+            assert pruned[-1] > 0.0, "control"
