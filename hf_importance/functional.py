@@ -268,14 +268,14 @@ def second_moments(
 
 
 def preference(importance: float, fresh: float, uniform_below: float) -> float:
-    """How much there still is to prefer, from 1, all of it, to 0: the data are as good as learnt.
+    """How much there still is to prefer: 1 at first, 0 where the data are as good as learnt. Our own rule.
 
-    By then what importance sampling gains is overfitting. It falls linearly as the mean importance falls from twice
+    What trains faster also overfits sooner, so that preference should end in time. It falls linearly as the mean importance falls from twice
     `uniform_below` of what it was when the examples were new to once that share.
 
     Args:
         importance: mean over the training data.
-        fresh: mean over examples when they were seen for the first time.
+        fresh: mean over examples that were new to the model when they were measured.
         uniform_below: u in [0, 1]. With 0 preference never falls.
 
     Returns:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 
+from hf_importance import ImportanceConfig
 from hf_importance.memory import ImportanceMemory
 from hf_importance.sampler import ImportanceBatchSampler
 
@@ -32,7 +33,8 @@ class _Ours:
 
     def __init__(self, examples: int, sampling: str, known: bool = True) -> None:
         self.memory = ImportanceMemory(examples, guard=True)
-        self.sampler = ImportanceBatchSampler(self.memory, BATCH, sampling=sampling)
+        prune_mass = ImportanceConfig.prune_mass if sampling == "reshuffled" else 0.0
+        self.sampler = ImportanceBatchSampler(self.memory, BATCH, sampling=sampling, prune_mass=prune_mass)
         if known:
             self.memory.remember(_importances(examples), torch.zeros(examples, dtype=torch.bool))
 
@@ -51,7 +53,9 @@ class _Ours:
             self.sampler._plan_pass()
 
     def bytes(self) -> int:
-        """Of all tensors that stay."""
+        """Of all tensors that stay, in a pass that leaves nothing out."""
+        self.sampler._prune_mass = 0.0
+        self.new_pass()
         held = {**vars(self.memory), **vars(self.sampler)}.values()
         return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
 
