@@ -270,8 +270,8 @@ def second_moments(
 def preference(importance: float, fresh: float, uniform_below: float) -> float:
     """How much there still is to prefer: 1 at first, 0 where the data are as good as learnt. Our own rule.
 
-    What trains faster also overfits sooner, so that preference should end in time. It falls linearly as the mean importance falls from twice
-    `uniform_below` of what it was when the examples were new to once that share.
+    What trains faster also overfits sooner, so that preference should end in time. It falls linearly as the mean
+    importance falls from twice `uniform_below` of what it was when the examples were new to once that share.
 
     Args:
         importance: mean over the training data.

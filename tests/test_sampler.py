@@ -400,6 +400,21 @@ def test_the_plan_counts_the_visits_there_are(drop_last):
     assert sampler._prune_before == 0.5 * sum(len(draw.index) for draw in drawn(sampler, epochs=3))
 
 
+def test_a_pass_is_planned_in_pieces(monkeypatch):
+    """Visits are the rate, rounded down or up, and weights its inverse, also across the pieces."""
+    monkeypatch.setattr("hf_importance.sampler.CHUNK", 16)
+    memory = memory_of(torch.rand(100, generator=torch.Generator().manual_seed(0)).tolist())
+    sampler = ImportanceBatchSampler(memory, 1, budget=3.0)
+    visits = one_pass(sampler)
+    counts = torch.bincount(tensor([i for i, _ in visits]), minlength=100)
+    memory.begin_pass()
+    rates = memory.rates()
+    assert ((counts == rates.floor()) | (counts == rates.ceil())).all()
+    assert [weight for _, weight in visits] == pytest.approx([1 / rates[i].item() for i, _ in visits])
+    assert counts[96:].sum() > 0, "the last piece, too"
+    assert [i for i, _ in visits] != sorted(i for i, _ in visits), "shuffled across the pieces"
+
+
 def test_increment_brings_forgotten_examples_back():
     for increment, comes_back in ((0.1, True), (0.0, False)):
         memory = memory_of([0.0, 1.0, 1.0], uniform_fraction=0.0)
