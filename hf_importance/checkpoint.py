@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from hf_importance.record import join
-from hf_importance.sampler import ImportanceBatchSampler
+from hf_importance.sampling.sampler import ImportanceBatchSampler
 
-_FORMAT = 3
+_FORMAT = 4
 _TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
 
 
@@ -45,31 +45,24 @@ def load_states(checkpoint: str | Path) -> list[dict[str, Any]]:
     return [_load(Path(checkpoint) / _name(rank, ranks)) for rank in range(ranks)]
 
 
-def resume(
-    sampler: ImportanceBatchSampler, checkpoint: str | Path, rank: int, skip: int, epochs: float
-) -> tuple[list[Any], str | None]:
+def resume(sampler: ImportanceBatchSampler, states: list[dict[str, Any]], rank: int, skip: int) -> str | None:
     """Put a sampler where it was, or as near as it can be.
 
     Args:
         sampler: of this rank; nothing was drawn.
-        checkpoint: its folder.
+        states: what [`load_states`] gave.
         rank: this one.
         skip: see [`ImportanceBatchSampler.load_state_dict`].
-        epochs: that went before.
 
     Returns:
-        What was measured and not yet remembered, as it was saved; and what could not be kept, None if all was.
-
-    Raises:
-        ValueError: as [`load_states`].
+        What could not be kept, None if all was.
     """
-    states = load_states(checkpoint)
     if len(states) == sampler.shard.ranks and sampler.goes_on_from(states[rank]["sampler"]):
         sampler.load_state_dict(states[rank]["sampler"], skip)
-        return states[rank]["on_their_way"], None
+        return None
     length = sampler.shard.length
-    importance, pruned = torch.full((length,), torch.nan), torch.zeros(length, dtype=torch.bool)
-    passes, fresh, record = 0, (0.0, 0.0), None
+    importance = torch.full((length,), torch.nan)
+    passes, record = 0, None
     if not states:
         dropped = "has no importances: they start unknown."
     elif (found := states[0]["sampler"]["length"]) != length:
@@ -82,17 +75,15 @@ def resume(
             "was written with another number of processes or batch size: the importances are kept, the order of the "
             "examples is a new one."
         )
-        passes = states[0]["sampler"]["passes"]
-        fresh = tuple(sum(state["sampler"][name] for state in states) for name in ("fresh_sum", "fresh_weight"))
-        index = [state["sampler"]["shard"] for state in states]
-        index = [slice(None) if positions is None else positions for positions in index]
-        memories = [state["sampler"]["memory"] for state in states]
-        for positions, memory in zip(index, memories, strict=True):
-            importance[positions], pruned[positions] = memory["importance"], memory["pruned"]
-        if memories[0]["record"] is not None:
-            record = join([memory["record"] for memory in memories], index, length)
-    sampler.begin_with(importance, pruned, epochs, passes, fresh, skip, record)
-    return [], dropped
+        samplers = [state["sampler"] for state in states]
+        passes = samplers[0]["visits"]["passes"]
+        index = [slice(None) if state["shard"] is None else state["shard"] for state in samplers]
+        for positions, state in zip(index, samplers, strict=True):
+            importance[positions] = state["memory"]["importance"]
+        if all(state["record"] is not None for state in samplers):
+            record = join([state["record"] for state in samplers], index, length)
+    sampler.restart(importance, passes, skip, record)
+    return dropped
 
 
 def _name(rank: int, ranks: int) -> str:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
+
+logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "importance_config.json"
 
 Metric = Literal["logit_gradient", "loss", "last_layer_gradient", "uniform"]
 Sampling = Literal["reshuffled", "replacement"]
+if TYPE_CHECKING:
+    Budget = float | Literal["auto"]
+else:
+    Budget = str  # a flag has one type; numbers are made of it below
+
+_GONE = {
+    "max_rate": "no example is visited much more often than 64 times the average",
+    "prune_until": "training ends when enough was learnt (budget='auto')",
+    "uniform_below": "training ends when enough was learnt (budget='auto')",
+    "revisit_pruned": "what is pruned is looked at again after each pass",
+    "guard": "there is one with sampling='reshuffled', and none with 'replacement'",
+    "report_examples_to_hub": "it is an argument of ImportanceTrainer, and never loaded from a file",
+}
+"""Settings of version 0.1 that are no more, and what took their place."""
 
 
 def _setting(default: object, text: str) -> Any:
@@ -25,14 +42,31 @@ def _setting(default: object, text: str) -> Any:
 class ImportanceConfig:
     """How importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
 
+    What people set: `budget`, `prune_mass`, `record`, `seed`. What experiments need: the others.
+
     Raises:
         ValueError: where a value is out of its range; the message says which and what to pass instead.
         TypeError: where it has the wrong type.
 
-    >>> ImportanceConfig(uniform_fraction=0.5).metric
+    >>> ImportanceConfig(budget=0.5).metric
     'logit_gradient'
     """
 
+    budget: Budget = _setting(
+        "auto",
+        "auto: training ends, and the learning rate has decayed, when as much was learnt as uniform sampling learns in "
+        "num_train_epochs or max_steps. A number above 0: so many visits per epoch over the number of examples, and "
+        "all epochs or steps are made.",
+    )
+    prune_mass: float = _setting(
+        0.0,
+        "After each pass leave out the examples that together hold less than this share of the importance, in [0, 1). "
+        "0 prunes nothing.",
+    )
+    record: bool = _setting(
+        True, "Keep what importance_report shows of every example: visits, loss, prediction; 24 bytes each."
+    )
+    seed: int | None = _setting(None, "Seed of the sampler; by default data_seed or seed of TrainingArguments.")
     metric: Metric = _setting(
         "logit_gradient",
         "What importance is: the norm of the gradient of an example's loss with respect to the logits "
@@ -41,79 +75,41 @@ class ImportanceConfig:
     )
     sampling: Sampling = _setting(
         "reshuffled",
-        "reshuffled: passes that visit each example as often as its rate says, in random order. "
-        "replacement: independent draws, as in the paper.",
+        "reshuffled: visits as even as the rates allow, with rates of the last eighth of a pass, and a guard that "
+        "makes them uniform where importances tell nothing. replacement: independent draws, as in the paper.",
     )
     memory_momentum: float = _setting(0.2, "Share of the old importance when a new one is measured, in [0, 1).")
     uniform_fraction: float = _setting(
         0.3,
         "Lowest floor of the rates, in [0, 1]: this share of the visits is uniform; no weight is above its inverse.",
     )
-    max_rate: float = _setting(64.0, "No example is visited more often than this many times the average, at least 1.")
     weight_exponent: float = _setting(
         1.0,
         "Weight of a visit is rate^-exponent, in [0, 1]. 1 keeps the gradient unbiased; less prefers important "
         "examples, which pays only with clean labels.",
     )
-    budget: float = _setting(1.0, "Visits per epoch over the number of examples, above 0.")
-    prune_mass: float = _setting(
-        0.1,
-        "After each pass leave out the examples that together hold less than this share of the importance, in [0, 1). "
-        "0 prunes nothing.",
-    )
-    prune_until: float = _setting(
-        0.5,
-        "Share of the training after which nothing is pruned any more, in (0, 1]. 1 prunes to the end.",
-    )
-    revisit_pruned: float = _setting(
-        0.0,
-        "Share of the visits that go to pruned examples, in [0, 1): they can come back, and the gradient stays that of "
-        "all examples.",
-    )
-    uniform_below: float = _setting(
-        0.4,
-        "Sampling becomes uniform, and nothing is pruned, as the mean importance falls from twice this share of what "
-        "it was when the examples were new to once this share, in [0, 1]. 0: never.",
-    )
-    guard: bool = _setting(
-        True,
-        "Raise the floor, up to uniform sampling, where the measured variance of the gradient asks for it. Not with "
-        "weight_exponent 0, where there is no variance to compare.",
-    )
     importance_increment: float = _setting(
         0.0,
         "Added to every known importance at the end of each pass, at least 0: the paper's way to forget no example.",
     )
-    record: bool = _setting(
-        True, "Keep what importance_report shows of every example: visits, loss, prediction; 24 bytes each."
-    )
-    report_examples_to_hub: bool = _setting(
-        False,
-        "Let push_to_hub upload the whole report, in which training examples, their labels and predictions can be "
-        "seen; by default only importances and plots.",
-    )
-    seed: int | None = _setting(None, "Seed of the sampler; by default data_seed or seed of TrainingArguments.")
 
     @classmethod
     def paper(cls, memory_momentum: float = 0.2, importance_increment: float = 1e-3) -> ImportanceConfig:
-        """The sampler of Salaün et al. 2023: with replacement, without a floor or a cap.
+        """The sampler of Salaün et al. 2023: with replacement, without a floor, for all the steps.
 
         They give α ∈ {0, 0.1, 0.2, 0.3} for the momentum and no figure for the increment, which is our choice.
         """
         return cls(
+            budget=1.0,
             sampling="replacement",
             memory_momentum=memory_momentum,
             uniform_fraction=0.0,
-            max_rate=math.inf,
-            prune_mass=0.0,
-            uniform_below=0.0,
-            guard=False,
             importance_increment=importance_increment,
         )
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> ImportanceConfig:
-        """Load `importance_config.json`.
+        """Load `importance_config.json`. Of settings of version 0.1 that are no more it says what took their place.
 
         Args:
             name_or_path: the file, a folder that has it, or a model on the Hub.
@@ -132,22 +128,20 @@ class ImportanceConfig:
             raise ValueError(f"{path} must be JSON, but cannot be read ({error}).") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{path} must hold an object with settings, but holds {type(settings).__name__}.")
+        for name in sorted(_GONE.keys() & settings):
+            logger.warning(f"{path}: {name}={settings.pop(name)!r} of hf_importance 0.1 is no more: {_GONE[name]}.")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(settings) - known):
             raise ValueError(
                 f"{path} has settings that ImportanceConfig does not know: {unknown}. Known: {sorted(known)}."
             )
-        return cls(**{name: math.inf if value == "inf" else value for name, value in settings.items()})
+        return cls(**settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `importance_config.json` into a folder, which is made if it is not there; returns its path.
-
-        Infinity, which JSON does not have, is written as "inf".
-        """
-        settings = {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
+        """Write `importance_config.json` into a folder, which is made if it is not there; returns its path."""
         path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return path
 
     def __post_init__(self) -> None:
@@ -155,22 +149,26 @@ class ImportanceConfig:
         self._check_choice("sampling", get_args(Sampling))
         self._check_range("memory_momentum", "in [0, 1)", lambda x: 0 <= x < 1)
         self._check_range("uniform_fraction", "in [0, 1]", lambda x: 0 <= x <= 1)
-        self._check_range("max_rate", "at least 1", lambda x: x >= 1)
         self._check_range("weight_exponent", "in [0, 1]", lambda x: 0 <= x <= 1)
-        self._check_range("budget", "above 0 and finite", lambda x: 0 < x < math.inf)
+        self._check_budget()
         self._check_range("prune_mass", "in [0, 1)", lambda x: 0 <= x < 1)
-        self._check_range("prune_until", "in (0, 1]", lambda x: 0 < x <= 1)
-        self._check_range("uniform_below", "in [0, 1]", lambda x: 0 <= x <= 1)
-        self._check_range("revisit_pruned", "in [0, 1)", lambda x: 0 <= x < 1)
         self._check_range("importance_increment", "at least 0 and finite", lambda x: 0 <= x < math.inf)
         if self.seed is not None:
             if isinstance(self.seed, bool) or not isinstance(self.seed, int):
                 raise TypeError(self._message("seed", "an int or None"))
             if self.seed < 0:
                 raise ValueError(self._message("seed", "at least 0"))
-        for name in ("guard", "record", "report_examples_to_hub"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(self._message(name, "True or False"))
+        if not isinstance(self.record, bool):
+            raise TypeError(self._message("record", "True or False"))
+
+    def _check_budget(self) -> None:
+        if isinstance(self.budget, str) and self.budget != "auto":
+            with contextlib.suppress(ValueError):
+                self.budget = float(self.budget)  # from the command line
+        if self.budget != "auto":
+            if isinstance(self.budget, str):
+                raise ValueError(self._message("budget", "'auto' or a number above 0"))
+            self._check_range("budget", "'auto' or a number above 0 and finite", lambda x: 0 < x < math.inf)
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -179,7 +177,7 @@ class ImportanceConfig:
     def _check_range(self, name: str, wanted: str, accepts: Callable[[float], bool]) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(self._message(name, f"a number {wanted}"))
+            raise TypeError(self._message(name, wanted if "number" in wanted else f"a number {wanted}"))
         if not accepts(value):
             raise ValueError(self._message(name, wanted))
 

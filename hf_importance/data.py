@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_importance.sampler import Draw
+from hf_importance.sampling.draw import Draw
 
 DRAW_KEY = "importance_draw"
 """Key of the draw in a collated batch."""

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import astuple
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_importance.checkpoint import newest_complete, resume, save_state
+from hf_importance.checkpoint import load_states, newest_complete, resume, save_state
 from hf_importance.config import ImportanceConfig
 from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
-from hf_importance.memory import ImportanceMemory
 from hf_importance.objective import Measured, Objective, PerExampleLoss
 from hf_importance.record import VisitRecord
 from hf_importance.report.findings import Findings
 from hf_importance.report.hooks import ReportMixin
-from hf_importance.sampler import Draw, ImportanceBatchSampler, Shard
+from hf_importance.sampling.draw import Draw, Shard
+from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow, refuse_schedule
 
 logger = logging.get_logger(__name__)
 
@@ -39,8 +40,6 @@ _WORKER_SETTINGS = (
     "timeout",
     "worker_init_fn",
 )
-_LARGEST_WINDOW = 1024
-"""Batches that the logged measurements reach back at most, so that nothing grows where nothing is logged."""
 
 
 def _generator_of_worker_seeds() -> torch.Generator:
@@ -60,6 +59,8 @@ class ImportanceTrainerMixin(ReportMixin):
             binary cross-entropy or squared error of a classification or regression head. It is computed from
             `outputs["logits"]` and does not couple the examples of a batch. `labels` is a tensor, or a dict of them if
             the model has several label names.
+        report_examples_to_hub: let `push_to_hub` upload the whole report, in which training examples, their labels and
+            predictions can be seen; by default only importances and plots.
         *args, **kwargs: as for `Trainer`.
 
     Raises:
@@ -72,14 +73,22 @@ class ImportanceTrainerMixin(ReportMixin):
         *args: Any,
         importance: ImportanceConfig | None = None,
         per_example_loss_func: PerExampleLoss | None = None,
+        report_examples_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         self._start_measuring()
         super().__init__(*args, **kwargs)
         self.importance = ImportanceConfig() if importance is None else importance
         self.per_example_loss_func = per_example_loss_func
+        self.report_examples_to_hub = report_examples_to_hub
         self.loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch
         self._refuse_unsupported()
+        self._effective: EffectiveEpochs | None = None
+        if self.importance.budget == "auto":
+            self._effective = EffectiveEpochs(self._sum_over_processes, self._say)
+            self.add_callback(self._effective)
+            if self.pop_callback(ProgressCallback) is not None:
+                self.add_callback(EffectiveProgress(self._effective))
 
     def _start_measuring(self) -> None:
         self._findings_to_push: Findings | None = None
@@ -88,8 +97,7 @@ class ImportanceTrainerMixin(ReportMixin):
         self._objective: Objective | None = None
         self._mean_over_examples: Callable[..., float] | None = None
         self._draw: Draw | None = None
-        self._on_their_way: deque[tuple[Draw, Tensor, torch.Event]] = deque()
-        self._window: deque[tuple[Draw, Tensor]] = deque(maxlen=_LARGEST_WINDOW)
+        self._logged_until: dict[str, float] = {}
 
     # ---- the training data -------------------------------------------------------------------------------------------
 
@@ -98,8 +106,6 @@ class ImportanceTrainerMixin(ReportMixin):
         base = super().get_train_dataloader()
         self.accelerator._dataloaders.remove(base)
         self._sampler = self._new_sampler(len(base.dataset))
-        steps = self.args.max_steps
-        self._sampler.plan(steps / self._steps_per_epoch if steps > 0 else self.args.num_train_epochs)
         self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
         loader = DataLoader(
             ImportanceDataset(base.dataset),
@@ -126,18 +132,10 @@ class ImportanceTrainerMixin(ReportMixin):
         seed = next(seed for seed in (config.seed, args.data_seed, args.seed) if seed is not None)
         shard = Shard.of(length, args.process_index, args.world_size, seed)
         if self._sampler is None:
-            memory = ImportanceMemory(
-                len(shard),
-                config.memory_momentum,
-                config.uniform_fraction,
-                config.max_rate,
-                config.guard and config.metric != "uniform" and config.weight_exponent > 0,
-                config.revisit_pruned,
-                config.uniform_below,
-                VisitRecord(len(shard)) if config.record else None,
-            )
+            memory = ImportanceMemory(len(shard), config.memory_momentum)
+            record = VisitRecord(len(shard)) if config.record else None
         else:  # another attempt of `auto_find_batch_size`, which keeps what was learnt
-            memory = self._sampler.memory
+            memory, record = self._sampler.memory, self._sampler.record
         sampler = ImportanceBatchSampler(
             memory,
             self._train_batch_size,
@@ -145,12 +143,13 @@ class ImportanceTrainerMixin(ReportMixin):
             rank=args.process_index,
             sampling=config.sampling,
             weight_exponent=config.weight_exponent,
-            budget=config.budget,
-            increment=config.importance_increment,
-            prune_mass=config.prune_mass,
-            prune_until=config.prune_until,
+            budget=1.0 if config.budget == "auto" else config.budget,
             drop_last=args.dataloader_drop_last,
             seed=seed,
+            record=record,
+            uniform_fraction=config.uniform_fraction,
+            prune_mass=config.prune_mass,
+            increment=config.importance_increment,
         )
         if not len(sampler):
             raise ValueError(
@@ -162,6 +161,14 @@ class ImportanceTrainerMixin(ReportMixin):
     @property
     def _steps_per_epoch(self) -> int:
         return -(-len(self._sampler) // self.args.gradient_accumulation_steps)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As `Trainer.create_scheduler`; with `budget="auto"` it follows the effective steps."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._effective is not None and self._sampler is not None:
+            self._effective.start(self.model, self._sampler, num_training_steps, self._steps_per_epoch)
+            follow(scheduler, self._effective)
+        return scheduler
 
     # ---- the training step -------------------------------------------------------------------------------------------
 
@@ -179,7 +186,8 @@ class ImportanceTrainerMixin(ReportMixin):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = ignored
-            self._remember(waiting=0)
+            if self._sampler is not None:
+                self._sampler.flush(everything=True)
             if self._objective is not None:
                 self._objective.close()
         self._summarise()
@@ -252,19 +260,19 @@ class ImportanceTrainerMixin(ReportMixin):
         """
         if self._sampler is None:
             return torch.full((len(self.train_dataset),), torch.nan)
-        return self._gathered(self._sampler.memory.importance)
+        return self._gathered(self._sampler.importance)
 
     @property
     def kept_indices(self) -> Tensor:
         """int64 `[kept]`, ascending: examples of `train_dataset` to go on with, as for `dataset.select`.
 
-        All but those that together hold less than `prune_mass` of the importance, as it is now; also where they are
-        drawn again, as `prune_until` is over. With several processes a collective.
+        All but those that together hold less than `prune_mass` of the importance, as it is now. With several processes
+        a collective.
         """
         if self._sampler is None:
             return torch.arange(len(self.train_dataset))
-        prunable = self._sampler.memory.prunable(self.importance.prune_mass)
-        return (self._gathered(prunable.float()) == 0).nonzero().flatten()
+        unimportant = self._sampler.memory.unimportant(self.importance.prune_mass)
+        return (self._gathered(unimportant.float()) == 0).nonzero().flatten()
 
     def _gathered(self, values: Tensor) -> Tensor:
         """From `[examples of this rank]` to those of all."""
@@ -272,7 +280,10 @@ class ImportanceTrainerMixin(ReportMixin):
         if shard.index is None:
             return values.clone()
         whole = torch.zeros(shard.length, dtype=values.dtype).index_copy_(0, shard.index, values)
-        return self.accelerator.reduce(whole.to(self.accelerator.device), reduction="sum").cpu()
+        return self._sum_over_processes(whole.to(self.accelerator.device)).cpu()
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
 
     def _send(self, draw: Draw, measured: Measured) -> None:
         """Start the way of what was measured to the memory. From a GPU it takes a step, so that nothing waits for it.
@@ -287,18 +298,7 @@ class ImportanceTrainerMixin(ReportMixin):
             rows = rows.to("cpu", non_blocking=True)  # into pinned memory
             arrived = torch.cuda.Event()
             arrived.record()
-        self._on_their_way.append((draw, rows, arrived))
-        self._remember(waiting=0 if arrived is None else 1)
-
-    def _remember(self, waiting: int) -> None:
-        """Update the memory with all but the last `waiting` batches."""
-        while len(self._on_their_way) > waiting:
-            draw, rows, arrived = self._on_their_way.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            rows = rows.cpu()
-            self._sampler.update(draw, rows[0], rows[1:] if len(rows) > 1 else None)
-            self._window.append((draw, rows[0].double()))
+        self._sampler.update(draw, rows, arrived)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -307,12 +307,9 @@ class ImportanceTrainerMixin(ReportMixin):
         super()._save_rng_state(output_dir)
         if self._sampler is None:
             return
-        for *_, arrived in self._on_their_way:
-            if arrived is not None:
-                arrived.synchronize()
         state = {
             "sampler": self._sampler.state_dict(),
-            "on_their_way": [(astuple(draw), rows.cpu()) for draw, rows, _ in self._on_their_way],
+            "effective": None if self._effective is None else self._effective.state_dict(),
         }
         save_state(output_dir, self.args.process_index, self.args.world_size, state)
         self.accelerator.wait_for_everyone()
@@ -325,12 +322,21 @@ class ImportanceTrainerMixin(ReportMixin):
         accumulation = self.args.gradient_accumulation_steps
         done = self.state.global_step
         skip = done % self._steps_per_epoch * accumulation  # by `Trainer`, after this
-        on_their_way, dropped = resume(
-            self._sampler, checkpoint, self.args.process_index, skip, done / self._steps_per_epoch
-        )
-        self._on_their_way.extend((Draw(*draw), rows, None) for draw, rows in on_their_way)
+        states = load_states(checkpoint)
+        dropped = resume(self._sampler, states, self.args.process_index, skip)
         if dropped:
             logger.warning(f"{checkpoint} {dropped}")
+        if self._effective is not None:
+            self._resume_effective(states, done, exactly=dropped is None)
+
+    def _resume_effective(self, states: list[dict[str, Any]], done: int, exactly: bool) -> None:
+        rank = self.args.process_index if exactly else 0
+        if states and states[rank]["effective"] is not None:
+            self._effective.load_state_dict(states[rank]["effective"], exactly)
+        else:  # of a training in which each step counted as one
+            self._effective.progress.value = float(done)
+        if self._effective.progress.finished:
+            self._sampler.end()
 
     def _newest_checkpoint(self) -> str | bool:
         newest = newest_complete(self.args.output_dir)
@@ -346,6 +352,10 @@ class ImportanceTrainerMixin(ReportMixin):
     def _refuse_unsupported(self) -> None:
         if not isinstance(self.importance, ImportanceConfig):
             raise TypeError(f"importance must be an ImportanceConfig, but is {type(self.importance).__name__}.")
+        if not isinstance(self.report_examples_to_hub, bool):
+            raise TypeError(f"report_examples_to_hub must be True or False, but is {self.report_examples_to_hub!r}.")
+        if self.importance.budget == "auto" and self.train_dataset is not None:
+            refuse_schedule(self.args, self.lr_scheduler, self.is_deepspeed_enabled)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func returns one number for the batch, which cannot be weighted per example: pass "

@@ -7,11 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_importance import functional
 from hf_importance.report.findings import Findings
 from hf_importance.report.hub import FOLDER, extend_card, pushing
 
@@ -29,35 +27,45 @@ class ReportMixin:
         """As `Trainer.log`; beside a training loss it puts what was measured since the last one."""
         if "loss" in logs:
             logs.update(self._measurements())
+        if "train_runtime" in logs and self._effective is not None:
+            progress = self._effective.progress
+            logs["train_samples_per_second"] *= self.state.max_steps / progress.steps  # not all of them were made
+            logs["train_effective_epochs"] = min(progress.value, progress.steps) / progress.steps_per_epoch
+            logs["train_share_of_steps"] = self.state.global_step / progress.steps
         super().log(logs, *args, **kwargs)
 
     def _measurements(self) -> dict[str, float]:
-        if not self._window:
+        if self._sampler is None:
             return {}
-        draws, importance = zip(*self._window, strict=True)
-        weight = torch.tensor([w for draw in draws for w in draw.weight], dtype=torch.float64)
-        memory = self._sampler.memory
+        memory, visits = self._sampler.memory, self._sampler.visits
+        moments, before = self._sampler.moments, self._logged_until
+        new = {name: value - before.get(name, 0.0) for name, value in moments.items()}
+        self._logged_until = moments
         logs = {
-            "importance/seen": memory.seen,
-            "importance/pruned": memory.left_out,
-            "importance/uniform_fraction": memory.floor,
-            "importance/effective_sample_size": (functional.effective_sample_size(weight) / len(weight)).item(),
-            "importance/weight_max": weight.max().item(),
+            "importance/seen": memory.known / len(memory),
+            "importance/pruned": self._sampler.pruned.double().mean().item(),
+            "importance/uniform_fraction": visits.floor,
         }
-        importance = torch.cat(importance)
-        known = importance.isfinite()
-        if self.importance.weight_exponent > 0 and known.any():  # without weights the rates are not known here
-            inverse_rate = torch.cat([self._sampler.inverse_rate(draw) for draw in draws])[known]
-            importance = importance[known]
-            logs["importance/mean"] = (inverse_rate.dot(importance) / inverse_rate.sum()).item()
-            logs["importance/variance_ratio"] = functional.variance_ratio(importance, inverse_rate).item()
-        self._window.clear()
+        if new["visits"]:
+            logs["importance/effective_sample_size"] = new["weight"] ** 2 / (new["weight_square"] * new["visits"])
+        if new["uniform"]:
+            logs["importance/mean"] = new["importance"] / new["inverse_rate"]
+            logs["importance/variance_ratio"] = new["ours"] / new["uniform"]
+        if self._effective is not None:
+            logs["importance/effective_epoch"] = self._effective.progress.epochs
         return logs
 
     def _summarise(self) -> None:
-        """Say in one line what was won: of the first process's part of the data, so that nothing is sent."""
-        if self.is_world_process_zero() and self._sampler is not None and self._sampler.memory.record is not None:
-            print(self._findings_of(lambda values: values).summary())
+        """Say what was won: of the first process's part of the data, so that nothing is sent."""
+        if self._effective is not None and self._effective.progress is not None:
+            steps, planned = self.state.global_step, self._effective.progress.steps
+            self._say(f"Importance sampling: ended after {steps:,} of {planned:,} steps ({steps / planned:.0%}).")
+        if self._sampler is not None and self._sampler.record is not None and self.is_world_process_zero():
+            self._say(self._findings_of(lambda values: values).summary())
+
+    def _say(self, line: str) -> None:
+        if self.is_world_process_zero():
+            print(line)
 
     # ---- report ------------------------------------------------------------------------------------------------------
 
@@ -106,7 +114,7 @@ class ReportMixin:
     def _refuse_report(self, folder: Path, examples: Any, number: int) -> None:
         if self._sampler is None:
             raise ValueError("importance_report must come after train(): nothing was learnt yet.")
-        if self._sampler.memory.record is None:
+        if self._sampler.record is None:
             raise ValueError("importance_report needs ImportanceConfig(record=True): nothing was taken down.")
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"number must be an int of at least 1, but is {number!r}.")
@@ -116,11 +124,11 @@ class ReportMixin:
         model, folder = Path(self.args.output_dir).resolve(), folder.resolve()
         inside = folder == model or model in folder.parents
         left_out = inside and folder != model and folder.relative_to(model).parts[0].startswith(("_", "checkpoint-"))
-        if inside and not left_out and not self.importance.report_examples_to_hub:
+        if inside and not left_out and not self.report_examples_to_hub:
             raise ValueError(
                 f"output_dir must not be {folder}: pushing to the Hub would upload it, with training examples in it. "
                 f"Leave it out (then it is {model / f'_{FOLDER}'}), name a folder outside of {model}, or allow it by "
-                "ImportanceConfig(report_examples_to_hub=True)."
+                "ImportanceTrainer(..., report_examples_to_hub=True)."
             )
 
     def _findings(self) -> Findings:
@@ -128,13 +136,13 @@ class ReportMixin:
         return self._findings_of(self._gathered)
 
     def _findings_of(self, gathered: Callable[[Tensor], Tensor]) -> Findings:
-        memory = self._sampler.memory
-        columns = {**memory.record.columns(), "importance": memory.importance, "pruned": memory.pruned.float()}
+        sampler = self._sampler
+        columns = {**sampler.record.columns(), "importance": sampler.importance, "pruned": sampler.pruned.float()}
         columns = {name: gathered(column) for name, column in columns.items()}
         config = getattr(self.model, "config", None)
         return Findings(
             columns={**columns, "pruned": columns["pruned"] > 0},
-            distributions=memory.record.distributions,
+            distributions=sampler.record.distributions,
             history=self.state.log_history,
             label_names=getattr(config, "id2label", None) or {},
             settings=asdict(self.importance),
@@ -153,7 +161,7 @@ class ReportMixin:
 
         With several processes a collective. Training examples are among the files only if `report_examples_to_hub`.
         """
-        trained = self._sampler is not None and self._sampler.memory.record is not None
+        trained = self._sampler is not None and self._sampler.record is not None
         findings = self._findings_to_push or (self._findings() if trained else None)
         super().create_model_card(*args, **kwargs)
         if findings is not None and self.is_world_process_zero():
@@ -169,7 +177,7 @@ class ReportMixin:
             return {}
         folder.mkdir(parents=True, exist_ok=True)
         write_importances(findings, folder / "importances.csv")
-        if self.importance.report_examples_to_hub:
+        if self.report_examples_to_hub:
             examples = self.train_dataset if self._examples_to_show is None else self._examples_to_show
             self._write_report(folder, findings, examples, number=24)
         return write_plots(findings, folder)
@@ -180,7 +188,7 @@ class ReportMixin:
         Raises:
             PushError: if it fails. Everything is still in `args.output_dir`, and the message says how to try again.
         """
-        if self._sampler is not None and self._sampler.memory.record is not None:
+        if self._sampler is not None and self._sampler.record is not None:
             self._findings_to_push = self._findings()  # by all processes; the card is made by one
         try:
             with pushing(self._repository(), self.args.output_dir):

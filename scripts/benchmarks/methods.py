@@ -232,7 +232,7 @@ class Method:
         if self.settings is None:
             return {"class": Trainer.__name__ if self.rival is None else self.rival.__name__, "cost": self.cost}
         settings = asdict(ImportanceConfig(**self.settings))
-        settings.pop("budget")
+        pass
         return {name: str(value) if value == math.inf else value for name, value in settings.items()}
 
     def trainer(self, task: Task, budget: float, seed: int, folder: str) -> Trainer:
@@ -256,7 +256,7 @@ def _paper(**changes: Any) -> dict[str, Any]:
 METHODS = {
     "uniform": Method(),
     "ours": Method({}),
-    "ours, short": Method({"prune_until": 1.0, "uniform_below": 0.0}),
+    "ours, fixed": Method({"budget": 1.0}),
     "paper": Method(_paper()),
     "paper, no weights": Method(_paper(weight_exponent=0.0)),
     "loss-proportional": Method(_paper(metric="loss")),

@@ -1,0 +1,154 @@
+"""What is remembered of every example: its importance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**20
+"""Examples at a time, where all of them are gone through."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update of the memory changed: each example once for each batch that visited it.
+
+    Args:
+        index: int64 `[changes]`.
+        before: float32 `[changes]`, NaN where the example was unknown.
+        after: likewise.
+        change: int64 `[visits]`: the change that each visit was part of.
+    """
+
+    index: Tensor
+    before: Tensor
+    after: Tensor
+    change: Tensor
+
+
+class ImportanceMemory:
+    """The importances of all examples. It only remembers; what follows from them is decided elsewhere.
+
+    Args:
+        length: number of examples.
+        momentum: share of the old importance in the new one, in [0, 1); α of Salaün et al. 2023.
+
+    >>> memory = ImportanceMemory(3, momentum=0.0)
+    >>> _ = memory.update(torch.tensor([0, 2]), torch.tensor([0.5, 1.5]))
+    >>> memory.importance
+    tensor([0.5000,    nan, 1.5000])
+    """
+
+    def __init__(self, length: int, momentum: float = 0.2) -> None:
+        self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
+        self.momentum = momentum
+        self.known = 0
+
+    def __len__(self) -> int:
+        return len(self.importance)
+
+    @torch.no_grad()
+    def update(self, index: Tensor, importance: Tensor, batch: Tensor | None = None) -> Update:
+        """Remember what was measured: q ← α·q + (1 − α)·measured, or the measurement itself where q was unknown.
+
+        Many batches at once cost hardly more than one, and give what they would have given one after the other.
+
+        Args:
+            index: int64 `[visits]`. Visits of one example in one batch count as one, with their mean.
+            importance: `[visits]`, ≥ 0. Where it is not finite, the example becomes unknown again.
+            batch: int64 `[visits]`, ascending from 0: the batch of each visit; by default all are of one.
+        """
+        batch = torch.zeros_like(index) if batch is None else batch
+        batches = int(batch[-1]) + 1 if len(batch) else 1
+        once, change, count = (index * batches + batch).unique(return_inverse=True, return_counts=True)
+        measured = torch.zeros(len(once)).index_add_(0, change, importance.float()).div_(count)
+        index = once // batches
+        before, after = torch.empty_like(measured), torch.empty_like(measured)
+        for turn in _turns(index):
+            before[turn] = self.importance[index[turn]]
+            unknown = before[turn].isnan()
+            new = torch.where(unknown, measured[turn], measured[turn].lerp(before[turn], self.momentum))
+            after[turn] = new.masked_fill_(~new.isfinite(), torch.nan)
+            self.importance[index[turn]] = new
+            self.known += int(unknown.sum()) - int(new.isnan().sum())
+        return Update(index, before, after, change)
+
+    def increase(self, increment: float) -> None:
+        """Add ε to every known importance: no example is forgotten (Salaün et al. 2023, the end of their epochs)."""
+        self.importance += increment
+
+    def chunks(self) -> Iterator[slice]:
+        """Of all examples, so that going through them takes little memory."""
+        return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))
+
+    def unimportant(self, mass: float) -> Tensor:
+        """Which examples together hold less than this share of the importance of all; bool `[examples]`.
+
+        The smallest ones, of equal ones the first; no unknown ones, and none that is as important as the mean: where
+        all are equally important there is nothing to leave out.
+        """
+        found = torch.zeros(len(self), dtype=torch.bool)
+        if mass > 0:
+            importance, order = self.importance.sort(stable=True)  # NaN comes last
+            small = importance < importance.nanmean(dtype=torch.float64)
+            cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
+            found[order[small & (cumulated < mass * cumulated[-1])]] = True
+        return found
+
+    def least_variance_ratio(self) -> float:
+        """The least [`rates.variance_ratio`] that importances like these allow: (mean q)² / mean q² = 1/(1 + CV²).
+
+        It is reached where every visit finds what was remembered. 1 where all are alike, or nothing is known.
+
+        >>> memory = ImportanceMemory(2)
+        >>> _ = memory.update(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
+        >>> memory.least_variance_ratio()
+        0.8
+        """
+        total, squares = 0.0, 0.0
+        for chunk in self.chunks():
+            known = self.importance[chunk].nan_to_num(nan=0.0).double()
+            total, squares = total + known.sum().item(), squares + known.square().sum().item()
+        return total**2 / (self.known * squares) if squares else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training changed, as tensors and plain values."""
+        return {"importance": self.importance.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where [`state_dict`] was taken."""
+        self.importance.copy_(state["importance"])
+        self.known = int(self.importance.isfinite().sum())
+
+
+def _turns(index: Tensor) -> Iterator[Tensor]:
+    """Positions in a sorted index, in turns within which no example comes twice: of all the first, the second, …"""
+    place = torch.arange(len(index))
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = index[1:] != index[:-1]
+    turn = place - place.where(first, 0).cummax(0).values
+    for number in range(int(turn.max()) + 1 if len(index) else 0):
+        yield (turn == number).nonzero().flatten()
+
+
+def mean_importance(memory: ImportanceMemory, fresh: float = math.nan, pruned: Tensor | None = None) -> float:
+    """Mean over the examples that are not pruned, those unknown counted as `fresh`; NaN where nothing is known.
+
+    Args:
+        memory: of the examples.
+        fresh: importance of an example that is seen for the first time; NaN leaves the unknown ones out.
+        pruned: bool `[examples]`; None for none.
+    """
+    total, counted = 0.0, 0
+    for chunk in memory.chunks():
+        values = memory.importance[chunk].nan_to_num(nan=fresh)
+        if pruned is not None:
+            values.masked_fill_(pruned[chunk], torch.nan)
+        total += values.nansum(dtype=torch.float64).item()
+        counted += len(values) - int(values.isnan().sum())
+    return total / counted if counted else math.nan

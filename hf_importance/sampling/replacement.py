@@ -1,0 +1,137 @@
+"""Independent draws, as in the paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance
+from hf_importance.sampling.rates import unnormalised_rates
+
+_MOST_CANDIDATES = 2**16
+"""At a time: bounds the memory where one rate is far above the others."""
+_COUNTERS = ("passes", "visits", "mean", "total", "largest", "drawable")
+
+
+class IndependentVisits:
+    """Draws with p = r / n from the memory as it is (Salaün et al. 2023).
+
+    A candidate is taken uniformly and accepted with probability r / r_max, so that a draw costs the same for any n. The
+    mean importance is that of the start of the pass; the sum of the rates follows every update by its difference.
+    Unknown importances count as the mean.
+
+    Args:
+        memory: of the examples. It is read at every draw.
+        uniform_fraction: floor of the rates, in [0, 1].
+        prune_mass: see [`SegmentedVisits`].
+        increment: likewise.
+        seed: of the first pass.
+        stride: what is added to the seed from pass to pass.
+    """
+
+    planned = 0
+
+    def __init__(
+        self,
+        memory: ImportanceMemory,
+        *,
+        uniform_fraction: float = 0.0,
+        prune_mass: float = 0.0,
+        increment: float = 0.0,
+        seed: int = 0,
+        stride: int = 1,
+    ) -> None:
+        self.memory = memory
+        self.floor = uniform_fraction
+        self.pruned: Tensor | None = None  # bool [examples]
+        self.passes = 0
+        self._visits = 0  # in this pass
+        self._prune_mass, self._increment = prune_mass, increment
+        self._seed, self._stride = seed, stride
+        self._rng = torch.Generator()
+        self._kept: Tensor | None = None  # int64, where some are pruned
+        self._drawable = len(memory)
+        self._mean = math.nan
+        self._total, self._largest = float(len(memory)), 1.0  # of the rates before normalisation
+
+    @property
+    def begins_pass(self) -> bool:
+        """Whether the next draw is the first of a pass."""
+        return self.passes == 0 or self._visits >= len(self.memory)
+
+    def next(self, size: int) -> tuple[Tensor, Tensor]:
+        """Up to `size` visits, the accepted ones of as many candidates as it takes on average: examples and rates."""
+        if self.begins_pass:
+            self._begin_pass()
+        largest = self._largest / (self._total / self._drawable)
+        candidates = min(_MOST_CANDIDATES, math.ceil(size * largest))
+        index = torch.randint(self._drawable, (candidates,), generator=self._rng)
+        index = index if self._kept is None else self._kept[index]
+        rate = self.rates(index)
+        accepted = torch.rand(candidates, dtype=torch.float64, generator=self._rng) * largest < rate
+        index, rate = index[accepted][:size], rate[accepted][:size]
+        self._visits += len(index)
+        return index, rate
+
+    def rates(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """float64 `[visits]`: the rates of some examples, by default of all; their mean over the drawable ones is 1."""
+        rate = self._unnormalised(self.memory.importance[index]).double() / (self._total / self._drawable)
+        return rate if self.pruned is None else rate.masked_fill_(self.pruned[index], 0.0)
+
+    def learn(self, update: Update, measured: Tensor, rate: Tensor) -> None:
+        """The memory has changed."""
+        before, after = self._unnormalised(update.before).double(), self._unnormalised(update.after).double()
+        change = (
+            after - before if self.pruned is None else (after - before).masked_fill_(self.pruned[update.index], 0.0)
+        )
+        self._total = torch.cat([torch.tensor([self._total], dtype=torch.float64), change]).cumsum(0)[-1].item()
+        self._largest = max([self._largest, *after.tolist()])
+
+    def _begin_pass(self) -> None:
+        if self.passes:
+            if self._increment:
+                self.memory.increase(self._increment)
+            unimportant = self.memory.unimportant(self._prune_mass)
+            self.pruned = unimportant if unimportant.any() else None
+        self._measure()
+        self._rng.manual_seed(self._seed + self.passes * self._stride)
+        self.passes += 1
+        self._visits = 0
+
+    def _measure(self) -> None:
+        self._kept = None if self.pruned is None else (~self.pruned).nonzero().flatten()
+        self._drawable = len(self.memory) if self._kept is None else len(self._kept)
+        self._mean = mean_importance(self.memory, pruned=self.pruned)
+        self._total, self._largest = 0.0, 0.0
+        for part in self.memory.chunks():
+            rate = self._unnormalised(self.memory.importance[part])
+            rate = rate if self.pruned is None else rate.masked_fill_(self.pruned[part], 0.0)
+            self._total += rate.sum(dtype=torch.float64).item()
+            self._largest = max(self._largest, rate.max().item())
+
+    def _unnormalised(self, importance: Tensor) -> Tensor:
+        return unnormalised_rates(importance, self._mean, self.floor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the visits are, as tensors and plain values."""
+        return {
+            **{name: getattr(self, name, getattr(self, f"_{name}", None)) for name in _COUNTERS},
+            "pruned": None if self.pruned is None else self.pruned.clone(),
+            "rng": self._rng.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where [`state_dict`] was taken."""
+        self.passes, self.pruned = state["passes"], state["pruned"]
+        for name in ("visits", "mean", "total", "largest", "drawable"):
+            setattr(self, f"_{name}", state[name])
+        self._kept = None if self.pruned is None else (~self.pruned).nonzero().flatten()
+        self._rng.set_state(state["rng"])
+
+    def restart(self, passes: int) -> None:
+        """Begin a new pass, with what the memory has, where it is not possible to go on exactly."""
+        self.passes, self._visits = passes, len(self.memory)

@@ -1,0 +1,275 @@
+"""Batches and epochs: what was drawn and not yet used, what was measured and not yet remembered."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from hf_importance.record import VisitRecord, part
+from hf_importance.sampling.draw import SKIPPED, Draw, Shard
+from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.rates import weights
+from hf_importance.sampling.replacement import IndependentVisits
+from hf_importance.sampling.segments import SegmentedVisits
+
+_MOST_WAITING = 64
+"""Batches that wait to be remembered, all at once, which costs hardly more than one."""
+_SUMS = ("visits", "weight", "weight_square", "inverse_rate", "importance", "uniform", "ours")
+
+
+@dataclass
+class _Measured:
+    """What a draw has shown: rows `[1, batch]` or `[5, batch]`, and the event after which they are there."""
+
+    draw: Draw
+    rows: Tensor
+    arrived: torch.Event | None
+
+
+class ImportanceBatchSampler(Sampler[Draw]):
+    """Draws batches of examples in proportion to their rates.
+
+    An epoch is a fixed number of visits, `budget` · examples / ranks. Behind it runs an endless stream of visits.
+
+    Args:
+        memory: of the examples of the shard.
+        batch_size: visits per batch; the last batch of an epoch may be smaller.
+        shard: the examples that are drawn, by default all.
+        rank: of this process among those that share the data.
+        sampling: `reshuffled`, see [`SegmentedVisits`]; `replacement`, see [`IndependentVisits`].
+        weight_exponent: see [`rates.weights`].
+        budget: visits per epoch, of all ranks together, over the number of examples, > 0.
+        drop_last: leave out a last batch that is smaller.
+        seed: of its own generators. No global generator is touched.
+        record: what is taken down beside the importances, None for nothing.
+        **rates: `uniform_fraction`, `prune_mass`, `increment`, `guard`: see [`SegmentedVisits`].
+    """
+
+    def __init__(
+        self,
+        memory: ImportanceMemory,
+        batch_size: int,
+        *,
+        shard: Shard | None = None,
+        rank: int = 0,
+        sampling: str = "reshuffled",
+        weight_exponent: float = 1.0,
+        budget: float = 1.0,
+        drop_last: bool = False,
+        seed: int = 0,
+        record: VisitRecord | None = None,
+        **rates: Any,
+    ) -> None:
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.shard = Shard(len(memory)) if shard is None else shard
+        self.visits_per_epoch = math.ceil(max(1, round(budget * self.shard.length)) / self.shard.ranks)
+        rates |= {"seed": seed + rank, "stride": self.shard.ranks}
+        self.visits = (
+            SegmentedVisits(memory, batch_size, **rates)
+            if sampling == "reshuffled"
+            else IndependentVisits(memory, **rates)
+        )
+        self._memory, self._record = memory, record
+        self._weight_exponent = weight_exponent
+        self._draws = 0
+        self._outstanding: dict[int, Draw] = {}  # drawn, and not yet used
+        self._measured: deque[_Measured] = deque()  # used, and not yet remembered
+        self._lags = False  # whether what was measured last is still on its way, and not waited for
+        self._moments = torch.zeros(len(_SUMS), dtype=torch.float64)
+        self._replays, self._skip, self._ended = False, 0, False
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on all ranks. Pruning does not change it: learning rate schedules rest on it."""
+        full, rest = divmod(self.visits_per_epoch, self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[Draw]:
+        """An epoch. After [`load_state_dict`] it begins with what is thrown away and goes on with what was drawn."""
+        again = deque(self._outstanding.values() if self._replays else ())
+        skip, self._skip, self._replays = self._skip, 0, False
+        if not again:
+            self._outstanding.clear()
+        for _ in range(skip):
+            yield SKIPPED
+        if self._ended:
+            return
+        for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
+            yield again.popleft() if again else self._draw(min(self.batch_size, self.visits_per_epoch - start))
+
+    def use(self, draw: Draw) -> None:
+        """The training step takes this draw."""
+        self._outstanding.pop(draw.number, None)
+
+    def end(self) -> None:
+        """There is nothing left to train: draw no more."""
+        self._ended = True
+
+    def _draw(self, size: int) -> Draw:
+        indices, rates = [], []
+        missing = size
+        while missing:
+            if not self.visits.planned:  # the memory is read
+                self.flush()
+                if self.visits.begins_pass and self.visits.passes and self._record is not None:
+                    self._record.keep_distribution(self._memory.importance)
+            index, rate = self.visits.next(missing)
+            indices.append(index)
+            rates.append(rate.double())
+            missing -= len(index)
+        index, rate = torch.cat(indices), torch.cat(rates)
+        weight = self.shard.weight * weights(rate, self._weight_exponent)
+        draw = Draw(self._draws, self.shard.positions(index).tolist(), rate.tolist(), weight.tolist())
+        self._outstanding[draw.number] = draw
+        self._draws += 1
+        return draw
+
+    # ---- what was measured -------------------------------------------------------------------------------------------
+
+    def update(self, draw: Draw, rows: Tensor, arrived: torch.Event | None = None) -> None:
+        """Remember what was measured and seen at the visits of a draw. It is done later, many draws at once.
+
+        Args:
+            draw: that was measured.
+            rows: float32 `[1, batch]`, the importances, or `[5, batch]`, also what [`VisitRecord.update`] takes. They
+                must not change.
+            arrived: after which the rows are there, if they are on their way from a GPU. The last ones are not waited
+                for; what reads the memory goes without them.
+        """
+        self._measured.append(_Measured(draw, rows, arrived))
+        self._lags = arrived is not None
+        if len(self._measured) >= _MOST_WAITING:
+            self.flush()
+
+    def flush(self, everything: bool = False) -> None:
+        """Remember what was measured, `everything` or all but what is still on its way."""
+        number = len(self._measured) - (self._lags and not everything)
+        taken = [self._measured.popleft() for _ in range(number)]
+        if not taken:
+            return
+        for measured in taken:
+            if measured.arrived is not None:
+                measured.arrived.synchronize()
+        draws, rows = [measured.draw for measured in taken], torch.cat([measured.rows for measured in taken], 1)
+        index = self.shard.local(torch.tensor(list(chain.from_iterable(draw.index for draw in draws))))
+        rate, weight = (
+            torch.tensor(list(chain.from_iterable(values)), dtype=torch.float64)
+            for values in ([draw.rate for draw in draws], [draw.weight for draw in draws])
+        )
+        importance = rows[0]
+        batch = torch.arange(len(draws)).repeat_interleave(torch.tensor([len(draw.index) for draw in draws]))
+        update = self._memory.update(index, importance, batch)
+        self.visits.learn(update, importance, rate)
+        self._sum_up(importance.double(), rate, weight / self.shard.weight)
+        if self._record is not None and len(rows) > 1:
+            self._record.update(index, rows[1:])
+
+    def _sum_up(self, importance: Tensor, rate: Tensor, weight: Tensor) -> None:
+        """The sums that [`take_moments`] gives; of visits one after the other, so that they are the same to the bit."""
+        squares = importance.square()
+        told = [1 / rate, importance / rate, squares / rate, weight.square() * squares]
+        told = [term.where(importance.isfinite(), 0.0) for term in told]
+        terms = torch.stack([torch.ones_like(rate), weight, weight.square(), *told], 1)
+        self._moments = torch.cat([self._moments[None], terms]).cumsum(0)[-1]
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """Sums over all visits so far that were remembered; what counts is their growth.
+
+        `visits`; `weight` Σ w and `weight_square` Σ w²; of those whose importance is known `inverse_rate` Σ 1/r,
+        `importance` Σ q/r, and the second moments of the gradient estimate as it is drawn, `ours` Σ w² q², and as
+        uniform sampling would draw it, `uniform` Σ q²/r.
+        """
+        return dict(zip(_SUMS, self._moments.tolist(), strict=True))
+
+    @property
+    def importance(self) -> Tensor:
+        """float32 `[examples of the shard]`, NaN where unknown."""
+        self.flush()
+        return self._memory.importance
+
+    @property
+    def memory(self) -> ImportanceMemory:
+        """Of the examples of the shard, as far as it is known."""
+        self.flush()
+        return self._memory
+
+    @property
+    def record(self) -> VisitRecord | None:
+        """What was taken down beside the importances."""
+        self.flush()
+        return self._record
+
+    @property
+    def pruned(self) -> Tensor:
+        """Bool `[examples of the shard]`: which are left out now."""
+        return torch.zeros(len(self.shard), dtype=torch.bool) if self.visits.pruned is None else self.visits.pruned
+
+    # ---- going on after an interruption ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is, as tensors and plain values; also what was drawn and not used, measured and not remembered."""
+        for measured in self._measured:
+            if measured.arrived is not None:
+                measured.arrived.synchronize()
+        return {
+            "memory": self._memory.state_dict(),
+            "visits": self.visits.state_dict(),
+            "record": None if self._record is None else self._record.state_dict(),
+            "shard": self.shard.index,
+            "length": self.shard.length,
+            "batch_size": self.batch_size,
+            "draws": self._draws,
+            "outstanding": [astuple(draw) for draw in self._outstanding.values()],
+            "measured": [(astuple(measured.draw), measured.rows.cpu()) for measured in self._measured],
+            "lags": self._lags,
+            "moments": self._moments.clone(),
+        }
+
+    def goes_on_from(self, state: Mapping[str, Any]) -> bool:
+        """Whether [`state_dict`] was taken of a sampler of the same examples in batches of the same size."""
+        theirs, mine = state["shard"], self.shard.index
+        same = theirs is mine if theirs is None or mine is None else torch.equal(theirs, mine)
+        return same and (state["length"], state["batch_size"]) == (self.shard.length, self.batch_size)
+
+    def load_state_dict(self, state: Mapping[str, Any], skip: int = 0) -> None:
+        """Go on exactly where [`state_dict`] was taken.
+
+        Args:
+            state: one that [`goes_on_from`] accepts.
+            skip: batches that whoever iterates throws away first, to come to the place in the epoch. They are empty.
+        """
+        self._memory.load_state_dict(state["memory"])
+        self.visits.load_state_dict(state["visits"])
+        if self._record is not None and state["record"] is not None:
+            self._record.load_state_dict(state["record"])
+        self._draws, self._lags, self._moments = state["draws"], state["lags"], state["moments"]
+        self._outstanding = {draw[0]: Draw(*draw) for draw in state["outstanding"]}
+        self._measured = deque(_Measured(Draw(*draw), rows, None) for draw, rows in state["measured"])
+        self._replays, self._skip = True, skip
+
+    def restart(
+        self, importance: Tensor, passes: int = 0, skip: int = 0, record: Mapping[str, Any] | None = None
+    ) -> None:
+        """Begin a new pass with what was remembered elsewhere, where it is not possible to go on exactly.
+
+        Args:
+            importance: float32 `[all examples]`.
+            passes: that went before.
+            skip: as for [`load_state_dict`].
+            record: state of a record of all examples.
+        """
+        mine = slice(None) if self.shard.index is None else self.shard.index
+        self._memory.load_state_dict({"importance": importance[mine]})
+        self.visits.restart(passes)
+        if self._record is not None and record is not None:
+            self._record.load_state_dict(part(record, mine))
+        self._skip = skip

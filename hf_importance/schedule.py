@@ -1,0 +1,177 @@
+"""Effective epochs in `Trainer`: the learning rate follows what was learnt, and training ends by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from hf_importance.sampling.progress import EffectiveVisits, GradientSample
+from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.sampling.segments import SEGMENTS
+
+_FORECAST_AFTER = 0.2
+"""Of the training, as soon as which it is said when it will end."""
+_ALIKE = 0.95
+"""A least variance ratio above it leaves nothing to gain."""
+_HINT = "Pass ImportanceConfig(budget=1.0): then all epochs or steps are made, with any schedule."
+_NOT_BY_STEPS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+class EffectiveEpochs(TrainerCallback):
+    """Counts effective visits, and ends training when they are those of the epochs that were asked for.
+
+    Once per segment, an eighth of an epoch, four numbers are added over all processes, from which follows what a step
+    is worth until the next time. They come from the device a step later, so that nothing waits for them.
+
+    Args:
+        reduce: adds a tensor over all processes.
+        say: shows a line to people.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], say: Callable[[str], None]) -> None:
+        self.progress: EffectiveVisits | None = None
+        self._reduce, self._say = reduce, say
+        self._sampler: ImportanceBatchSampler | None = None
+        self._gradients: GradientSample | None = None
+        self._measured_until = torch.zeros(2, dtype=torch.float64)  # the moments of the sampler that were taken
+        self._pending: tuple[Tensor, torch.Event | None] | None = None
+        self._forecast = True  # whether it is still to come
+
+    def start(self, model: nn.Module, sampler: ImportanceBatchSampler, steps: int, steps_per_epoch: int) -> None:
+        """Of a training of so many steps."""
+        self.progress = EffectiveVisits(steps, steps_per_epoch)
+        self._sampler, self._gradients = sampler, GradientSample(model.parameters())
+        self._measured_until.zero_()
+        self._pending, self._forecast = None, True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Resumed after its end, there is nothing left to train."""
+        control.should_training_stop = self.progress.finished
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step; where it is the last one, `Trainer` ends as it does at `max_steps`."""
+        self._gradients.observe()
+        if self._pending is not None:
+            sums, arrived = self._pending
+            if arrived is not None:
+                arrived.synchronize()
+            self.progress.measure(sums.double())
+            self._pending = None
+        self.progress.advance()
+        step = state.global_step + 1
+        if step % max(1, self.progress.steps_per_epoch // SEGMENTS) == 0:
+            self._measure(args.device)
+        if self._forecast and self.progress.value >= _FORECAST_AFTER * self.progress.steps:
+            self._forecast = False
+            self._say(self.forecast(step))
+        if self.progress.finished:
+            state.max_steps = step
+
+    def _measure(self, device: torch.device) -> None:
+        self._sampler.flush()
+        moments = self._sampler.moments
+        moments = torch.tensor([moments["ours"], moments["uniform"]], dtype=torch.float64)
+        new, self._measured_until = moments - self._measured_until, moments
+        sums = self._reduce(torch.cat([new.float().to(device), self._gradients.take(device)]))
+        arrived = None
+        if sums.is_cuda:
+            sums = sums.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending = (sums, arrived)
+
+    def forecast(self, step: int) -> str:
+        """When training will end, or why it will not end early, as it looks now."""
+        steps = self.progress.steps
+        least = self._sampler.memory.least_variance_ratio()
+        if least > _ALIKE:
+            return (
+                f"Importance sampling has little to gain here: importances are alike, so that the gradient estimate is "
+                f"at best {least:.2f} of that of uniform sampling. Training will take about all of its {steps:,} steps."
+            )
+        end = min(steps, round(step + self.progress.left()))
+        return f"Importance sampling: training will end after about {end:,} of {steps:,} steps (step {step:,})."
+
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors and plain values."""
+        if self._pending is not None and self._pending[1] is not None:
+            self._pending[1].synchronize()
+        return {
+            "progress": self.progress.state_dict(),
+            "gradients": self._gradients.state_dict(),
+            "measured_until": self._measured_until.clone(),
+            "pending": None if self._pending is None else self._pending[0].cpu(),
+            "forecast": self._forecast,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], exactly: bool) -> None:
+        """Go on where [`state_dict`] was taken; not `exactly` if the sampler has begun anew."""
+        self.progress.load_state_dict(state["progress"])
+        self._forecast = state["forecast"]
+        if exactly:
+            self._gradients.load_state_dict(state["gradients"])
+            self._measured_until = state["measured_until"]
+            self._pending = None if state["pending"] is None else (state["pending"], None)
+
+
+class EffectiveProgress(ProgressCallback):
+    """The progress bar of `Trainer`, in effective steps."""
+
+    def __init__(self, epochs: EffectiveEpochs) -> None:
+        super().__init__()
+        self._epochs = epochs
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As in `ProgressCallback`."""
+        if state.is_world_process_zero:
+            step = int(min(self._epochs.progress.value, self._epochs.progress.steps))
+            self.training_bar.update(step - self.current_step)
+            self.current_step = step
+
+
+def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:
+    """Make a schedule of transformers follow the effective steps instead of the steps.
+
+    Raises:
+        ValueError: if it is of another kind.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"With budget='auto' the learning rate follows what was learnt, which the schedule "
+            f"{type(scheduler).__name__} cannot. {_HINT}"
+        )
+    scheduler.lr_lambdas = [_following(schedule, epochs) for schedule in scheduler.lr_lambdas]
+
+
+def _following(schedule: Callable[[float], float], epochs: EffectiveEpochs) -> Callable[[int], float]:
+    return lambda _: schedule(min(epochs.progress.value, epochs.progress.steps))
+
+
+def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deepspeed: bool) -> None:
+    """Of what is known before training.
+
+    Raises:
+        ValueError: where the learning rate cannot follow what was learnt.
+    """
+    found = None
+    if args.lr_scheduler_type in _NOT_BY_STEPS:
+        found = f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}"
+    elif scheduler is not None:
+        found = f"the schedule {type(scheduler).__name__} in optimizers"
+    elif deepspeed:
+        found = "a schedule that DeepSpeed runs"
+    if found is not None:
+        raise ValueError(
+            f"With budget='auto' the learning rate follows what was learnt, which {found} cannot. {_HINT} Or use a "
+            "schedule by steps, as lr_scheduler_type='linear'."
+        )
