@@ -72,7 +72,7 @@ def resume(sampler: ImportanceBatchSampler, states: list[dict[str, Any]], rank: 
         )
     else:
         dropped = (
-            "was written with another number of processes or batch size: the importances are kept, the order of the "
+            "was written with another number of processes, batch size or kind of sampling: the importances are kept, the order of the "
             "examples is a new one."
         )
         samplers = [state["sampler"] for state in states]

@@ -54,7 +54,9 @@ class EffectiveEpochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Resumed after its end, there is nothing left to train."""
-        control.should_training_stop = self.progress.finished
+        if self.progress.finished:
+            control.should_training_stop = True
+            state.max_steps = state.global_step
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

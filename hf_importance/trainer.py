@@ -310,6 +310,7 @@ class ImportanceTrainerMixin(ReportMixin):
         state = {
             "sampler": self._sampler.state_dict(),
             "effective": None if self._effective is None else self._effective.state_dict(),
+            "logged_until": self._logged_until,
         }
         save_state(output_dir, self.args.process_index, self.args.world_size, state)
         self.accelerator.wait_for_everyone()
@@ -326,6 +327,8 @@ class ImportanceTrainerMixin(ReportMixin):
         dropped = resume(self._sampler, states, self.args.process_index, skip)
         if dropped:
             logger.warning(f"{checkpoint} {dropped}")
+        else:
+            self._logged_until = states[self.args.process_index]["logged_until"]
         if self._effective is not None:
             self._resume_effective(states, done, exactly=dropped is None)
 
@@ -333,6 +336,7 @@ class ImportanceTrainerMixin(ReportMixin):
         rank = self.args.process_index if exactly else 0
         if states and states[rank]["effective"] is not None:
             self._effective.load_state_dict(states[rank]["effective"], exactly)
+            self._effective.progress.value = max(self._effective.progress.value, float(done))
         else:  # of a training in which each step counted as one
             self._effective.progress.value = float(done)
         if self._effective.progress.finished:

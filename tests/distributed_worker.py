@@ -18,11 +18,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer
 
 from hf_importance import ImportanceTrainer
-from hf_importance.sampler import Draw, ImportanceBatchSampler
+from hf_importance.sampling.draw import Draw
+from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.sampling.segments import SEGMENTS
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 BACKEND = "gloo" if "RANK" in os.environ else None
 EXAMPLES = 41  # 21 + 20, or 11 + 10 + 10 + 10
+EARLY = {"per_device_train_batch_size": 2, "learning_rate": 2e-2, "num_train_epochs": 10}
+REPLACEMENT = {"sampling": "replacement"}
 
 
 def parameters(run):
@@ -37,6 +41,7 @@ def report(run):
         "importances": run.importances,
         "steps": run.state.global_step,
         "weight": run._sampler.shard.weight,
+        "learnt": None if run._effective is None else run._effective.progress.state_dict(),
     }
 
 
@@ -54,16 +59,21 @@ def trained(*args, **kwargs):
 
 def frozen(folder):
     """Learns nothing, so that the gathered importances are those of the model."""
-    return report(trained(folder, model=tiny.opinionated_bert(), learning_rate=0.0, num_train_epochs=2))
+    settings = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 2}
+    return report(trained(folder, model=tiny.opinionated_bert(), **settings))
 
 
-def resumed(folder):
+def resumed(folder, step, **settings):
     """From a middle checkpoint, and compared by the test with the run that went through."""
-    settings = {"importance": {"sampling": "replacement"}, "dataloader_num_workers": 2, **SAVING}
-    whole = trained(folder / "whole", **settings)
+    whole = trained(folder / "whole", **SAVING, **settings)
     again = trainer(folder / "again", model=tiny.bert(dropout=0.1, initializer_range=0.5), **settings)
-    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-7"))
+    again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
     return {"whole": report(whole), "again": report(again)}
+
+
+def early(folder):
+    """It learns quickly, and ends before its last step."""
+    return report(trained(folder, **EARLY))
 
 
 def from_other_ranks(folder):
@@ -74,15 +84,17 @@ def from_other_ranks(folder):
 
 
 def collectives(folder):
-    """All that is sent in four steps, by `Trainer` and by ours."""
+    """All that is sent in eight steps, by `Trainer` and by ours, with a fixed budget and without."""
 
-    def names(cls):
-        run = trainer(folder, cls, logging_steps=100, max_steps=4)
+    def sent(cls, importance=None):
+        run = trainer(folder, cls, importance=importance, logging_steps=100, max_steps=8, per_device_train_batch_size=1)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             run.train()
-        return sorted(event.name for event in profiled.events() if event.name.startswith("gloo:"))
+        return [event.name for event in profiled.events() if event.name.startswith("gloo:")], run
 
-    return {"trainer": names(Trainer), "ours": names(ImportanceTrainer)}
+    fixed, auto = (sent(ImportanceTrainer, importance) for importance in (tiny.FIXED, {}))
+    segment = max(1, auto[1]._effective.progress.steps_per_epoch // SEGMENTS)
+    return {"trainer": sent(Trainer)[0], "fixed": fixed[0], "auto": auto[0], "segments": 8 // segment}
 
 
 def shown(folder):
@@ -101,7 +113,7 @@ def given(index, weight, ranks=1, rank=0):
             start = (self._draws * ranks + rank) * self.batch_size
             part = slice(start, start + self.batch_size)
             self._draws += 1
-            return Draw(self._draws - 1, index[part], weight[part])
+            return Draw(self._draws - 1, index[part], [1.0] * self.batch_size, weight[part])
 
         def update(self, *_):
             """The visits are not those of this rank's shard."""
@@ -147,6 +159,8 @@ def main(folder):
     transformers.logging.set_verbosity_error()
     results = {
         "plain": report(trained(folder / "plain")),
+        "early": early(folder / "early"),
+        "fixed": report(trained(folder / "fixed", importance=tiny.FIXED)),
         "equal": report(trained(folder / "equal", importance={"metric": "uniform"})),
         "frozen": frozen(folder / "frozen"),
         "shown": shown(folder / "shown"),
@@ -154,7 +168,9 @@ def main(folder):
     }
     if ranks == 2:
         results |= {
-            "resumed": resumed(folder / "resumed"),
+            "resumed": resumed(folder / "resumed", 7, dataloader_num_workers=2, importance=REPLACEMENT),
+            "resumed, fixed": resumed(folder / "resumed-fixed", 7, importance=tiny.FIXED),
+            "resumed, early": resumed(folder / "resumed-early", 60, **EARLY),
             "from one": from_other_ranks(folder),
             "classes": one_step(folder / "classes", 6, 2, "classes", ranks, rank),
             "tokens": one_step(folder / "tokens", 6, 2, "tokens", ranks, rank),

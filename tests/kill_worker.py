@@ -1,6 +1,6 @@
 """Trains in child processes that are killed at random moments and started again; prints what became of them as JSON.
 
-python tests/kill_worker.py FOLDER KILLS
+python tests/kill_worker.py FOLDER KILLS IMPORTANCE
 """
 
 import json
@@ -25,14 +25,14 @@ MOMENTS = 0.15, 0.9
 """Seconds until the kill: between the first steps and the end of a training, on a machine of today."""
 
 
-def train(folder, resume):
-    """15 steps, each of them saved."""
+def train(folder, importance, resume):
+    """15 steps or fewer, each of them saved."""
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 0}
-    importance = {"sampling": "replacement", "prune_mass": 0.05}
     run = tiny.trainer(folder, tiny.bert(dropout=0.1), tiny.texts(), ImportanceTrainer, importance, **settings)
     run.train(resume_from_checkpoint=resume)
     parameters = torch.cat([p.detach().flatten() for p in run.model.parameters()])
-    return {"parameters": parameters, "importances": run.importances}
+    learnt = 0.0 if run._effective is None else run._effective.progress.value
+    return {"parameters": parameters, "importances": run.importances.nan_to_num(-1), "learnt": torch.tensor(learnt)}
 
 
 def in_child(function):
@@ -47,11 +47,11 @@ def in_child(function):
     return child
 
 
-def attempt(folder, moment):
+def attempt(folder, importance, moment):
     """Start or resume, and kill after so many seconds; whether it was killed, and what it left."""
     begun = folder.exists() and any(folder.glob("checkpoint-*"))
     result = folder.with_suffix(".pt")
-    child = in_child(lambda: torch.save(train(folder, resume=begun), result))
+    child = in_child(lambda: torch.save(train(folder, importance, resume=begun), result))
     timer = threading.Timer(moment, os.kill, (child, signal.SIGKILL))
     timer.start()
     _, status = os.waitpid(child, 0)
@@ -70,16 +70,17 @@ def attempt(folder, moment):
     }
 
 
-def main(folder, kills):
+def main(folder, kills, importance):
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     random.seed(1)
     folder.mkdir(exist_ok=True)
-    assert os.waitpid(in_child(lambda: torch.save(train(folder / "whole", False), folder / "whole.pt")), 0)[1] == 0
+    child = in_child(lambda: torch.save(train(folder / "whole", importance, False), folder / "whole.pt"))
+    assert os.waitpid(child, 0)[1] == 0
     whole = torch.load(folder / "whole.pt")
     outcomes, differences, run = [], [], folder / "run"
     while len(outcomes) < kills or run.exists():
-        outcome = attempt(run, random.uniform(*MOMENTS) if len(outcomes) < kills else 600.0)
+        outcome = attempt(run, importance, random.uniform(*MOMENTS) if len(outcomes) < kills else 600.0)
         if outcome is not None:
             outcomes.append(outcome)
             continue
@@ -90,4 +91,4 @@ def main(folder, kills):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

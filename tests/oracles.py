@@ -1,6 +1,5 @@
-"""Slow and obvious: one example at a time, in float64, by autograd; and every outcome of a random choice in turn."""
+"""Slow and obvious: one example at a time, in float64, by autograd; one visit at a time."""
 
-import itertools
 import math
 
 import torch
@@ -48,21 +47,59 @@ def gradient_norm(loss, z, y, *more):
 # ---- importance → rate -----------------------------------------------------------------------------------------------
 
 
-def rates(importance, uniform_fraction, max_rate):
+def rates(importance, uniform_fraction, max_rate=math.inf, fresh=math.nan):
     """Section by section as it is defined: floats, one example at a time."""
+    importance = [fresh if math.isnan(q) else q for q in importance]
     known = [q for q in importance if not math.isnan(q)]
     mean = sum(known) / len(known) if known else 0.0
-
-    def unnormalised(q):
-        if math.isnan(q) or mean == 0:
-            return 1.0
-        return min((1 - uniform_fraction) * q / mean + uniform_fraction, max_rate)
-
-    found = [unnormalised(q) for q in importance]
+    found = [unnormalised_rate(q, mean, uniform_fraction, max_rate) for q in importance]
     return [s / (sum(found) / len(found)) for s in found]
 
 
-def outcomes(probabilities):
-    """Every outcome of independent events, with its probability."""
-    for happened in itertools.product([False, True], repeat=len(probabilities)):
-        yield happened, math.prod(p if h else 1 - p for p, h in zip(probabilities, happened, strict=True))
+def unnormalised_rate(q, mean, uniform_fraction, max_rate=math.inf):
+    if math.isnan(q) or math.isnan(mean) or mean == 0:
+        return 1.0
+    return min((1 - uniform_fraction) * q / mean + uniform_fraction, max_rate)
+
+
+def second_moments(remembered, mean, measured, rate, fractions, max_rate=math.inf):
+    """Σ (1/r) q'² / r_f, of the visits that tell something."""
+    found = [0.0] * len(fractions)
+    for before, now, r in zip(remembered, measured, rate, strict=True):
+        if math.isfinite(before) and math.isfinite(now):
+            for k, f in enumerate(fractions):
+                found[k] += now**2 / r / unnormalised_rate(before, mean, f, max_rate)
+    return found
+
+
+# ---- memory and visits -----------------------------------------------------------------------------------------------
+
+
+def remember(importance, index, measured, momentum):
+    """One batch, into a list that is changed; returns what was remembered before, per visit."""
+    before = [importance[i] for i in index]
+    for i in set(index):
+        seen = [m for j, m in zip(index, measured, strict=True) if i == j]
+        new = sum(seen) / len(seen)
+        new = new if math.isnan(importance[i]) else momentum * importance[i] + (1 - momentum) * new
+        importance[i] = new if math.isfinite(new) else math.nan
+    return before
+
+
+def first_credits(permutation):
+    """Of every example, by its place in the permutation."""
+    credit = [0.0] * len(permutation)
+    for place, i in enumerate(permutation):
+        credit[i] = 1 - (place + 0.5) / len(permutation)
+    return credit
+
+
+def spend(credit, rate, visits):
+    """Visits of a segment in the order in which the credits pass 1, and the credits after it. Rate 0: pruned."""
+    drawable = sum(r > 0 for r in rate)
+    passed, left = [], []
+    for i, (c, r) in enumerate(zip(credit, rate, strict=True)):
+        added = visits * r / drawable
+        passed += [((k - c) / added, i) for k in range(1, math.floor(c + added) + 1)]
+        left.append((c + added) % 1)
+    return [i for _, i in sorted(passed)], left

@@ -31,9 +31,27 @@ def test_budget_is_known_before_training(tmp_path, budget, accumulation):
     assert tiny.logged(run, "learning_rate")[-1] == pytest.approx(1e-2 / (4 * steps))
 
 
-def test_budget_visits_all_before_any_twice(tmp_path):
-    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, {"budget": 0.5}, num_train_epochs=2)
-    assert sorted(i for draw in run.draws for i in draw.index) == list(range(40))
+@pytest.mark.parametrize(("sampling", "once"), [("reshuffled", True), ("replacement", False)])
+def test_budget_visits_all_before_any_twice(tmp_path, sampling, once):
+    importance = {"budget": 0.5, "metric": "uniform", "sampling": sampling}
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, importance, num_train_epochs=2)
+    assert (sorted(i for draw in run.draws for i in draw.index) == list(range(40))) == once
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_auto_trains_no_more_than_trainer(tmp_path, accumulation):
+    """50 examples in batches of 8: the steps that `Trainer` would make are the most, and what is announced."""
+    settings = {"num_train_epochs": 12, "gradient_accumulation_steps": accumulation, "logging_steps": 1}
+    plain = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(50), tiny.Plain, **settings)
+    run = tiny.trainer(tmp_path, tiny.opinionated_bert(), tiny.texts(50), Recorder, **settings)
+    assert len(run.get_train_dataloader()) == len(plain.get_train_dataloader())
+    run.train()
+    progress = run._effective.progress
+    assert progress.steps == plain.state.global_step == 12 * progress.steps_per_epoch
+    assert run.state.global_step == run.state.max_steps < plain.state.global_step
+    assert progress.steps <= progress.value < progress.steps + progress.gain
+    assert accumulation * run.state.global_step >= len(run.draws) > accumulation * (run.state.global_step - 12)
+    assert run.state.epoch < 12
 
 
 def unequal(outputs, labels):
@@ -46,22 +64,34 @@ ROWS = [{**row, "labels": torch.tensor([row["labels"], i])} for i, row in enumer
 FROZEN = {"learning_rate": 0.0, "num_train_epochs": 20, "logging_steps": 5}
 
 
+def frozen(tmp_path, importance, loss=unequal, cls=Recorder, model=None, **settings):
+    model = tiny.bert() if model is None else model
+    importance = {**tiny.FIXED, **importance}
+    return tiny.trained(tmp_path, model, ROWS, cls, importance, {"per_example_loss_func": loss}, **FROZEN | settings)
+
+
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
 def test_pruned_examples_are_no_longer_drawn(tmp_path, sampling):
-    importance = {"prune_mass": 0.05, "prune_until": 1.0, "sampling": sampling}
-    run = tiny.trained(tmp_path, tiny.bert(), ROWS, Recorder, importance, {"per_example_loss_func": unequal}, **FROZEN)
+    run = frozen(tmp_path, {"prune_mass": 0.05, "sampling": sampling})
     assert run.kept_indices.tolist() == list(range(10, 40))
     late = {i for draw in run.draws[25:] for i in draw.index}
     assert late == set(range(10, 40))
     shares = tiny.logged(run, "importance/pruned")
     assert shares[0] == 0.0
     assert shares[-1] == 0.25
-    steps = [log["importance/seen"] for log in run.state.log_history if "importance/seen" in log]
-    assert steps[-1] == 1.0, "they were seen before they were pruned"
-    unpruned = tiny.trained(tmp_path, tiny.bert(), ROWS, Recorder, {"sampling": sampling, "prune_mass": 0.0}, **FROZEN,
-                            more={"per_example_loss_func": unequal})  # fmt: skip
+    assert tiny.logged(run, "importance/seen")[-1] == 1.0, "they were seen before they were pruned"
+    for draw in run.draws[50:]:
+        assert all(0.8 < rate < 1.2 for rate in draw.rate), "the others are alike, and have rates of mean 1"
+    unpruned = frozen(tmp_path, {"prune_mass": 0.0, "sampling": sampling})
     assert len(unpruned.kept_indices) == 40
     assert {i for draw in unpruned.draws[25:] for i in draw.index} == set(range(40)), "control"
+    assert set(tiny.logged(unpruned, "importance/pruned")) == {0.0}
+
+
+def test_nothing_is_pruned_by_default(tmp_path):
+    run = tiny.trained(tmp_path, tiny.bert(), ROWS, Recorder, {}, {"per_example_loss_func": unequal}, **FROZEN)
+    assert set(tiny.logged(run, "importance/pruned")) == {0.0}
+    assert len(run.kept_indices) == 40
 
 
 def test_an_example_that_was_never_seen_is_never_pruned(tmp_path):
@@ -77,79 +107,49 @@ def test_kept_indices_select(tmp_path):
 
     rows = tiny.texts()
     data = datasets.Dataset.from_dict({key: [torch.as_tensor(row[key]).tolist() for row in rows] for key in rows[0]})
-    run = tiny.trained(
-        tmp_path, tiny.bert(), data, importance={"prune_mass": 0.5, "prune_until": 1.0}, num_train_epochs=4
-    )
+    run = tiny.trained(tmp_path, tiny.bert(), data, importance={"prune_mass": 0.5}, num_train_epochs=4)
     kept = data.select(run.kept_indices)
     assert 0 < len(kept) < 40
     assert [row[0] for row in kept["input_ids"]] == run.kept_indices.tolist()
     assert tiny.trainer(tmp_path, tiny.bert(), data).kept_indices.tolist() == list(range(40)), "before training: all"
 
 
-def test_revisited_examples_come_back(tmp_path):
-    """The loss of the first ten examples grows after they were pruned; without revisits nobody notices."""
-    importance = {"prune_mass": 0.05, "prune_until": 1.0, "memory_momentum": 0.0}
-    for revisits, kept in ((0.1, 40), (0.0, 30)):
-        grown = []
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+@pytest.mark.parametrize(("shrinks", "left_out"), [(True, False), (False, True)])
+def test_pruned_examples_come_back_when_the_others_are_learnt(tmp_path, sampling, shrinks, left_out):
+    """After 20 steps all other losses are a tenth too, so that nothing is unimportant any more."""
+    learnt = []
 
-        def growing(outputs, labels, grown=grown):
-            losses = torch.nn.functional.cross_entropy(outputs["logits"], labels[:, 0], reduction="none")
-            return losses * torch.where(labels[:, 1] < 10, 1.0 if grown else 0.1, 1.0)
+    def shrinking(outputs, labels):
+        losses = torch.nn.functional.cross_entropy(outputs["logits"], labels[:, 0], reduction="none")
+        return losses * torch.where((labels[:, 1] < 10) | bool(learnt and shrinks), 0.1, 1.0)
 
-        class Growing(Recorder):
-            def training_step(self, *args, grown=grown, **kwargs):
-                if len(self.draws) == 40:
-                    grown.append(True)
-                return super().training_step(*args, **kwargs)
+    class Shrinking(Recorder):
+        def training_step(self, *args, **kwargs):
+            if len(self.draws) == 20:
+                learnt.append(True)
+            return super().training_step(*args, **kwargs)
 
-        more = {"per_example_loss_func": growing}
-        settings = {**importance, "revisit_pruned": revisits}
-        run = tiny.trained(tmp_path, tiny.bert(), ROWS, Growing, settings, more, **{**FROZEN, "num_train_epochs": 60})
-        assert len(run.kept_indices) >= kept - 3 if revisits else len(run.kept_indices) == kept
+    importance = {"prune_mass": 0.05, "memory_momentum": 0.0, "sampling": sampling}
+    run = frozen(tmp_path, importance, shrinking, Shrinking)
+    shares = tiny.logged(run, "importance/pruned")
+    assert 0.25 in shares[:5], "control: they were left out"
+    late = {i for draw in run.draws[60:] for i in draw.index}
+    assert late.isdisjoint(range(10)) == left_out
+    assert (shares[-1] == 0.25) == left_out
 
 
-def test_revisits_keep_the_loss_unbiased(tmp_path):
-    """The logged loss is the mean over all examples with revisits, and over the kept ones without."""
-    losses = None
-    found = {}
-    for revisits in (0.2, 0.0):
-        settings = {"prune_mass": 0.05, "prune_until": 1.0, "revisit_pruned": revisits, "memory_momentum": 0.0}
-        run = tiny.trained(
-            tmp_path, tiny.opinionated_bert(), ROWS, Recorder, settings, {"per_example_loss_func": unequal},
-            **{**FROZEN, "num_train_epochs": 120, "logging_steps": 1},
-        )  # fmt: skip
-        found[revisits] = sum(tiny.logged(run, "loss")[50:]) / (len(tiny.logged(run, "loss")) - 50)
-        outputs = run.model(torch.stack([row["input_ids"] for row in ROWS]))
-        losses = unequal(outputs, torch.stack([row["labels"] for row in ROWS])).detach()
-        kept = run.kept_indices
+def test_pruning_leaves_the_loss_of_the_kept(tmp_path):
+    """The logged loss is the mean over the kept examples: pruning gives up the others."""
+    settings = {"num_train_epochs": 120, "logging_steps": 1, "model": tiny.opinionated_bert()}
+    run = frozen(tmp_path, {"prune_mass": 0.05, "memory_momentum": 0.0}, **settings)
+    logged = tiny.logged(run, "loss")[50:]
+    outputs = run.model(torch.stack([row["input_ids"] for row in ROWS]))
+    losses = unequal(outputs, torch.stack([row["labels"] for row in ROWS])).detach()
+    kept = run.kept_indices
     assert len(kept) < 40
-    assert found[0.2] == pytest.approx(losses.mean().item(), rel=0.03)
-    assert found[0.0] == pytest.approx(losses[kept].mean().item(), rel=0.03)
+    assert sum(logged) / len(logged) == pytest.approx(losses[kept].mean().item(), rel=0.03)
     assert losses[kept].mean() > 1.1 * losses.mean(), "control: they differ"
-
-
-@pytest.mark.parametrize(("exponent", "short"), [(0.0, False), (1.0, True)])
-def test_without_weights_there_is_no_short_pass(tmp_path, exponent, short):
-    """The guard cannot learn from visits whose rates are not known, and must not wait for it."""
-    rows = tiny.texts(40) * 20
-    settings = {"weight_exponent": exponent}
-    run = tiny.trained(tmp_path, tiny.bert(), rows, importance=settings, num_train_epochs=1.5)
-    assert (run._sampler._passes == 3) == short
-    assert run._sampler._share == 1.0
-
-
-def test_sampling_becomes_uniform_as_the_data_are_learnt(tmp_path):
-    """40 examples are learnt by heart in 40 epochs; while nothing is learnt, nothing changes."""
-    for rate, below, last in ((1e-2, 0.4, 1.0), (1e-2, 0.0, 0.3), (0.0, 0.4, 0.3)):
-        settings = {"uniform_below": below, "guard": False, "prune_until": 1.0}
-        run = tiny.trained(
-            tmp_path, tiny.bert(), tiny.texts(), importance=settings, num_train_epochs=40, learning_rate=rate
-        )
-        floors, pruned = tiny.logged(run, "importance/uniform_fraction"), tiny.logged(run, "importance/pruned")
-        assert floors[0] == pytest.approx(0.3)
-        assert floors[-1] == pytest.approx(last)
-        if last == 1.0:
-            assert tiny.logged(run, "importance/weight_max")[-1] == pytest.approx(1.0)
-            assert pruned[-1] == 0.0
-        elif rate > 0:
-            assert pruned[-1] > 0.0, "control"
+    unpruned = frozen(tmp_path, {"memory_momentum": 0.0}, **settings)
+    logged = tiny.logged(unpruned, "loss")[50:]
+    assert sum(logged) / len(logged) == pytest.approx(losses.mean().item(), rel=0.03)

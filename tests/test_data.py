@@ -5,8 +5,9 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
-from hf_importance.memory import ImportanceMemory
-from hf_importance.sampler import Draw, ImportanceBatchSampler
+from hf_importance.sampling.draw import Draw
+from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 
 class Squares(torch.utils.data.Dataset):
@@ -33,7 +34,7 @@ class Batched(Squares):
 @pytest.mark.parametrize(("cls", "asked"), [(Squares, [3, 1, 3]), (Batched, [(3, 1, 3)])])
 def test_dataset_is_asked_for_the_drawn_examples(cls, asked):
     data = cls()
-    draw = Draw(0, [3, 1, 3], [1.0, 0.5, 1.0])
+    draw = Draw(0, [3, 1, 3], [1.0, 2.0, 1.0], [1.0, 0.5, 1.0])
     examples, carried = ImportanceDataset(data).__getitems__(draw)
     assert examples == [{"x": 9}, {"x": 1}, {"x": 9}]
     assert carried is draw
@@ -51,7 +52,7 @@ def test_dataset_is_a_data_set():
 
 
 def test_collator_puts_the_draw_beside_the_batch():
-    draw = Draw(4, [3, 1], [1.0, 0.5])
+    draw = Draw(4, [3, 1], [1.0, 2.0], [1.0, 0.5])
     batch = ImportanceCollator(default_collate)(([{"x": 9}, {"x": 1}], draw))
     assert batch.pop(DRAW_KEY) is draw
     assert {key: value.tolist() for key, value in batch.items()} == {"x": [9, 1]}
@@ -59,13 +60,14 @@ def test_collator_puts_the_draw_beside_the_batch():
 
 def test_collator_wants_a_mapping():
     with pytest.raises(TypeError, match="data_collator must return a dict of tensors, but returned list"):
-        ImportanceCollator(list)(([1, 2], Draw(0, [0, 1], [1.0, 1.0])))
+        ImportanceCollator(list)(([1, 2], Draw(0, [0, 1], [1.0, 1.0], [1.0, 1.0])))
 
 
 def test_draw_cannot_be_changed_and_travels_between_processes():
-    draw = Draw(0, [1], [2.0])
-    with pytest.raises(AttributeError):
-        draw.weight = [1.0]
+    draw = Draw(0, [1], [0.5], [2.0])
+    for name in ("rate", "weight"):
+        with pytest.raises(AttributeError):
+            setattr(draw, name, [1.0])
     assert pickle.loads(pickle.dumps(draw)) == draw
 
 

@@ -79,6 +79,23 @@ def test_train_twice(tmp_path):
     fresh.train()
     assert run.draws[first:] == fresh.draws
     assert tiny.difference(run, fresh) == 0.0
+    assert run._effective.progress.value == fresh._effective.progress.value
+
+
+def test_train_twice_where_the_first_ends_early(tmp_path):
+    """The second goes by what it learns itself."""
+    quick = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epochs": 8, "logging_steps": 1}
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), Recorder, **quick)
+    first = run.state.global_step
+    assert first < 48
+    fresh = tiny.trainer(tmp_path, run.model, tiny.texts(24), Recorder, **quick)
+    run.optimizer = None  # else it keeps its moments, as with `Trainer`
+    run.train()
+    fresh.train()
+    assert run.draws[first:] == fresh.draws != []
+    assert tiny.difference(run, fresh) == 0.0
+    assert tiny.logged(run, "learning_rate") == tiny.logged(fresh, "learning_rate")
+    assert run._effective.progress.value == fresh._effective.progress.value
 
 
 def test_hyperparameter_search(tmp_path):
@@ -124,6 +141,9 @@ def test_auto_find_batch_size(tmp_path):
     sizes = [len(draw.index) for draw in run.draws]
     assert sizes[:2] == [8, 8]
     assert len(set(sizes[2:-1])) == 1
+    steps = -(-40 // sizes[2])
+    assert run._effective.progress.steps == run._effective.progress.steps_per_epoch == steps
+    assert steps <= run._effective.progress.value < steps + run._effective.progress.gain, "counted anew"
     assert sizes[2] < 8
     assert sum(sizes[2:]) == 40
     assert run.importances.isfinite().all()

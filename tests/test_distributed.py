@@ -11,8 +11,8 @@ import pytest
 import tiny
 import torch
 
-from hf_importance import functional
 from hf_importance.checkpoint import load_states
+from hf_importance.sampling.rates import rates
 
 HERE = Path(__file__).parent
 EXAMPLES = distributed_worker.EXAMPLES
@@ -67,7 +67,7 @@ def ranks_of(alone):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("run", ["plain", "equal", "frozen", "budget"])
+@pytest.mark.parametrize("run", ["fixed", "equal", "frozen", "budget"])
 def test_ranks_train_one_model_on_shards_of_their_own(ranks_of, launcher, run):
     results = [result[run] for result in ranks_of(launcher)]
     ranks = {"1": 1, "2": 2, "4": 4, "accelerate": 2}[launcher]
@@ -83,6 +83,26 @@ def test_ranks_train_one_model_on_shards_of_their_own(ranks_of, launcher, run):
     assert sum(map(len, drawn)) == len(set.union(*drawn)), "no example belongs to two ranks"
     if run != "budget":
         assert set.union(*drawn) == set(range(EXAMPLES))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("run", ["plain", "early", "equal"])
+def test_ranks_agree_on_what_was_learnt(ranks_of, launcher, run):
+    """And end at the same step, though each of them measured other examples."""
+    results = [result[run] for result in ranks_of(launcher)]
+    learnt = results[0]["learnt"]
+    for result in results:
+        assert result["steps"] == results[0]["steps"]
+        assert len(result["draws"]) == results[0]["steps"], "a batch each in every step"
+        assert torch.equal(result["parameters"], results[0]["parameters"])
+        assert {**result["learnt"], "sums": result["learnt"]["sums"].tolist()} == {
+            **learnt,
+            "sums": learnt["sums"].tolist(),
+        }
+    epochs, steps = {"early": 10}.get(run, 3), results[0]["steps"]
+    assert epochs * results[0]["batches"] <= learnt["value"] < epochs * results[0]["batches"] + learnt["gain"]
+    assert (steps < epochs * results[0]["batches"]) or run != "early"
+    assert (steps == learnt["value"]) or run != "equal"
 
 
 @pytest.mark.parametrize("launcher", ["1", "2", "4"])
@@ -122,18 +142,29 @@ def test_report_is_of_all_ranks_and_written_by_one(ranks_of, launcher):
 
 @pytest.mark.parametrize("launcher", ["2", "4", "accelerate"])
 def test_nothing_more_is_sent_than_by_trainer(ranks_of, launcher):
+    """With a fixed budget; else a few numbers in each eighth of an epoch, of what was learnt."""
     for result in ranks_of(launcher):
-        sent = {name: Counter(events) for name, events in result["collectives"].items()}
-        assert sent["ours"] == sent["trainer"]
-        assert sent["trainer"]["gloo:all_reduce"] >= 4, "control: four steps of data parallel training were seen"
+        sent = {name: Counter(result["collectives"][name]) for name in ("trainer", "fixed", "auto")}
+        segments = result["collectives"]["segments"]
+        assert sent["fixed"] == sent["trainer"]
+        assert sent["auto"] - sent["trainer"] == {"gloo:all_reduce": segments}
+        assert sent["trainer"] - sent["auto"] == {}
+        assert sent["trainer"]["gloo:all_reduce"] >= 8, "control: eight steps of data parallel training were seen"
+        assert segments == {"4": 8}.get(launcher, 4)
 
 
-def test_resumed_is_straight(ranks_of):
+@pytest.mark.parametrize(("run", "step"), [("resumed", 7), ("resumed, fixed", 7), ("resumed, early", 60)])
+def test_resumed_is_straight(ranks_of, run, step):
     for result in ranks_of("2"):
-        whole, again = result["resumed"]["whole"], result["resumed"]["again"]
+        whole, again = result[run]["whole"], result[run]["again"]
         assert torch.equal(again["parameters"], whole["parameters"])
         assert torch.equal(again["importances"].nan_to_num(-1), whole["importances"].nan_to_num(-1))
-        assert again["draws"] == whole["draws"][7:]
+        assert again["draws"] == whole["draws"][step:] != []
+        assert again["steps"] == whole["steps"]
+        if run != "resumed, fixed":
+            assert torch.equal(again["learnt"].pop("sums"), whole["learnt"].pop("sums"))
+        assert again["learnt"] == whole["learnt"]
+    assert (whole["steps"] < 10 * whole["batches"]) or run != "resumed, early"
 
 
 @pytest.mark.parametrize("task", ["classes", "tokens"])
@@ -159,7 +190,9 @@ def test_from_one_process_to_two(ranks_of):
         run = result["from one"]
         _, weight = run["draws"][0]
         assert len(set(weight)) > 1, "they are known, and differ"
-        assert run["importances"].isfinite().all()
+        assert run["importances"].isfinite().sum() > 35
+        assert run["steps"] == 18
+        assert run["learnt"]["value"] == ranks_of("2")[0]["from one"]["learnt"]["value"]
 
 
 def test_from_two_processes_to_one(alone, ranks_of, monkeypatch):
@@ -170,10 +203,11 @@ def test_from_two_processes_to_one(alone, ranks_of, monkeypatch):
         known[state["sampler"]["shard"]] = state["sampler"]["memory"]["importance"]
     warned = []
     monkeypatch.setattr("hf_importance.trainer.logger.warning", warned.append)
-    run = distributed_worker.trainer(alone / "one again", importance=tiny.ALL, learning_rate=0.0)
+    settings = {"learning_rate": 0.0, "per_device_train_batch_size": 20}
+    run = distributed_worker.trainer(alone / "one again", importance=tiny.FIXED, **settings)
     run.train(resume_from_checkpoint=str(folder))
     assert "another number of processes" in warned[0]
-    rates = functional.rates(known.double(), 0.3, 64.0)
-    for draw in run.draws[:3]:
-        assert draw.weight == pytest.approx((1 / rates[draw.index]).tolist(), rel=1e-5)
-    assert rates.std() > 1e-3, "control: the weights differ"
+    rate = rates(known.double(), 0.3, 64.0)
+    assert run.draws[0].weight == pytest.approx((1 / rate[run.draws[0].index]).tolist(), rel=1e-5)
+    assert len(run.draws[0].index) == 20
+    assert rate.std() > 1e-3, "control: the weights differ"

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 import torch
+from tiny import Recorder
 
-from hf_importance import ImportanceTrainer
-from hf_importance.memory import ImportanceMemory
+from hf_importance.sampling.segments import SegmentedVisits
 
 TASKS = {
     "single": lambda: (tiny.bert(dropout=0.1), tiny.texts()),
@@ -49,30 +49,77 @@ def test_uniform_metric_is_trainer_under(tmp_path, settings):
     assert ours.model.config.problem_type == plain.model.config.problem_type
 
 
-@pytest.mark.parametrize("make", [TASKS["image"], lambda: (tiny.bert(), tiny.texts())], ids=["vit", "bert"])
-def test_batch_and_accumulation_are_interchangeable(tmp_path, monkeypatch, make):
-    """16 × 1 and 4 × 4 take the same steps, also where the weights differ from 1."""
-    model, data = make()
-    rates = torch.linspace(0.4, 1.6, len(data), dtype=torch.float64)
-    monkeypatch.setattr(ImportanceMemory, "rates", lambda self, index=slice(None): rates[index])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 4},
+        {"lr_scheduler_type": "polynomial", "per_device_train_batch_size": 7, "gradient_accumulation_steps": 2},
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.2, "max_steps": 13},
+    ],
+    ids=lambda settings: settings.get("lr_scheduler_type", "linear"),
+)
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+def test_learning_rate_of_the_uniform_metric_is_that_of_trainer(tmp_path, settings, sampling):
+    """A step counts as one where nothing is preferred, so that none is left out; to the bit."""
+    model, data = tiny.opinionated_bert(), tiny.texts(60)
+    plain = tiny.trained(tmp_path, model, data, tiny.Plain, logging_steps=1, **settings)
+    importance = {"metric": "uniform", "sampling": sampling}
+    ours = tiny.trained(tmp_path, model, data, importance=importance, logging_steps=1, **settings)
+    assert ours.importance.budget == "auto"
+    assert ours.state.global_step == ours.state.max_steps == plain.state.global_step > 10
+    assert tiny.logged(ours, "learning_rate") == tiny.logged(plain, "learning_rate")
+    assert len(tiny.logged(ours, "learning_rate")) == ours.state.global_step
+    assert ours._effective.progress.value == ours.state.global_step
+    if sampling == "reshuffled":
+        assert tiny.difference(ours, plain) == 0.0
 
-    def run(batch, accumulation, cls=ImportanceTrainer):
+
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+def test_control_the_learning_rate_of_other_metrics_runs_ahead(tmp_path, sampling):
+    settings = {"num_train_epochs": 10, "logging_steps": 1}
+    plain = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), tiny.Plain, **settings)
+    ours = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), importance={"sampling": sampling}, **settings)
+    assert ours.state.global_step < plain.state.global_step
+    rates, usual = tiny.logged(ours, "learning_rate"), tiny.logged(plain, "learning_rate")
+    assert all(rate <= other for rate, other in zip(rates, usual, strict=False))
+    assert rates[-1] < 0.5 * usual[len(rates) - 1]
+
+
+@pytest.mark.parametrize("make", [TASKS["image"], lambda: (tiny.bert(), tiny.texts())], ids=["vit", "bert"])
+@pytest.mark.parametrize("budget", [1.0, "auto"])
+def test_batch_and_accumulation_are_interchangeable(tmp_path, monkeypatch, make, budget):
+    """16 × 1 and 4 × 4 take the same steps, also where the weights differ from 1, and count them alike."""
+    model, data = make()
+    rates = torch.linspace(0.4, 1.6, len(data))
+    monkeypatch.setattr(SegmentedVisits, "_unnormalised", lambda self, part: rates[part])
+
+    def run(batch, accumulation, cls=Recorder):
         return tiny.trained(
             tmp_path,
             model,
             data,
             cls,
+            {"budget": budget},
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             num_train_epochs=2,
             optim="sgd",
             learning_rate=0.1,
-            max_steps=4,
+            max_steps=6,
         )
 
-    assert tiny.difference(run(16, 1), run(4, 4)) < 1e-6
+    whole, accumulated = run(16, 1), run(4, 4)
+    visits, same = ([i for draw in a.draws for i in draw.index] for a in (whole, accumulated))
+    assert visits == same
+    assert len({weight for draw in whole.draws for weight in draw.weight}) > 30, "control: weights differ"
+    assert tiny.difference(whole, accumulated) < 1e-6
+    assert 4 <= whole.state.global_step == accumulated.state.global_step
+    if budget == "auto":
+        values = [a._effective.progress.value for a in (whole, accumulated)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
 
-    class Scaled(ImportanceTrainer):
+    class Scaled(Recorder):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.loss_is_scaled_for_ga = True
@@ -80,13 +127,15 @@ def test_batch_and_accumulation_are_interchangeable(tmp_path, monkeypatch, make)
     assert tiny.difference(run(16, 1, Scaled), run(4, 4, Scaled)) > 1e-3, "control: the scale of Trainer's fault"
 
 
-def test_first_pass_is_the_one_of_trainer(tmp_path):
-    """Nothing is known in the first pass, so that it is plain reshuffling: no warm-up is needed."""
-    model, data = tiny.bert(dropout=0.1), tiny.texts()
-    plain = tiny.trained(tmp_path, model, data, tiny.Plain, num_train_epochs=1)
-    ours = tiny.trained(tmp_path, model, data, num_train_epochs=1)
-    assert tiny.difference(ours, plain) == 0.0
-    plain, ours = (
-        tiny.trained(tmp_path, model, data, cls, num_train_epochs=2) for cls in (tiny.Plain, ImportanceTrainer)
-    )
-    assert tiny.difference(ours, plain) > 1e-4, "control: the second pass samples by importance"
+@pytest.mark.parametrize("importance", [{}, tiny.FIXED], ids=["auto", "fixed"])
+def test_first_segment_is_the_one_of_trainer(tmp_path, importance):
+    """Nothing is known in the first eighth of a pass, so that it is plain reshuffling: no warm-up is needed."""
+    model, data = tiny.opinionated_bert(dropout=0.1), tiny.texts()
+
+    def both(steps):
+        settings = {"per_device_train_batch_size": 1, "max_steps": steps}
+        plain = tiny.trained(tmp_path, model, data, tiny.Plain, **settings)
+        return tiny.difference(tiny.trained(tmp_path, model, data, importance=importance, **settings), plain)
+
+    assert both(5) == 0.0
+    assert both(40) > 1e-4, "control: later segments sample by importance"

@@ -202,102 +202,6 @@ def test_arguments_are_left_alone():
         loss(z, y, *more), importance(z, y, *more)
         assert torch.equal(z, before[0])
         assert torch.equal(y, before[1])
-    q = torch.rand(5)
-    before = q.clone()
-    F.rates(q, 0.3, 2.0)
-    assert torch.equal(q, before)
-
-
-# ---- last layer ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_last_layer_importance_is_the_norm_over_its_parameters(bias):
-    layer = torch.nn.Linear(3, CLASSES, bias=bias, dtype=torch.float64)
-    features, y = torch.randn(BATCH, 3, dtype=torch.float64), classes(BATCH)
-    found = F.last_layer_importance(F.cross_entropy_importance(layer(features), y), features, bias)
-    for k in range(BATCH):
-        gradients = torch.autograd.grad(F.cross_entropy(layer(features[k : k + 1]), y[k : k + 1]), layer.parameters())
-        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
-        assert found[k].item() == pytest.approx(norm, rel=1e-12)
-    other = F.last_layer_importance(F.cross_entropy_importance(layer(features), y), features, not bias)
-    assert (found - other).abs().min() > 1e-6, "control"
-
-
-# ---- importance → rate → weight --------------------------------------------------------------------------------------
-
-IMPORTANCES = {
-    "some": [0.5, 2.0, 0.0, 4.0],
-    "unknown": [0.5, math.nan, 3.0, math.nan],
-    "outlier": [1.0, 1.0, 1000.0],
-    "none known": [math.nan, math.nan],
-    "all zero": [0.0, 0.0, 0.0],
-    "zero and unknown": [0.0, math.nan],
-    "one": [0.7],
-    "tiny": [1e-30, 3e-30],
-}
-
-
-@pytest.mark.parametrize("uniform_fraction", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("max_rate", [1.0, 1.7, 64.0, math.inf])
-@pytest.mark.parametrize("case", IMPORTANCES)
-def test_rates(case, uniform_fraction, max_rate):
-    q = tensor(IMPORTANCES[case], dtype=torch.float64)
-    found = F.rates(q, uniform_fraction, max_rate)
-    assert found.tolist() == pytest.approx(oracles.rates(q.tolist(), uniform_fraction, max_rate), rel=1e-12)
-    assert found.mean().item() == pytest.approx(1.0, rel=1e-12)
-    assert (found >= uniform_fraction * (1 - 1e-12)).all(), "no weight above 1/f"
-
-
-def test_rates_prefer_the_important_unless_all_is_uniform():
-    q = tensor([1.0, 2.0, 3.0])
-    assert F.rates(q, 0.0, math.inf).tolist() == pytest.approx([0.5, 1.0, 1.5])
-    assert F.rates(q, 0.3, math.inf).diff().min() > 0
-    assert F.rates(q, 1.0, math.inf).tolist() == [1.0, 1.0, 1.0]
-    assert F.rates(torch.full((3,), 2.5), 0.3, 64.0).tolist() == [1.0, 1.0, 1.0]
-
-
-def test_weights():
-    rate = tensor([0.25, 1.0, 4.0])
-    assert F.weights(rate).tolist() == [4.0, 1.0, 0.25]
-    assert F.weights(rate, 0.5).tolist() == [2.0, 1.0, 0.5]
-    assert F.weights(rate, 0.0).tolist() == [1.0, 1.0, 1.0]
-
-
-# ---- what a batch tells ----------------------------------------------------------------------------------------------
-
-
-def test_effective_sample_size():
-    assert F.effective_sample_size(torch.full((8,), 0.3)).item() == pytest.approx(8.0)
-    assert F.effective_sample_size(tensor([1.0, 2.0, 3.0])).item() == pytest.approx(36 / 14)
-    assert F.effective_sample_size(tensor([1.0, 0.0])).item() == 1.0
-
-
-@pytest.mark.parametrize("rate", [[0.4, 0.7, 1.9], [1.0, 1.0, 1.0], [1.6, 0.9, 0.5]])
-def test_variance_ratio_is_the_ratio_of_second_moments(rate):
-    """In expectation over the draws, which visits in proportion to the rates stand for here."""
-    rate, q = tensor(rate, dtype=torch.float64), tensor([1.0, 2.0, 5.0], dtype=torch.float64)
-    visits = torch.repeat_interleave((10 * rate).round().long())
-    found = F.variance_ratio(q[visits], 1 / rate[visits])
-    importance_sampling = sum(r / 3 * (g / r) ** 2 for r, g in zip(rate.tolist(), q.tolist(), strict=True))
-    uniform = sum(1 / 3 * g**2 for g in q.tolist())
-    assert found.item() == pytest.approx(importance_sampling / uniform, rel=1e-12)
-    assert (found < 1) == (rate[2] > 1), "a gain only where the important is preferred"
-
-
-# ---- what there still is to prefer -----------------------------------------------------------------------------------
-
-
-def test_preference():
-    assert F.preference(0.6, 1.0, 0.3) == pytest.approx(1.0)
-    assert F.preference(0.45, 1.0, 0.3) == pytest.approx(0.5)
-    assert F.preference(0.3, 1.0, 0.3) == pytest.approx(0.0)
-    assert F.preference(4.5, 10.0, 0.3) == pytest.approx(0.5), "a share, whatever the unit"
-    falling = [F.preference(q / 100, 1.0, 0.4) for q in range(101)]
-    assert falling == sorted(falling)
-    assert (falling[0], falling[100]) == (0.0, 1.0)
-    for unknown in ((math.nan, 1.0, 0.3), (0.1, math.nan, 0.3), (0.1, 0.0, 0.3), (0.1, 1.0, 0.0)):
-        assert F.preference(*unknown) == 1.0
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -314,3 +218,19 @@ def test_importance_is_the_same_in_pieces(monkeypatch, soft):
     monkeypatch.setattr(F, "_squared_distance", lambda *a, f=F._squared_distance: (sizes.append(len(a[0])), f(*a))[1])
     assert torch.equal(F.cross_entropy_importance(logits, labels, 0.1), whole)
     assert sizes == [2] * 7 + [1], "control: it is in pieces"
+
+
+# ---- last layer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_last_layer_importance_is_the_norm_over_its_parameters(bias):
+    layer = torch.nn.Linear(3, CLASSES, bias=bias, dtype=torch.float64)
+    features, y = torch.randn(BATCH, 3, dtype=torch.float64), classes(BATCH)
+    found = F.last_layer_importance(F.cross_entropy_importance(layer(features), y), features, bias)
+    for k in range(BATCH):
+        gradients = torch.autograd.grad(F.cross_entropy(layer(features[k : k + 1]), y[k : k + 1]), layer.parameters())
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        assert found[k].item() == pytest.approx(norm, rel=1e-12)
+    other = F.last_layer_importance(F.cross_entropy_importance(layer(features), y), features, not bias)
+    assert (found - other).abs().min() > 1e-6, "control"

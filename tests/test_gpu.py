@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 GPU = {"use_cpu": False, "dataloader_pin_memory": True}
-FROZEN = {"learning_rate": 0.0, "num_train_epochs": 1}
+FROZEN = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 1}
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,13 @@ def test_float16_with_skipped_steps(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 2}, {"gradient_accumulation_steps": 3}], ids=str)
-@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-def test_resumed_is_straight(tmp_path, settings, sampling):
+@pytest.mark.parametrize(
+    "importance", [{}, {"sampling": "replacement"}, tiny.FIXED], ids=["reshuffled", "replacement", "fixed budget"]
+)
+def test_resumed_is_straight(tmp_path, settings, importance):
     """With importances that are on their way when the checkpoint is written."""
     model = {"dropout": 0.1}
     settings = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, **GPU, **settings}
-    importance = {"sampling": sampling}
     whole = tiny.trained(tmp_path, tiny.bert(**model), tiny.texts(), Recorder, importance, **settings)
     steps = whole.state.global_step
     for step in (1, steps // 2, steps - 1):
@@ -70,6 +71,9 @@ def test_resumed_is_straight(tmp_path, settings, sampling):
         assert tiny.difference(again, whole) == 0.0
         assert torch.equal(again.importances.nan_to_num(-1), whole.importances.nan_to_num(-1))
         assert again.draws == whole.draws[len(whole.draws) - len(again.draws) :]
+        assert again.state.global_step == whole.state.global_step
+        if whole._effective is not None:
+            assert again._effective.progress.value == whole._effective.progress.value
 
 
 class Watch(TrainerCallback):

@@ -1,4 +1,4 @@
-"""What is remembered, and that the rates that follow from it stay right between passes."""
+"""What is remembered: updates one by one and many at once, what is unimportant, and means, also in pieces."""
 
 import math
 
@@ -7,115 +7,130 @@ import pytest
 import torch
 from torch import tensor
 
-from hf_importance.memory import ImportanceMemory
-from hf_importance.record import VisitRecord
+from hf_importance.sampling.memory import ImportanceMemory, mean_importance
 
 
 def remembering(importance, **settings):
     memory = ImportanceMemory(len(importance), **settings)
     memory.update(torch.arange(len(importance)), tensor(importance))
-    memory.begin_pass()
     return memory
+
+
+def random_visits(batches, examples, size, seed, bad=0.1):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(batches):
+        importance = torch.rand(size, generator=g)
+        importance[torch.rand(size, generator=g) < bad] = math.nan
+        yield torch.randint(examples, (size,), generator=g), importance
+
+
+def same(a, b):
+    """To the bit; NaN is NaN."""
+    return torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
+
+
+# ---- updates ---------------------------------------------------------------------------------------------------------
 
 
 def test_first_measurement_is_taken_and_later_ones_are_mixed_in():
     memory = ImportanceMemory(4, momentum=0.25)
-    memory.update(tensor([2, 0]), tensor([1.0, 3.0]))
+    update = memory.update(tensor([2, 0]), tensor([1.0, 3.0]))
     assert memory.importance.tolist() == pytest.approx([3.0, math.nan, 1.0, math.nan], nan_ok=True)
-    assert memory.seen == 0.5
-    memory.update(tensor([0, 1]), tensor([1.0, 8.0]))
+    assert memory.known == 2
+    assert (update.index.tolist(), update.after.tolist(), update.change.tolist()) == ([0, 2], [3.0, 1.0], [1, 0])
+    assert update.before.isnan().all()
+    update = memory.update(tensor([0, 1]), tensor([1.0, 8.0]))
     assert memory.importance.tolist() == pytest.approx([0.25 * 3 + 0.75 * 1, 8.0, 1.0, math.nan], nan_ok=True)
-    assert memory.seen == 0.75
+    assert update.before.tolist() == pytest.approx([3.0, math.nan], nan_ok=True)
+    assert update.after.tolist() == [1.5, 8.0]
+    assert memory.known == 3
 
 
 def test_visits_of_one_example_in_a_batch_count_as_one():
     memory = ImportanceMemory(3, momentum=0.5)
     memory.update(tensor([1, 1, 1, 2]), tensor([1.0, 2.0, 6.0, 5.0]))
     assert memory.importance[1:].tolist() == [3.0, 5.0]
-    memory.update(tensor([1, 2, 1]), tensor([4.0, 1.0, 6.0]))
+    update = memory.update(tensor([1, 2, 1]), tensor([4.0, 1.0, 6.0]))
     assert memory.importance[1:].tolist() == [4.0, 3.0]
+    assert update.change.tolist() == [0, 1, 0]
+    in_two = ImportanceMemory(3, momentum=0.5)
+    in_two.update(tensor([1, 1, 1, 2]), tensor([1.0, 2.0, 6.0, 5.0]), tensor([0, 0, 1, 1]))
+    assert in_two.importance[1:].tolist() == [0.5 * 1.5 + 0.5 * 6.0, 5.0], "control: of two batches they are two"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_unknown(bad):
     memory = remembering([1.0, 2.0, 3.0], momentum=0.5)
-    memory.update(tensor([0, 1, 1]), tensor([bad, 1.0, bad]))
+    update = memory.update(tensor([0, 1, 1]), tensor([bad, 1.0, bad]))
     assert memory.importance.tolist() == pytest.approx([math.nan, math.nan, 3.0], nan_ok=True)
-    assert memory.seen == pytest.approx(1 / 3)
-    memory.begin_pass()
-    assert memory.rates().tolist() == [1.0, 1.0, 1.0]
+    assert update.after.isnan().all()
+    assert memory.known == 1
     memory.update(tensor([0]), tensor([7.0]))
     assert memory.importance[0] == 7.0, "the next measurement is taken as a first one"
+    assert memory.known == 2
 
 
 def test_empty_update():
     memory = ImportanceMemory(2)
-    memory.follow_updates = True
-    memory.update(torch.empty(0, dtype=torch.int64), torch.empty(0))
+    update = memory.update(torch.empty(0, dtype=torch.int64), torch.empty(0))
     assert memory.importance.isnan().all()
+    assert len(update.index) == len(update.before) == len(update.after) == len(update.change) == memory.known == 0
 
 
-def test_half_precision_is_remembered_in_float32():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_are_remembered_in_float32(dtype):
     memory = ImportanceMemory(1)
-    memory.update(tensor([0]), tensor([0.1], dtype=torch.bfloat16))
+    memory.update(tensor([0]), tensor([0.1], dtype=dtype))
     assert memory.importance.dtype == torch.float32
-    assert memory.importance.item() == tensor(0.1, dtype=torch.bfloat16).item()
+    assert memory.importance.item() == tensor(0.1, dtype=dtype).float().item()
 
 
-@pytest.mark.parametrize("importance", [[0.5, 2.0, 0.0, 4.0], [math.nan, 1.0, 3.0], [math.nan] * 3, [0.0, 0.0]])
-def test_rates_are_those_of_the_oracle(importance):
-    memory = remembering(importance, uniform_fraction=0.3, max_rate=1.8)
-    expected = oracles.rates(tensor(importance).tolist(), 0.3, 1.8)
-    assert memory.rates().dtype == torch.float64
-    assert memory.rates().tolist() == pytest.approx(expected, rel=1e-6)
-    some = tensor([1, 0, 1])
-    assert torch.equal(memory.rates(some), memory.rates()[some])
-    assert memory.largest_rate == pytest.approx(max(expected), rel=1e-6)
+@pytest.mark.parametrize("momentum", [0.0, 0.2, 0.7])
+def test_updates_are_those_of_the_oracle(momentum):
+    memory, wanted = ImportanceMemory(12, momentum), [math.nan] * 12
+    for index, importance in random_visits(40, 12, 6, seed=0):
+        before = oracles.remember(wanted, index.tolist(), importance.tolist(), momentum)
+        update = memory.update(index, importance)
+        assert update.before[update.change].tolist() == pytest.approx(before, rel=1e-5, nan_ok=True)
+        assert update.index[update.change].tolist() == index.tolist()
+        assert memory.importance.tolist() == pytest.approx(wanted, rel=1e-5, nan_ok=True)
+        assert same(update.after, memory.importance[update.index])
+        assert memory.known == sum(map(math.isfinite, wanted))
 
 
-def test_equal_importances_give_rates_of_exactly_one():
-    memory = remembering([0.1] * 7)
-    assert memory.rates().tolist() == [1.0] * 7
-    memory = remembering([0.1] * 6 + [0.2])
-    assert memory.rates()[0] < 1.0, "control"
+@pytest.mark.parametrize(("examples", "size"), [(20, 6), (5, 16), (1, 3), (2000, 50)])
+def test_many_batches_at_once_are_as_one_after_the_other(examples, size):
+    """To the bit: importances, and what each visit found. Examples come again, also within a batch."""
+    at_once, one_by_one = ImportanceMemory(examples, 0.3), ImportanceMemory(examples, 0.3)
+    visits = list(random_visits(150, examples, size, seed=examples))
+    before = []
+    for index, importance in visits:
+        update = one_by_one.update(index, importance)
+        before.append(update.before[update.change])
+    batch = torch.arange(150).repeat_interleave(size)
+    index, importance = (torch.cat(part) for part in zip(*visits, strict=True))
+    update = at_once.update(index, importance, batch)
+    assert same(at_once.importance, one_by_one.importance)
+    assert at_once.known == one_by_one.known
+    assert same(update.before[update.change], torch.cat(before))
+    assert torch.equal(update.index[update.change], index)
+    as_one_batch = ImportanceMemory(examples, 0.3)
+    as_one_batch.update(index, importance)
+    assert not same(as_one_batch.importance, one_by_one.importance), "control"
 
 
-def test_rates_follow_updates_between_passes():
-    """The sum is kept by differences: after many updates it is that of a fresh count, and no rate exceeds the peak."""
-    memory = ImportanceMemory(50, momentum=0.3)
-    memory.follow_updates = True
-    still = ImportanceMemory(50, momentum=0.3)
-    for _ in range(200):
-        index, importance = torch.randint(50, (8,)), torch.rand(8) ** 4
-        memory.update(index, importance)
-        still.update(index, importance)
-        assert memory.rates().mean().item() == pytest.approx(1.0, rel=1e-9)
-        assert memory.rates().max() <= memory.largest_rate
-    memory.begin_pass()
-    assert memory.rates().max().item() == pytest.approx(memory.largest_rate)
-    for _ in range(20):
-        index, importance = torch.randint(50, (8,)), 3 * torch.rand(8)
-        memory.update(index, importance)
-        still.update(index, importance)
-    assert abs(memory.rates().mean().item() - 1) < 1e-9
-    still.begin_pass()
-    still.update(torch.arange(50), torch.full((50,), 9.0))
-    assert abs(still.rates().mean().item() - 1) > 0.1, "control: without following it is off between passes"
-
-
-# ---- at the end of a pass --------------------------------------------------------------------------------------------
-
-
-def test_increment_is_added_to_what_is_known():
-    memory = remembering([0.0, 2.0, math.nan], uniform_fraction=0.0)
-    assert memory.rates()[0] == 0.0
-    memory.begin_pass(increment=0.5)
+def test_increase_leaves_the_unknown_ones():
+    memory = remembering([0.0, 2.0, math.nan])
+    memory.increase(0.5)
     assert memory.importance.tolist() == pytest.approx([0.5, 2.5, math.nan], nan_ok=True)
-    assert memory.rates()[0] > 0.0
+    assert memory.known == 2
+
+
+# ---- what is unimportant ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("importance", "mass", "pruned"),
+    ("importance", "mass", "unimportant"),
     [
         ([1.0, 2.0, 3.0, 14.0], 0.11, [0]),
         ([1.0, 2.0, 3.0, 14.0], 0.16, [0, 1]),
@@ -132,123 +147,84 @@ def test_increment_is_added_to_what_is_known():
         ([math.nan, 1.0, 9.0, math.nan], 0.2, [1]),
         ([math.nan, math.nan], 0.5, []),
         ([3.0], 0.99, []),
+        ([1.0, 2.0, 3.0, 14.0], 0.0, []),
     ],
 )
-def test_pruning(importance, mass, pruned):
+def test_unimportant(importance, mass, unimportant):
     memory = remembering(importance)
-    memory.begin_pass(prune_mass=mass)
-    assert memory.pruned.nonzero().flatten().tolist() == pruned
-    rates = memory.rates()
-    assert (rates[pruned] == 0).all()
-    assert rates.sum().item() / (len(rates) - len(pruned)) == pytest.approx(1.0)
-    unpruned = remembering(importance)
-    unpruned.begin_pass(prune_mass=0.0)
-    assert not unpruned.pruned.any()
+    assert memory.unimportant(mass).dtype == torch.bool
+    assert memory.unimportant(mass).nonzero().flatten().tolist() == unimportant
+    assert same(memory.importance, tensor(importance)), "nothing is changed"
 
 
-def test_the_share_is_of_all_that_is_remembered():
-    """What was pruned earlier counts: the gradient that is discarded stays below that share."""
-    memory = remembering([1.0, 1.0, 2.0, 16.0], momentum=0.0)
-    memory.begin_pass(prune_mass=0.15)
-    assert memory.pruned.tolist() == [True, True, False, False]
-    memory.begin_pass(prune_mass=0.15)
-    assert memory.pruned.tolist() == [True, True, False, False], "nothing has changed"
-    memory.update(tensor([2]), tensor([0.4]))
-    memory.begin_pass(prune_mass=0.15)
-    assert memory.pruned.tolist() == [True, True, True, False], "2.4 of 18.4"
-    memory.update(tensor([3]), tensor([1.5]))
-    memory.begin_pass(prune_mass=0.15)
-    assert memory.pruned.tolist() == [False, False, True, False], "those that are now above others are back"
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_unimportant_holds_less_than_that_share(seed):
+    memory = remembering((torch.rand(200, generator=torch.Generator().manual_seed(seed)) ** 3).tolist())
+    for mass in (0.01, 0.1, 0.3):
+        found, q = memory.unimportant(mass), memory.importance.double()
+        assert q[found].sum() < mass * q.sum()
+        assert q[found].max() < q[~found].min(), "the smallest ones"
+        next_one = q[~found].min()
+        assert q[found].sum() + next_one >= mass * q.sum() or next_one >= q.mean(), "and as many as there can be"
+        assert found.any(), "control"
 
 
-def test_revisits_have_their_share_of_the_visits():
-    q = [0.1, 0.2, 3.0, 4.0, 5.0]
-    memory = remembering(q, revisit_pruned=0.2)
-    memory.begin_pass(prune_mass=0.1)
-    assert memory.pruned.tolist() == [True, True, False, False, False]
-    rates = memory.rates()
-    assert rates.mean().item() == pytest.approx(1.0)
-    assert rates[:2].sum().item() / 5 == pytest.approx(0.2)
-    assert rates[0] == rates[1] > 0
-    assert rates.max() <= memory.largest_rate
-    without = remembering(q)
-    without.begin_pass(prune_mass=0.1)
-    assert without.rates()[:2].tolist() == [0.0, 0.0], "control"
-    assert (rates[2:] / rates[2]).tolist() == pytest.approx((without.rates()[2:] / without.rates()[2]).tolist())
+# ---- means -----------------------------------------------------------------------------------------------------------
 
 
-# ---- what there still is to prefer -----------------------------------------------------------------------------------
+def test_mean_importance():
+    memory = remembering([1.0, 3.0, math.nan, 8.0])
+    pruned = tensor([True, False, False, False])
+    assert mean_importance(memory) == 4.0
+    assert mean_importance(memory, fresh=8.0) == 5.0
+    assert mean_importance(memory, pruned=pruned) == 5.5
+    assert mean_importance(memory, fresh=4.0, pruned=pruned) == 5.0
+    assert mean_importance(memory, fresh=0.0) == 3.0, "0 is an importance, too"
+    assert math.isnan(mean_importance(ImportanceMemory(3)))
+    assert mean_importance(ImportanceMemory(3), fresh=2.0) == 2.0
+    assert math.isnan(mean_importance(memory, pruned=torch.ones(4, dtype=torch.bool)))
+    assert same(memory.importance, tensor([1.0, 3.0, math.nan, 8.0])), "nothing is changed"
 
 
-@pytest.mark.parametrize(
-    ("fresh", "floor", "pruned"),
-    [
-        (2.5, 0.3, [0, 1]),  # nothing is learnt: the mean importance is still 2.5
-        (4.0, 0.3, [0, 1]),  # 0.625 of it is left, more than twice 0.3
-        (2.5 / 0.45, 0.65, [0]),  # half way: half of the floor's way to 1, and half of the share to prune
-        (2.5 / 0.3, 1.0, []),
-        (100.0, 1.0, []),
-        (math.nan, 0.3, [0, 1]),
-        (0.0, 0.3, [0, 1]),
-    ],
-)
-def test_preference_ends_as_the_data_are_learnt(fresh, floor, pruned):
-    memory = remembering([0.5, 1.0, 3.0, 5.5], uniform_below=0.3)
-    memory.begin_pass(prune_mass=0.2, fresh=fresh)
-    assert memory.floor == pytest.approx(floor)
-    assert memory.pruned.nonzero().flatten().tolist() == pruned
-    memory.begin_pass(prune_mass=0.2, fresh=fresh)
-    assert memory.pruned.nonzero().flatten().tolist() == pruned, "the mean is that of all, pruned ones too"
-    never = remembering([0.5, 1.0, 3.0, 5.5], uniform_below=0.0)
-    never.begin_pass(prune_mass=0.2, fresh=fresh)
-    assert (never.floor, never.pruned.sum()) == (0.3, 2), "control"
+def test_least_variance_ratio():
+    assert remembering([1.0, 3.0]).least_variance_ratio() == 0.8
+    assert remembering([1.0, math.nan, 3.0, math.nan]).least_variance_ratio() == 0.8
+    assert remembering([0.0, 0.0, 0.0, 2.0]).least_variance_ratio() == 0.25, "all visits to one in four"
+    assert remembering([0.7] * 5).least_variance_ratio() == pytest.approx(1.0)
+    assert remembering([0.0, 0.0]).least_variance_ratio() == 1.0
+    assert ImportanceMemory(3).least_variance_ratio() == 1.0
+    q = torch.rand(100, generator=torch.Generator().manual_seed(0)).double()
+    one_over = 1 / (1 + q.var(unbiased=False) / q.mean().square())
+    assert remembering(q.tolist()).least_variance_ratio() == pytest.approx(one_over.item(), rel=1e-6)
 
 
-def test_the_guard_may_only_raise_that_floor():
-    for remembered, floor in (([1.0, 2.0, 3.0, 4.0], 0.65), ([4.0, 3.0, 2.0, 1.0], 1.0)):
-        memory = remembering(remembered, uniform_below=0.3, guard=True)
-        memory.update(torch.arange(4), tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, dtype=torch.float64))
-        memory.begin_pass(fresh=memory.importance.mean().item() / 0.45)
-        assert memory.floor == pytest.approx(floor)
+@pytest.mark.parametrize("piece", [1, 16, 64])
+def test_large_data_are_gone_through_in_pieces(monkeypatch, piece):
+    importance = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    importance[::9], importance[-100:] = math.nan, 5.0
+    memory, pruned = remembering(importance.tolist()), torch.arange(1000) % 3 == 0
+
+    def figures():
+        return [mean_importance(memory, 2.0, pruned), mean_importance(memory), memory.least_variance_ratio()]
+
+    whole = figures()
+    monkeypatch.setattr("hf_importance.sampling.memory.CHUNK", piece)
+    assert figures() == pytest.approx(whole, rel=1e-12)
+    assert len(list(memory.chunks())) == -(-1000 // piece)
+    monkeypatch.setattr(ImportanceMemory, "chunks", lambda _: iter([slice(0, 900)]))
+    assert figures() != pytest.approx(whole, rel=1e-3), "control: a piece that is left out is missed"
 
 
-# ---- waiting ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("guard", [True, False])
-def test_updates_that_wait_are_as_if_each_were_made_at_once(guard):
-    """Whoever asks after each batch, and whoever asks at the end, finds the same: examples come again, also in one."""
-    g = torch.Generator().manual_seed(0)
-    waiting, asked = (ImportanceMemory(20, momentum=0.3, guard=guard, record=VisitRecord(20)) for _ in range(2))
-    for memory in (waiting, asked):
-        memory.update(torch.arange(19), torch.rand(19, generator=g.manual_seed(1)))
-        memory.begin_pass()
-    for _ in range(150):
-        index, importance = torch.randint(20, (6,), generator=g), torch.rand(6, generator=g)
-        importance[torch.rand(6, generator=g) < 0.1] = math.nan
-        inverse_rate, seen = torch.rand(6, generator=g, dtype=torch.float64), torch.rand(4, 6, generator=g)
-        for memory in (waiting, asked):
-            memory.update(index, importance, inverse_rate, seen)
-        assert asked.seen <= 1.0
-    assert len(waiting._waiting) == 150 + 1 - 2 * 64 - 1, "control: it waits, after all"
-    assert not asked._waiting
-    for memory in (waiting, asked):
-        memory.begin_pass()
-    assert torch.equal(waiting.importance.nan_to_num(-1), asked.importance.nan_to_num(-1))
-    assert waiting.seen == asked.seen
-    assert waiting.floor == asked.floor
-    torch.testing.assert_close(waiting._second_moments, asked._second_moments, rtol=1e-12, atol=0)
-    for name, column in waiting.record.columns().items():
-        torch.testing.assert_close(column, asked.record.columns()[name], rtol=1e-6, atol=0, equal_nan=True)
-
-
-def test_large_data_are_gone_through_in_pieces(monkeypatch):
-    importance = torch.rand(1000, generator=torch.Generator().manual_seed(0)).tolist()
-    whole = remembering(importance)
-    whole.begin_pass(prune_mass=0.1)
-    monkeypatch.setattr("hf_importance.memory.CHUNK", 64)
-    pieces = remembering(importance)
-    pieces.begin_pass(prune_mass=0.1)
-    torch.testing.assert_close(pieces.rates(), whole.rates(), rtol=1e-12, atol=0)
-    assert pieces.largest_rate == pytest.approx(whole.largest_rate, rel=1e-12)
-    assert not pieces.alike
+def test_state():
+    memory = remembering([1.0, math.nan, 3.0])
+    state = memory.state_dict()
+    again = ImportanceMemory(3)
+    again.load_state_dict(state)
+    assert same(again.importance, memory.importance)
+    assert again.known == memory.known == 2
+    again.update(tensor([0]), tensor([9.0]))
+    memory.update(tensor([1]), tensor([9.0]))
+    assert same(state["importance"], tensor([1.0, math.nan, 3.0])), "a state stays what it was"
+    third = ImportanceMemory(3)
+    third.load_state_dict(state)
+    assert third.known == 2

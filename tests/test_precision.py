@@ -1,12 +1,14 @@
 """Half precision, a gradient scaler, compilation: the importances of float32, within what the logits allow."""
 
+import math
+
 import pytest
 import tiny
 import torch
 
 from hf_importance import ImportanceTrainer
 
-FROZEN = {"learning_rate": 0.0, "num_train_epochs": 1}
+FROZEN = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 1}
 
 
 def exact(tmp_path, model):
@@ -30,16 +32,22 @@ class HalfOnCpu(ImportanceTrainer):
         return loss
 
 
-def test_float16_with_skipped_steps(tmp_path):
+@pytest.mark.parametrize("importance", [{}, tiny.FIXED], ids=["auto", "fixed"])
+def test_float16_with_skipped_steps(tmp_path, importance):
     model = tiny.opinionated_bert()
     half = tiny.trained(tmp_path, model, tiny.texts(), HalfOnCpu, max_grad_norm=0.0, **FROZEN)
     assert half.scales[-1] < half.scales[0], "control: gradients overflowed, and steps were skipped"
     torch.testing.assert_close(half.importances, exact(tmp_path, model), rtol=0.02, atol=0.005)
     longer = {"max_grad_norm": 0.0, "num_train_epochs": 8}
-    learning = tiny.trained(tmp_path, model, tiny.texts(), HalfOnCpu, tiny.ALL, **longer)
+    learning = tiny.trained(tmp_path, model, tiny.texts(), HalfOnCpu, importance, **longer)
     assert learning.scales[0] > learning.scales[20] == learning.scales[-1]
     assert learning.importances.isfinite().all()
     assert tiny.logged(learning, "loss")[-1] < tiny.logged(learning, "loss")[0]
+    if not importance:
+        progress = learning._effective.progress
+        assert math.isfinite(progress.value)
+        assert progress.value > learning.state.global_step, "control: a step counted as more than one"
+        assert len(learning.scales) == learning.state.global_step < 40
 
 
 def test_bfloat16(tmp_path):
@@ -69,8 +77,10 @@ def test_compiled(tmp_path, settings):
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     plain = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), more=more)
     other = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), more=more, **compiled)
+    assert other.state.global_step == plain.state.global_step
+    assert other._effective.progress.value == pytest.approx(plain._effective.progress.value, rel=1e-4)
     assert tiny.difference(other, plain) < 1e-5
-    torch.testing.assert_close(other.importances, plain.importances)
+    torch.testing.assert_close(other.importances, plain.importances, equal_nan=True)
     assert type(other.model_wrapped).__name__ == "OptimizedModule", "control: it was compiled"
 
 

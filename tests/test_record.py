@@ -106,8 +106,10 @@ def test_suspect_is_whose_label_had_less_than_chance():
 def test_training_records_what_the_model_said(tmp_path):
     """A model that does not learn says the same at each visit."""
     data = tiny.texts(24)
-    a = tiny.trained(tmp_path, tiny.opinionated_bert(), data, learning_rate=0.0, num_train_epochs=4)
-    columns = a._sampler.memory.record.columns()
+    a = tiny.trained(
+        tmp_path, tiny.opinionated_bert(), data, importance=tiny.FIXED, learning_rate=0.0, num_train_epochs=4
+    )
+    columns = a._sampler.record.columns()
     batch = {key: torch.stack([torch.as_tensor(row[key]) for row in data]) for key in ("input_ids", "attention_mask")}
     label = torch.tensor([row["labels"] for row in data])
     logits = a.model(**batch).logits.detach()
@@ -124,7 +126,7 @@ def test_training_records_what_the_model_said(tmp_path):
 def test_regression_has_predictions_and_no_probabilities(tmp_path):
     data = tiny.texts(16, "regression")
     a = tiny.trained(tmp_path, tiny.bert(num_labels=1), data, max_steps=4)
-    columns = a._sampler.memory.record.columns()
+    columns = a._sampler.record.columns()
     torch.testing.assert_close(columns["label"], torch.tensor([row["labels"] for row in data]))
     assert columns["prediction"].isfinite().all()
     assert columns["probability"].isnan().all()
@@ -137,7 +139,7 @@ def test_others_have_a_loss_only(tmp_path, task):
     else:
         more = {"data_collator": tiny.pad}
         a = tiny.trained(tmp_path, tiny.token_bert(), tiny.token_rows(16), max_steps=4, more=more)
-    columns = a._sampler.memory.record.columns()
+    columns = a._sampler.record.columns()
     assert columns["loss"].isfinite().all()
     assert columns["prediction"].isnan().all()
     assert not suspects(columns).any()
@@ -146,5 +148,5 @@ def test_others_have_a_loss_only(tmp_path, task):
 def test_without_record_training_is_the_same(tmp_path):
     with_record = tiny.trained(tmp_path, tiny.bert(), tiny.texts())
     without = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), importance={"record": False})
-    assert without._sampler.memory.record is None
+    assert without._sampler.record is None
     assert tiny.difference(with_record, without) == 0

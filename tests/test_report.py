@@ -198,7 +198,7 @@ def test_plots_are_drawn_for_both_pages(theme):
 
 def test_report_of_a_training(tmp_path, capsys):
     rows = datasets.Dataset.from_list([{**row, "text": f"text {i}"} for i, row in enumerate(tiny.texts(24))])
-    a = tiny.trainer(tmp_path / "out", tiny.opinionated_bert(), rows, importance={"prune_until": 1.0})
+    a = tiny.trainer(tmp_path / "out", tiny.opinionated_bert(), rows, importance={"prune_mass": 0.1, **tiny.FIXED})
     a.train()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Importance sampling: ")]
     assert printed == [a._findings().summary()]
@@ -208,10 +208,10 @@ def test_report_of_a_training(tmp_path, capsys):
     assert "text 3" in page_of(page).text
     table = pq.read_table(page.parent / "examples.parquet").to_pydict()
     torch.testing.assert_close(torch.tensor(table["importance"]), a.importances)
-    assert table["pruned"] == a._sampler.memory.pruned.tolist()
+    assert table["pruned"] == a._sampler.pruned.tolist()
     assert sum(table["visits"]) == 72
     assert table["label"] == [row["labels"] for row in rows]
-    assert len(a._sampler.memory.record.distributions) == 3, "two whole passes and a short one are over"
+    assert len(a._sampler.record.distributions) == 2, "two passes are over, and the third has begun"
 
 
 @pytest.mark.parametrize("task", ["regression", "multi", "tokens", "images"])
@@ -264,12 +264,14 @@ def test_what_is_refused(tmp_path):
     assert not (tmp_path / "report").exists()
     assert a.importance_report(tmp_path.parent / "outside" / "deep").exists()
     assert a.importance_report(tmp_path / "_private").exists()
-    a.importance.report_examples_to_hub = True
+    more = {"report_examples_to_hub": True}
+    a = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), more=more, max_steps=1)
     assert a.importance_report(tmp_path / "report").exists()
+    assert a.importance_report(tmp_path).exists()
 
 
 def test_without_record(tmp_path, capsys):
-    a = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), importance={"record": False}, max_steps=1)
+    a = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), importance={"record": False, **tiny.FIXED}, max_steps=1)
     with pytest.raises(ValueError, match=r"needs ImportanceConfig\(record=True\)"):
         a.importance_report()
     assert "Importance sampling:" not in capsys.readouterr().out

@@ -8,8 +8,8 @@ import tiny
 import torch
 from tiny import Recorder
 
-from hf_importance import functional
 from hf_importance.checkpoint import load_states, newest_complete, save_state
+from hf_importance.sampling.rates import rates
 
 MODEL = {"dropout": 0.1}
 SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
@@ -17,7 +17,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 
 def record_of(run):
     """All that was taken down, NaN as −1."""
-    record = run._sampler.memory.record
+    record = run._sampler.record
     return {name: column.nan_to_num(-1) for name, column in record.columns().items()}, record.distributions
 
 
@@ -28,18 +28,42 @@ def same_record(a, b):
     return True
 
 
-def straight(tmp_path, importance=None, **settings):
+def same_progress(a, b):
+    """As much was learnt, and is thought to be learnt by the next step; or both do not count it."""
+    if a._effective is None:
+        return b._effective is None
+    mine, other = (run._effective.progress.state_dict() for run in (a, b))
+    return torch.equal(mine.pop("sums"), other.pop("sums")) and mine == other
+
+
+def same_training(again, whole):
+    """Of a resumed run and one that was not interrupted: all that there is to be compared."""
+    assert again.state.global_step == whole.state.global_step
+    assert again.state.epoch == whole.state.epoch
+    assert tiny.difference(again, whole) == 0.0
+    assert torch.equal(again.importances.nan_to_num(-1), whole.importances.nan_to_num(-1))
+    assert again.draws == whole.draws[len(whole.draws) - len(again.draws) :]
+    assert same_record(again, whole)
+    assert same_progress(again, whole)
+    for name in ("loss", "learning_rate", "importance/seen", "importance/effective_epoch"):
+        assert tiny.logged(again, name) == tiny.logged(whole, name)
+    return True
+
+
+def straight(tmp_path, importance=None, data=None, **settings):
     """40 examples in batches of 8, 3 epochs."""
-    return tiny.trained(tmp_path, tiny.bert(**MODEL), tiny.texts(), Recorder, importance, **{**SAVING, **settings})
+    data = data or tiny.texts()
+    return tiny.trained(tmp_path, tiny.bert(**MODEL), data, Recorder, importance, **{**SAVING, **settings})
 
 
-def resumed(tmp_path, step, importance=None, data=None, resume=True, **settings):
+def resumed(tmp_path, step, importance=None, data=None, **settings):
     """Into fresh objects, from the checkpoint of that step."""
     checkpoint = tmp_path / f"checkpoint-{step}"
     elsewhere = tmp_path / "resumed"
     shutil.rmtree(elsewhere, ignore_errors=True)
     other = tiny.bert(**MODEL, initializer_range=0.5)  # whose parameters must not matter
-    run = tiny.trainer(elsewhere, other, data or tiny.texts(), Recorder, importance, **{**SAVING, **settings})
+    settings = {**SAVING, "save_strategy": "no", **settings}
+    run = tiny.trainer(elsewhere, other, data or tiny.texts(), Recorder, importance, **settings)
     torch.manual_seed(12345)
     run.train(resume_from_checkpoint=str(checkpoint))
     return run
@@ -47,10 +71,16 @@ def resumed(tmp_path, step, importance=None, data=None, resume=True, **settings)
 
 SETTINGS = {
     "plain": {},
+    "fixed budget": {"importance": tiny.FIXED},
     "replacement": {"importance": {"sampling": "replacement"}},
+    "replacement, fixed budget": {"importance": {"sampling": "replacement", **tiny.FIXED}},
     "pruning, budget": {"importance": {"prune_mass": 0.1, "budget": 0.7, "importance_increment": 0.01}},
-    "half learnt": {"importance": {"uniform_below": 0.6, "prune_mass": 0.1, "prune_until": 0.8}},
+    "pruning": {"importance": {"prune_mass": 0.1}},
+    "pruning, replacement": {"importance": {"prune_mass": 0.1, "sampling": "replacement"}},
+    "exponent": {"importance": {"weight_exponent": 0.5, "memory_momentum": 0.0}},
+    "uniform": {"importance": {"metric": "uniform"}},
     "accumulation": {"gradient_accumulation_steps": 3},
+    "accumulation, fixed budget": {"gradient_accumulation_steps": 3, "importance": tiny.FIXED},
     "workers": {"dataloader_num_workers": 2},
     "workers, replacement": {"dataloader_num_workers": 2, "importance": {"sampling": "replacement"}},
     "persistent, accumulation": {
@@ -67,31 +97,129 @@ SETTINGS = {
 }
 
 
-def test_updates_that_wait_are_saved(tmp_path):
-    """Nobody asks for the memory but the checkpoint."""
-    seldom = {"save_steps": 6, "logging_steps": 1000, "importance": {"prune_mass": 0.1}}
-    whole = straight(tmp_path, **seldom)
-    again = resumed(tmp_path, 6, **seldom)
-    assert tiny.difference(whole, again) == 0.0
-    assert torch.equal(whole.importances, again.importances)
-    assert same_record(whole, again)
-
-
 @pytest.mark.parametrize("case", SETTINGS)
 def test_resumed_is_straight(tmp_path, case):
     settings = SETTINGS[case]
     whole = straight(tmp_path, **settings)
     steps = whole.state.global_step
+    assert steps == whole.state.max_steps
     for step in (1, steps // 3, steps // 2, steps - 1):
         again = resumed(tmp_path, step, **settings)
-        assert again.state.global_step == steps
-        assert tiny.difference(again, whole) == 0.0
-        assert torch.equal(again.importances.nan_to_num(-1), whole.importances.nan_to_num(-1))
-        assert same_record(again, whole)
-        assert again.draws == whole.draws[len(whole.draws) - len(again.draws) :]
         assert 0 < len(again.draws) < len(whole.draws)
-        assert again.state.epoch == whole.state.epoch
-        assert tiny.logged(again, "loss")[-1] == tiny.logged(whole, "loss")[-1]
+        assert same_training(again, whole)
+
+
+# ---- a training that ends early --------------------------------------------------------------------------------------
+
+EARLY = {
+    "plain": {},
+    "replacement": {"importance": {"sampling": "replacement"}},
+    "accumulation": {"gradient_accumulation_steps": 2, "data": tiny.texts()},
+    "workers": {"dataloader_num_workers": 2, "importance": {"prune_mass": 0.02}},
+    "max_steps": {"max_steps": 48, "lr_scheduler_type": "cosine"},
+}
+QUICK = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epochs": 8, "data": tiny.texts(24)}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_a_training_that_ends_early_resumes_to_the_same_end(tmp_path, case):
+    """From steps in the middle, from the last but one, and from the end, where nothing is left to train."""
+    settings = {**QUICK, **EARLY[case]}
+    whole = straight(tmp_path, **settings)
+    steps, progress = whole.state.global_step, whole._effective.progress
+    assert steps < progress.steps, "it ended early"
+    assert progress.finished
+    assert not (tmp_path / f"checkpoint-{steps + 1}").exists()
+    for step in (1, steps // 2, steps - 2, steps - 1, steps):
+        again = resumed(tmp_path, step, **settings)
+        assert len(again.draws) >= steps - step
+        assert same_training(again, whole)
+    assert again.draws == [], "the last was of the end"
+
+
+def test_control_without_what_was_learnt_it_does_not_end(tmp_path):
+    whole = straight(tmp_path, **QUICK)
+    steps = whole.state.global_step
+    for step in (steps - 1, steps):
+        (state,) = load_states(tmp_path / f"checkpoint-{step}")
+        assert (state["effective"]["progress"]["value"] >= whole._effective.progress.steps) == (step == steps)
+        save_state(tmp_path / f"checkpoint-{step}", 0, 1, {**state, "effective": None})
+        assert resumed(tmp_path, step, **QUICK).state.global_step > steps
+
+
+@pytest.mark.parametrize("part", ["progress", "gradients", "measured_until", "pending"])
+def test_control_all_parts_of_what_was_learnt_are_needed(tmp_path, part):
+    """Set back to its start, each leads to another count."""
+    settings = {**QUICK, "num_train_epochs": 3, "logging_steps": 1000}
+    whole = straight(tmp_path, **settings)
+    (fresh,), (state,) = (load_states(tmp_path / f"checkpoint-{step}") for step in (1, 12))
+    state["effective"][part] = fresh["effective"][part]
+    save_state(tmp_path / "checkpoint-12", 0, 1, state)
+    again = resumed(tmp_path, 12, **settings)
+    assert again._effective.progress.value != whole._effective.progress.value
+
+
+# ---- what was measured and is not yet remembered ---------------------------------------------------------------------
+
+LARGE = {"save_steps": 28, "logging_steps": 1000, "num_train_epochs": 1.3}
+
+
+def large():
+    """640 rows; their first token is the position modulo 60."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(5, tiny.WORDS, (640, tiny.LENGTH), generator=generator)
+    return [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": int(row.sum()) % tiny.CLASSES}
+        for row in rows
+    ]
+
+
+def both(tmp_path, step, change=lambda state: state, **settings):
+    """A run that was not interrupted, and one from its checkpoint, in which something may be changed."""
+    settings = {**SAVING, **LARGE, **settings}
+    whole = tiny.trained(tmp_path, tiny.bert(**MODEL), large(), Recorder, **settings)
+    (state,) = load_states(tmp_path / f"checkpoint-{step}")
+    save_state(tmp_path / f"checkpoint-{step}", 0, 1, change(state))
+    return whole, resumed(tmp_path, step, data=large(), **settings), state
+
+
+@pytest.mark.parametrize("budget", ["auto", 1.0])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("sampling", "waiting"), [("reshuffled", 4), ("replacement", 1)])
+def test_what_was_measured_and_not_remembered_is_saved(tmp_path, sampling, waiting, workers, budget):
+    """Nobody asks for the memory but the sampler, where it reads it: once per segment, or at each draw."""
+    settings = {"importance": {"sampling": sampling, "budget": budget}, "dataloader_num_workers": workers}
+    whole, again, state = both(tmp_path, 84, **settings)  # 4 steps after the first pass
+    measured = state["sampler"]["measured"]
+    assert len(measured) >= waiting
+    assert [draw[0] for draw, _ in measured] == list(range(84))[-len(measured) :]
+    (draw, rows), known = measured[-1], state["sampler"]["memory"]["importance"]
+    assert not torch.isin(rows[0], known[draw[1]]).any(), "it is not in the memory yet"
+    assert len(again.draws) == len(whole.draws) - 84 == 20
+    assert same_training(again, whole)
+
+
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+def test_control_without_what_was_measured_it_differs(tmp_path, sampling):
+    def forgetting(state):
+        return {**state, "sampler": {**state["sampler"], "measured": []}}
+
+    whole, again, _ = both(tmp_path, 84, forgetting, importance={"sampling": sampling, **tiny.FIXED})
+    assert again.draws != whole.draws[84:]
+    assert tiny.difference(again, whole) > 1e-6
+
+
+@pytest.mark.parametrize("step", [4, 14])
+def test_logs_are_those_of_a_training_that_was_not_interrupted(tmp_path, step):
+    """What is logged next is of the time since the last log, also where a checkpoint was in between."""
+    settings = {"logging_steps": 10, "save_steps": 2, "num_train_epochs": 0.7}
+    whole, again, _ = both(tmp_path, step, **settings)
+    for name in ("variance_ratio", "mean", "effective_sample_size", "seen"):
+        assert tiny.logged(again, f"importance/{name}") == tiny.logged(whole, f"importance/{name}")
+    assert len(tiny.logged(again, "importance/mean")) == 5
+
+
+# ---- other ways to go on ---------------------------------------------------------------------------------------------
 
 
 def test_control_without_our_state_it_differs(tmp_path):
@@ -99,21 +227,21 @@ def test_control_without_our_state_it_differs(tmp_path):
     for path in (tmp_path / "checkpoint-7").glob("importance_*"):
         path.unlink()
     again = resumed(tmp_path, 7)
-    assert tiny.difference(again, whole) > 1e-5
+    assert tiny.difference(again, whole) > 1e-6
 
 
 def test_resumed_twice(tmp_path):
     whole = straight(tmp_path)
-    resumed(tmp_path, 4)
+    resumed(tmp_path, 4, save_strategy="steps")
     shutil.copytree(tmp_path / "resumed" / "checkpoint-9", tmp_path / "checkpoint-9", dirs_exist_ok=True)
     assert tiny.difference(resumed(tmp_path, 9), whole) == 0.0
 
 
 def test_finished_training_resumes_to_itself(tmp_path):
-    whole = straight(tmp_path)
-    again = resumed(tmp_path, 15)
+    whole = straight(tmp_path, tiny.FIXED)
+    again = resumed(tmp_path, 15, tiny.FIXED)
     assert again.draws == []
-    assert torch.equal(again.importances, whole.importances)
+    assert same_training(again, whole)
 
 
 def test_state_is_plain_and_small(tmp_path):
@@ -123,7 +251,13 @@ def test_state_is_plain_and_small(tmp_path):
     assert sampler["shard"] is None
     assert len(sampler["outstanding"]) == 1, "all 5 batches of the epoch are drawn, and 4 used"
     assert sampler["memory"]["importance"].dtype == torch.float32
-    assert sampler["index"].untyped_storage().nbytes() == 8 * len(sampler["index"]), "not the pass that it is a view of"
+    visits = sampler["visits"]
+    assert visits["index"].untyped_storage().nbytes() == 4 * len(visits["index"]), "not what it is a view of"
+    assert {"format", "sampler", "effective"} <= set(state)
+    assert state["format"] == 4
+    assert state["effective"]["progress"]["value"] >= 4
+    path = next((tmp_path / "checkpoint-4").glob("importance_*.pt"))
+    assert path.stat().st_size < 40_000
 
 
 # ---- checkpoints that are not as expected ----------------------------------------------------------------------------
@@ -194,7 +328,7 @@ def test_missing_rank(tmp_path):
 
 def test_other_number_of_examples(tmp_path, warnings_of):
     straight(tmp_path)
-    again = resumed(tmp_path, 7, data=tiny.texts(48))
+    again = resumed(tmp_path, 7, tiny.FIXED, data=tiny.texts(48))
     assert "40 training examples, but there are 48" in warnings_of[0]
     assert again.state.global_step == 18
     assert set(again.draws[0].weight) == {1.0}, "nothing is known"
@@ -204,14 +338,51 @@ def test_other_batch_size(tmp_path, warnings_of):
     """The importances are kept; 20 batches of 2 per epoch, of which the first 7 are skipped."""
     straight(tmp_path)
     (state,) = load_states(tmp_path / "checkpoint-7")
-    again = resumed(tmp_path, 7, tiny.ALL, per_device_train_batch_size=2)
+    again = resumed(tmp_path, 7, tiny.FIXED, per_device_train_batch_size=2)
     assert "another number of processes or batch size" in warnings_of[0]
-    assert again._sampler.memory.record.columns()["visits"].sum() == 7 * 8 + 2 * len(again.draws)
+    visits = state["sampler"]["record"]["visits"].sum()
+    assert again._sampler.record.columns()["visits"].sum() == visits + 2 * len(again.draws)
     assert [draw.number for draw in again.draws] == list(range(53))
     assert set(again.draws[0].weight) != {1.0}, "what was learnt is used"
-    rates = functional.rates(state["sampler"]["memory"]["importance"].double(), 0.3, 64.0)
-    for draw in again.draws[:13]:
-        assert draw.weight == pytest.approx((1 / rates[draw.index]).tolist(), rel=1e-5)
+    rate = rates(state["sampler"]["memory"]["importance"].double(), 0.3, 64.0)
+    for draw in again.draws[:2]:  # of the first segment
+        assert draw.weight == pytest.approx((1 / rate[draw.index]).tolist(), rel=1e-5)
+
+
+def test_other_batch_size_goes_on_with_what_was_learnt(tmp_path, warnings_of):
+    """In epochs, as the steps are of another size."""
+    straight(tmp_path, **QUICK)
+    (state,) = load_states(tmp_path / "checkpoint-30")
+    again = resumed(tmp_path, 30, **{**QUICK, "per_device_train_batch_size": 2})
+    assert "another number of processes or batch size" in warnings_of[0]
+    progress = again._effective.progress
+    first = tiny.logged(again, "importance/effective_epoch")[30]
+    learnt = state["effective"]["progress"]["value"] / 6
+    assert learnt < first < learnt + 0.2
+    assert learnt > 5.05, "control: the steps alone would be 5 epochs"
+    assert progress.steps == 8 * 12
+    assert progress.finished
+
+
+def test_larger_batches_end_with_the_learning_rate_at_its_end(tmp_path, warnings_of):
+    """The steps made are more of the epochs then, to `Trainer`, than what was learnt: it must not end too early."""
+    straight(tmp_path, **QUICK)
+    again = resumed(tmp_path, 12, **{**QUICK, "per_device_train_batch_size": 12})
+    assert again._effective.progress.finished
+    assert tiny.logged(again, "learning_rate")[-1] < 2e-2 * 2 / 16
+
+
+def test_from_a_fixed_budget_to_auto_and_back(tmp_path, warnings_of):
+    """Each step of a fixed budget counts as one; with one, what was learnt is left aside."""
+    straight(tmp_path / "fixed", tiny.FIXED)
+    again = resumed(tmp_path / "fixed", 7)
+    assert tiny.logged(again, "importance/effective_epoch")[0] == pytest.approx(8 / 5, abs=0.1)
+    assert again._effective.progress.finished
+    straight(tmp_path / "auto")
+    again = resumed(tmp_path / "auto", 7, tiny.FIXED)
+    assert again.state.global_step == 15
+    assert again._effective is None
+    assert warnings_of == []
 
 
 # ---- which checkpoint ------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
-"""Unbiased by enumeration; one seeded chi-square per stream; and what `DataLoader` and `Trainer` rely on."""
+"""What `DataLoader` and `Trainer` rely on: weights at the draw, lengths, shards; waiting and going on, to the bit."""
 
+import copy
+import itertools
 import math
 from collections import Counter
 
@@ -9,35 +11,23 @@ import scipy.stats
 import torch
 from torch import tensor
 
-from hf_importance.memory import ImportanceMemory
-from hf_importance.sampler import Draw, ImportanceBatchSampler, Shard
+from hf_importance.record import VisitRecord
+from hf_importance.sampling.draw import SKIPPED, Draw, Shard
+from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 UNEQUAL = [0.2, 1.0, 0.4, 3.0, math.nan, 0.7]
+MODES = pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
 
 
-def memory_of(importance, **settings):
-    memory = ImportanceMemory(len(importance), **{"uniform_fraction": 0.3, "max_rate": math.inf, **settings})
-    memory.update(torch.arange(len(importance)), tensor(importance))
+def memory_of(importance, momentum=0.2):
+    memory = ImportanceMemory(len(importance), momentum)
+    memory.load_state_dict({"importance": torch.as_tensor(importance)})
     return memory
 
 
-def one_pass(sampler):
-    """The visits of the first pass, as (index, weight); `sampler` has batches of 1 and a budget for several passes."""
-    passes = 0
-    begin_pass = sampler.memory.begin_pass
-
-    def counted(*args):
-        nonlocal passes
-        passes += 1
-        begin_pass(*args)
-
-    sampler.memory.begin_pass = counted
-    visits = []
-    for draw in sampler:
-        if passes == 2:
-            return visits
-        visits.append((draw.index[0], draw.weight[0]))
-    raise AssertionError("the budget ended before the pass")
+def sampler_of(importance, batch, **settings):
+    return ImportanceBatchSampler(memory_of(importance), batch, **{"uniform_fraction": 0.3, **settings})
 
 
 def drawn(sampler, epochs=1):
@@ -48,103 +38,158 @@ def visits_of(draws, length):
     return torch.bincount(tensor([i for draw in draws for i in draw.index]), minlength=length).double()
 
 
-# ---- unbiased: every outcome in turn ---------------------------------------------------------------------------------
+def same(a, b):
+    return torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
 
 
-@pytest.mark.parametrize("importance", [UNEQUAL, [1.0, 5.0], [0.0, 0.0, 1.0], [2.0], [math.nan, 1.0, 8.0, 0.1, 3.0]])
-@pytest.mark.parametrize("settings", [{}, {"uniform_fraction": 0.05}, {"max_rate": 1.4}], ids=str)
-def test_reshuffled_is_unbiased_over_a_pass(monkeypatch, importance, settings):
-    """E Σ weight · 1[visits example i] = 1 for every i: over all outcomes of the rounding of the rates."""
-    n = len(importance)
-    memory = memory_of(importance, **settings)
-    memory.begin_pass()
-    fractions = (memory.rates() - memory.rates().floor()).tolist()
-    expected, expected_of_wrong, total, probability_of_all = [0.0] * n, [0.0] * n, 0.0, 0.0
-    for happened, probability in oracles.outcomes(fractions):
-        monkeypatch.setattr(torch, "rand", lambda *_, h=happened, **__: 1.0 - tensor(h, dtype=torch.float64))
-        sampler = ImportanceBatchSampler(memory_of(importance, **settings), 1, budget=3.0 + 1 / n)
-        probability_of_all += probability
-        for index, weight in one_pass(sampler):
-            expected[index] += probability * weight
-            expected_of_wrong[index] += probability * weight**0.5
-            total += probability
-    assert probability_of_all == pytest.approx(1.0, rel=1e-12)
-    assert expected == pytest.approx([1.0] * n, rel=1e-12)
-    assert total == pytest.approx(n, rel=1e-12), "a pass has as many visits as there are examples, on average"
-    if n > 1:
-        assert expected_of_wrong != pytest.approx([1.0] * n, rel=1e-3), "control: other weights are biased"
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("importance", [UNEQUAL, [1.0, 5.0], [0.0, 0.0, 1.0], [2.0]])
-def test_replacement_is_unbiased_at_every_draw(monkeypatch, importance):
-    """E weight · 1[draws i] = 1/N for every i: candidates one at a time, accepted up to an exact threshold."""
-    n = len(importance)
-
-    def first_accepted(candidate, uniform_number):
-        """Offer the candidate with this random number; should it be refused, another one that is taken for sure."""
-        offers = iter([(candidate, uniform_number), ((candidate + 1) % n, 0.0)])
-        offer = [None]
-
-        def randint(*_, **__):
-            offer[0] = next(offers)
-            return tensor([offer[0][0]])
-
-        monkeypatch.setattr(torch, "randint", randint)
-        monkeypatch.setattr(torch, "rand", lambda *_, **__: tensor([offer[0][1]], dtype=torch.float64))
-        monkeypatch.setattr(math, "ceil", lambda _: 1)  # one candidate at a time
-        return next(iter(ImportanceBatchSampler(memory_of(importance), 1, sampling="replacement")))
-
-    memory = memory_of(importance)
-    memory.begin_pass()
-    threshold = (memory.rates() / memory.largest_rate).tolist()
-    weight = []
-    for i in range(n):
-        draw = first_accepted(i, threshold[i] * (1 - 1e-13))
-        assert draw.index == [i]
-        weight += draw.weight
-        if threshold[i] < 1 and n > 1:
-            assert first_accepted(i, threshold[i] * (1 + 1e-13)).index == [(i + 1) % n]
-    probability = [t / sum(threshold) for t in threshold]
-    assert [n * p * w for p, w in zip(probability, weight, strict=True)] == pytest.approx([1.0] * n, rel=1e-12)
-    if n > 1:
-        wrong = [n * p * w**0.5 for p, w in zip(probability, weight, strict=True)]
-        assert wrong != pytest.approx([1.0] * n, rel=1e-3), "control: other weights are biased"
+@MODES
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_draws_carry_index_rate_and_weight(sampling, exponent):
+    wanted = oracles.rates(UNEQUAL, 0.3)
+    draws = drawn(sampler_of(UNEQUAL, 3, sampling=sampling, weight_exponent=exponent), epochs=5)
+    for draw in draws:
+        assert draw.rate == pytest.approx([wanted[i] for i in draw.index], rel=1e-6)
+        assert draw.weight == pytest.approx([r**-exponent for r in draw.rate], rel=1e-12)
+        assert all(isinstance(x, float) for x in (*draw.rate, *draw.weight))
+        assert all(isinstance(i, int) for i in draw.index)
+    rates = [r for draw in draws for r in draw.rate]
+    for other in {0.0, 0.5, 1.0} - {exponent}:
+        weights = [w for draw in draws for w in draw.weight]
+        assert weights != pytest.approx([r**-other for r in rates], rel=1e-2), "control: the exponent counts"
 
 
-def test_the_expected_weighted_loss_is_the_mean_loss(monkeypatch):
-    """The two facts above, put together for a pass and its losses."""
-    loss = [3.0, -1.0, 0.5, 7.0, 2.0, 2.5]
-    memory = memory_of(UNEQUAL)
-    memory.begin_pass()
-    fractions = (memory.rates() - memory.rates().floor()).tolist()
-    mean = 0.0
-    for happened, probability in oracles.outcomes(fractions):
-        monkeypatch.setattr(torch, "rand", lambda *_, h=happened, **__: 1.0 - tensor(h, dtype=torch.float64))
-        visits = one_pass(ImportanceBatchSampler(memory_of(UNEQUAL), 1, budget=4.0))
-        mean += probability * sum(weight * loss[index] for index, weight in visits) / len(loss)
-    assert mean == pytest.approx(sum(loss) / len(loss), rel=1e-12)
+@MODES
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_weights_of_a_shard(sampling, exponent):
+    shard = Shard.of(7, 1, 3, seed=0)
+    assert shard.weight == pytest.approx(2 * 3 / 7)
+    settings = {"shard": shard, "rank": 1, "sampling": sampling, "weight_exponent": exponent}
+    for draw in drawn(sampler_of([1.0, 3.0], 2, **settings), epochs=3):
+        assert set(draw.index) <= set(shard.index.tolist())
+        assert draw.weight == pytest.approx([6 / 7 * r**-exponent for r in draw.rate], rel=1e-12)
+
+
+@MODES
+def test_weights_are_fixed_at_the_draw(sampling):
+    sampler = sampler_of(UNEQUAL, 3, sampling=sampling)
+    draw = next(iter(sampler))
+    before = Draw(draw.number, list(draw.index), list(draw.rate), list(draw.weight))
+    sampler.update(draw, tensor([[9.0, 8.0, 7.0]]))
+    sampler.flush()
+    assert draw == before
+    now = oracles.rates(sampler.importance.tolist(), 0.3)
+    assert [1 / now[i] for i in draw.index] != pytest.approx(draw.weight), "control"
+
+
+@MODES
+def test_what_was_measured_is_remembered(sampling):
+    """By the positions in the training data, and before the memory is read for the next draw."""
+    shard = Shard(10, 2, tensor([1, 4, 5, 8, 9]))
+    sampler = ImportanceBatchSampler(ImportanceMemory(5), 5, shard=shard, sampling=sampling, uniform_fraction=0.3)
+    draw = next(iter(sampler))
+    sampler.update(draw, tensor([[float(i) for i in draw.index]]))
+    found = sampler.importance.tolist()
+    for i, q in zip(shard.index.tolist(), found, strict=True):
+        assert q == i if i in draw.index else math.isnan(q)
+
+
+def test_replacement_reads_the_memory_as_it_is():
+    sampler = sampler_of([1.0] * 6, 2, sampling="replacement", budget=2.0)
+    draws = iter(sampler)
+    first = next(draws)
+    assert first.weight == [1.0, 1.0]
+    sampler.update(first, tensor([[4.0, 4.0]]))
+    rates = [0.7 * q + 0.3 for q in sampler.importance.tolist()]
+    second = next(draws)
+    assert second.rate == pytest.approx([6 * rates[i] / sum(rates) for i in second.index], rel=1e-6)
+    assert second.weight != [1.0, 1.0], "control"
+
+
+def test_segments_read_what_was_measured_before_they_are_planned():
+    """Also what waits: the rates are those of all that was measured by then, unseen ones as those seen lately."""
+    true, remembered, fresh, first, stale = torch.linspace(0.1, 2.0, 80).tolist(), [math.nan] * 80, math.nan, [], 0
+    sampler = ImportanceBatchSampler(ImportanceMemory(80, 0.0), 1, uniform_fraction=0.3, budget=1.5, guard=False)
+    draws, known = iter(sampler), []
+    for number in range(120):
+        if not sampler.visits.planned:
+            known, fresh, first = list(remembered), sum(first) / len(first) if first else fresh, []
+        draw = next(draws)
+        (i,), measured = draw.index, true[draw.index[0]] / (1 + number / 20)
+        assert draw.rate == pytest.approx([oracles.rates(known, 0.3, fresh=fresh)[i]], rel=1e-5)
+        stale += draw.rate != pytest.approx([oracles.rates(remembered, 0.3, fresh=fresh)[i]], rel=1e-3)
+        first += [measured] if math.isnan(remembered[i]) else []
+        oracles.remember(remembered, [i], [measured], 0.0)
+        sampler.update(draw, tensor([[measured]]))
+    assert sampler.importance.tolist() == pytest.approx(remembered, nan_ok=True)
+    assert stale > 50, "control: the memory has moved on"
+
+
+# ---- unbiased --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_shards_together_are_unbiased(monkeypatch, ranks):
-    """The mean over the ranks of their means over a pass: E = Σ loss / N, also where shards differ in size."""
+    """The mean over the ranks of their means over a pass, over every random start: Σ loss / N, of shards that differ.
+
+    Rates such that visits · rate is whole, so that the expectation over the random starts is exact.
+    """
     losses = [3.0, -1.0, 0.5, 7.0, 2.0, 2.5, 11.0]
-    importance = [*UNEQUAL, 2.0]
-    n, mean, of_equal_weight = len(importance), 0.0, 0.0
-    for rank in range(ranks):
-        shard = Shard.of(n, rank, ranks, seed=4)
-        mine = [importance[i] for i in shard.index]
-        memory = memory_of(mine)
-        memory.begin_pass()
-        fractions = (memory.rates() - memory.rates().floor()).tolist()
-        for happened, probability in oracles.outcomes(fractions):
-            monkeypatch.setattr(torch, "rand", lambda *_, h=happened, **__: 1.0 - tensor(h, dtype=torch.float64))
-            sampler = ImportanceBatchSampler(memory_of(mine), 1, shard=shard, rank=rank, budget=4.0 * ranks)
-            visits = one_pass(sampler)
-            mean += probability * sum(weight * losses[i] for i, weight in visits) / len(shard) / ranks
-            of_equal_weight += probability * sum(w / shard.weight * losses[i] for i, w in visits) / len(shard) / ranks
-    assert mean == pytest.approx(sum(losses) / n, rel=1e-12)
+    rates_of_size = {2: [0.5, 1.5], 3: [2.0, 1 / 3, 2 / 3], 4: [0.25, 0.75, 2.25, 0.75]}
+    n, mean, of_equal_weight = 7, 0.0, 0.0
+    for rank, shard in enumerate([Shard.of(n, rank, ranks, seed=4) for rank in range(ranks)]):
+        size = len(shard)
+        starts = list(itertools.permutations(range(size)))
+        for start in starts:
+            monkeypatch.setattr(torch, "randperm", lambda *_, s=start, **__: tensor(s, dtype=torch.int32))
+            settings = {"shard": shard, "rank": rank, "uniform_fraction": 0.0, "guard": False}
+            sampler = sampler_of(rates_of_size[size], size, **settings)
+            visits = zip(*sampler.visits.next(2 * size), strict=True)
+            for local, rate in [(int(i), float(r)) for i, r in visits]:
+                loss = losses[shard.index[local]]
+                mean += shard.weight / rate * loss / size / ranks / len(starts)
+                of_equal_weight += 1 / rate * loss / size / ranks / len(starts)
+    assert mean == pytest.approx(sum(losses) / n, rel=1e-6)
     assert of_equal_weight != pytest.approx(sum(losses) / n, rel=1e-3), "control: without the weight of the shard"
+
+
+@MODES
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_mean_of_the_weighted_losses_is_the_mean_loss(sampling, ranks):
+    """Over many epochs, through the sampler, with weights as drawn and an importance that is learnt."""
+    losses, total, unweighted = torch.linspace(0.1, 4.0, 50).square(), [], []
+    for rank in range(ranks):
+        shard = Shard.of(50, rank, ranks, seed=1)
+        memory = ImportanceMemory(len(shard))
+        settings = {"shard": shard, "rank": rank, "sampling": sampling, "uniform_fraction": 0.3}
+        sampler = ImportanceBatchSampler(memory, 5, **settings)
+        epochs = 60 if sampling == "reshuffled" else 100
+        for draw in itertools.chain.from_iterable(sampler for _ in range(epochs)):
+            found = losses[draw.index]
+            sampler.update(draw, found[None] + 0.1)
+            total.append((tensor(draw.weight) * found).mean().item())
+            unweighted.append(found.mean().item())
+    assert sum(total) / len(total) == pytest.approx(losses.mean().item(), rel=0.03)
+    assert sum(unweighted) / len(unweighted) > 1.2 * losses.mean().item(), "control"
+
+
+@MODES
+def test_larger_importance_is_drawn_more(sampling):
+    counts = visits_of(drawn(sampler_of([0.5, 1.0, 2.0, 4.0], 4, sampling=sampling, budget=200.0)), 4)
+    assert (counts.diff() > 0).all()
+    wanted = tensor(oracles.rates([0.5, 1.0, 2.0, 4.0], 0.3)).double() * 200
+    within = 2 if sampling == "reshuffled" else 60
+    assert (counts - wanted).abs().max() < within
+    equal = sampler_of([1.0] * 4, 4, sampling=sampling, budget=200.0)
+    assert (visits_of(drawn(equal), 4) - 200).abs().max() < 60, "control"
+
+
+def test_the_first_is_random():
+    """Each of 4 equally important examples comes first equally often; 4,000 seeds, one in 10,000 fails."""
+    first = Counter(next(iter(sampler_of([1.0] * 4, 1, seed=seed))).index[0] for seed in range(4000))
+    assert scipy.stats.chisquare([first[i] for i in range(4)]).pvalue > 1e-4
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -182,266 +227,380 @@ def test_batches_of_ranks():
     assert set.union(*found.values()) == set(range(9))
 
 
-def test_ranks_round_and_shuffle_independently():
-    """Same rates at the same places of two shards: yet other visits, in another order."""
+@MODES
+def test_ranks_shuffle_independently(sampling):
+    """Same rates at the same places of two shards: yet another order."""
     importance = torch.linspace(0.1, 2.0, 40).tolist()
     passes = []
     for rank in range(2):
         shard = Shard(80, 2, torch.arange(40) + 40 * rank)
-        sampler = ImportanceBatchSampler(memory_of(importance), 40, shard=shard, rank=rank)
+        sampler = sampler_of(importance, 40, shard=shard, rank=rank, sampling=sampling)
         passes.append([i - 40 * rank for i in next(iter(sampler)).index])
     assert passes[0] != passes[1]
-    assert sorted(passes[0]) != sorted(passes[1])
-
-
-# ---- distribution ----------------------------------------------------------------------------------------------------
-
-
-def test_chi_square_of_replacement():
-    """20 examples, 20,000 draws with one seed; a right sampler fails for one seed in 10,000."""
-    n = 20
-    importance = torch.linspace(0.1, 4.0, n).tolist()
-    sampler = ImportanceBatchSampler(memory_of(importance), 50, sampling="replacement", budget=1000.0, seed=5)
-    counts = visits_of(drawn(sampler), n)
-    assert counts.sum() == 20_000
-    expected = tensor(oracles.rates(importance, 0.3, math.inf)) * 1000
-    assert scipy.stats.chisquare(counts, expected).pvalue > 1e-4
-    assert scipy.stats.chisquare(counts).pvalue < 1e-4, "control: not uniform"
-    pairs = Counter((a, b) for draw in drawn(sampler) for a, b in zip(draw.index[::2], draw.index[1::2], strict=True))
-    joint = torch.outer(expected, expected).flatten() * 10_000 / 20_000**2
-    observed = [pairs[a, b] for a in range(n) for b in range(n)]
-    assert scipy.stats.chisquare(observed, joint).pvalue > 1e-4, "draws are independent of each other"
-
-
-def test_chi_square_of_reshuffled():
-    """2,000 passes over 20 examples: each is visited ⌊r⌋ times or once more; fails for one seed in 10,000."""
-    n, passes = 20, 2000
-    importance = torch.linspace(0.1, 4.0, n).tolist()
-    memory = memory_of(importance)
-    memory.begin_pass()
-    rate = memory.rates()
-    sampler = ImportanceBatchSampler(memory, 1, budget=passes, seed=5)
-    counts, low, high = torch.zeros(n), rate.floor(), rate.floor() + 1
-    for _ in range(passes):
-        sampler._index = sampler._index[:0]  # straight to the next pass
-        visits = torch.bincount(tensor(sampler._draw(1).index + sampler._index.tolist()), minlength=n)
-        assert (visits >= low).all()
-        assert (visits <= high).all()
-        counts += visits
-    fraction = rate - rate.floor()
-    chi2 = ((counts - passes * rate).square() / (passes * fraction * (1 - fraction))).sum().item()
-    assert scipy.stats.chi2.sf(chi2, n) > 1e-4
-    shifted = (counts - passes * rate.roll(1)).square() / (passes * fraction * (1 - fraction))
-    assert scipy.stats.chi2.sf(shifted.sum().item(), n) < 1e-4, "control"
-
-
-def test_order_within_a_pass_is_random():
-    """Each of 4 equally important examples comes first equally often; 4,000 passes, one seed in 10,000 fails."""
-    first = Counter()
-    for seed in range(4000):
-        first[next(iter(ImportanceBatchSampler(memory_of([1.0, 1.0, 1.0, 1.0]), 1, seed=seed))).index[0]] += 1
-    assert scipy.stats.chisquare([first[i] for i in range(4)]).pvalue > 1e-4
-
-
-@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-def test_larger_importance_is_drawn_more(sampling):
-    sampler = ImportanceBatchSampler(memory_of([0.5, 1.0, 2.0, 4.0]), 4, sampling=sampling, budget=200.0)
-    counts = visits_of(drawn(sampler), 4)
-    assert (counts.diff() > 0).all()
-    equal = ImportanceBatchSampler(memory_of([1.0] * 4), 4, sampling=sampling, budget=200.0)
-    assert (visits_of(drawn(equal), 4) - 200).abs().max() < 60, "control"
-
-
-# ---- reshuffling is not lost -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("importance", [[math.nan] * 23, [0.1] * 23, [0.0] * 23], ids=["unknown", "equal", "zero"])
-def test_equal_importances_are_plain_reshuffling(importance):
-    sampler = ImportanceBatchSampler(memory_of(importance), 5, seed=3)
-    for epoch in range(3):
-        draws = drawn(sampler)
-        assert visits_of(draws, 23).tolist() == [1.0] * 23
-        assert [i for draw in draws for i in draw.index] == torch.randperm(
-            23, generator=torch.Generator().manual_seed(3 + epoch)
-        ).tolist()
-        assert {w for draw in draws for w in draw.weight} == {1.0}
-    unequal = ImportanceBatchSampler(memory_of([0.1] * 22 + [0.3]), 5, seed=3)
-    assert {w for draw in drawn(unequal) for w in draw.weight} != {1.0}, "control"
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+@MODES
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("budget", [0.01, 0.5, 1.0, 1.37, 3.0])
 @pytest.mark.parametrize(("length", "batch"), [(1, 1), (7, 3), (12, 4), (5, 8), (30, 1)])
 def test_length_is_what_it_yields(sampling, drop_last, budget, length, batch):
     importance = [float(i % 5) for i in range(length)]
-    sampler = ImportanceBatchSampler(
-        memory_of(importance), batch, sampling=sampling, budget=budget, drop_last=drop_last, prune_mass=0.1
-    )
+    settings = {"sampling": sampling, "budget": budget, "drop_last": drop_last, "prune_mass": 0.1}
+    sampler = sampler_of(importance, batch, **settings)
     for _ in range(3):
         draws = drawn(sampler)
         assert len(draws) == len(sampler)
         sizes = [len(draw.index) for draw in draws]
-        assert sizes == [len(draw.weight) for draw in draws]
+        assert sizes == [len(draw.weight) for draw in draws] == [len(draw.rate) for draw in draws]
         assert all(size == batch for size in sizes[:-1])
         visits = max(1, round(budget * length))
         assert sum(sizes) == (visits // batch * batch if drop_last else visits)
 
 
-@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+@MODES
 def test_no_visit_is_lost_between_epochs(sampling):
     """A pass goes on in the next epoch: 0.4 of 50 examples, 5 epochs, all seen twice over 5 passes' worth of visits."""
-    sampler = ImportanceBatchSampler(memory_of([math.nan] * 50), 8, sampling=sampling, budget=0.4)
+    sampler = sampler_of([math.nan] * 50, 8, sampling=sampling, budget=0.4)
     counts = visits_of(drawn(sampler, epochs=5), 50)
     assert counts.sum() == 100
     assert (counts == 2).all() == (sampling == "reshuffled")
 
 
 def test_draws_are_numbered():
-    sampler = ImportanceBatchSampler(memory_of(UNEQUAL), 2)
-    assert [draw.number for draw in drawn(sampler, epochs=3)] == list(range(9))
+    assert [draw.number for draw in drawn(sampler_of(UNEQUAL, 2), epochs=3)] == list(range(9))
 
 
-# ---- what changes meanwhile ------------------------------------------------------------------------------------------
+@MODES
+def test_nothing_is_drawn_after_the_end(sampling):
+    sampler = sampler_of(UNEQUAL, 2, sampling=sampling)
+    assert len(drawn(sampler)) == 3
+    sampler.end()
+    assert drawn(sampler) == []
 
 
-def test_weights_are_fixed_at_the_draw():
-    for sampling in ("reshuffled", "replacement"):
-        memory = memory_of(UNEQUAL)
-        sampler = ImportanceBatchSampler(memory, 3, sampling=sampling)
-        draw = next(iter(sampler))
-        before = Draw(draw.number, list(draw.index), list(draw.weight))
-        memory.update(torch.arange(6), torch.arange(6.0))
-        assert draw == before
-        memory.begin_pass()
-        assert (1 / memory.rates(tensor(draw.index))).tolist() != pytest.approx(draw.weight), "control"
-
-
-def test_replacement_reads_the_memory_as_it_is():
-    memory = memory_of([1.0] * 6)
-    draws = iter(ImportanceBatchSampler(memory, 2, sampling="replacement", budget=2.0))
-    assert next(draws).weight == [1.0, 1.0]
-    memory.update(torch.arange(6), torch.arange(1.0, 7.0))
-    draw = next(draws)
-    assert draw.weight == pytest.approx((1 / memory.rates(tensor(draw.index))).tolist())
-    assert draw.weight != [1.0, 1.0]
-
-
-@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+@MODES
 def test_pruned_examples_are_not_drawn(sampling):
-    memory = memory_of([0.001, 1.0, 1.0, 0.001, 1.0, 1.0])
-    sampler = ImportanceBatchSampler(memory, 6, sampling=sampling, prune_mass=0.01)
-    drawn(sampler, epochs=2)
-    assert memory.pruned.nonzero().flatten().tolist() == [0, 3]
+    sampler = sampler_of([0.001, 1.0, 1.0, 0.001, 1.0, 1.0], 6, sampling=sampling, prune_mass=0.01)
+    drawn(sampler, epochs=3)  # credits round: visits of the first pass may be left
+    assert sampler.pruned.nonzero().flatten().tolist() == [0, 3]
     draws = drawn(sampler, epochs=10)
     assert visits_of(draws, 6)[[0, 3]].tolist() == [0.0, 0.0]
     assert visits_of(draws, 6).sum() == 60
-
-
-@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-def test_pruning_ends_at_a_share_of_the_training(sampling):
-    """Of 10 epochs; a pass that has begun goes on."""
-    for until, last in ((0.5, 5), (1.0, 10), (0.25, 3)):
-        memory = memory_of([0.001, 1.0, 1.0, 0.001, 1.0, 1.0])
-        sampler = ImportanceBatchSampler(memory, 6, sampling=sampling, prune_mass=0.01, prune_until=until, seed=3)
-        sampler.plan(epochs=10)
-        epochs = [visits_of(drawn(sampler), 6)[[0, 3]].sum().item() for _ in range(10)]
-        assert epochs[2:last] == [0.0] * (last - 2)
-        assert sum(epochs[last:]) > 0 or last == 10
-
-
-def test_fresh_are_the_importances_at_the_end_of_the_first_pass(monkeypatch):
-    """40 examples in batches of 4: of the first pass those with a visit from the 31st on, numbers 7 to 9."""
-    memory = ImportanceMemory(40, uniform_below=0.3)
-    sampler = ImportanceBatchSampler(memory, 4)
-    found = []
-    begin_pass = memory.begin_pass
-    monkeypatch.setattr(memory, "begin_pass", lambda *a: (found.append(a[-1]), begin_pass(*a)))
-    for number, draw in enumerate(drawn(sampler, epochs=2)[:12]):
-        importance = torch.full((4,), float(number))
-        importance[0] = math.nan
-        sampler.update(draw, importance)
-    drawn(sampler, epochs=2)
-    assert all(map(math.isnan, found[:2])), "nothing is known before"
-    assert found[-1] == 8.0
-    again = ImportanceBatchSampler(ImportanceMemory(40), 4)
-    again.load_state_dict(sampler.state_dict())
-    assert again._fresh_sum / again._fresh_weight == found[-1]
-
-
-@pytest.mark.parametrize("batch", [1, 7, 40, 64])
-def test_fresh_is_known_for_any_batch(batch):
-    memory = ImportanceMemory(40)
-    sampler = ImportanceBatchSampler(memory, batch)
-    for draw in drawn(sampler):
-        sampler.update(draw, torch.full((len(draw.index),), 3.0))
-    assert sampler._fresh_sum / sampler._fresh_weight == pytest.approx(3.0)
-
-
-def test_fresh_is_the_mean_of_all_even_if_some_are_preferred():
-    """As after a resume with another batch size: what is known is drawn by its rate, and the weights undo it."""
-    importance = [0.1, 0.2, 0.5, 4.0, math.nan, math.nan, 3.0, 0.2] * 200
-    true = tensor([0.1, 0.2, 0.5, 4.0, 2.0, 1.0, 3.0, 0.2] * 200)
-    sampler = ImportanceBatchSampler(memory_of(importance), 1600)
-    (draw,) = drawn(sampler)
-    sampler.update(draw, true[draw.index])
-    assert sampler._fresh_sum / sampler._fresh_weight == pytest.approx(true.mean().item(), rel=0.05)
-    assert true[draw.index].mean().item() > 1.2 * true.mean().item(), "control"
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_the_plan_counts_the_visits_there_are(drop_last):
-    """40 examples in batches of 16: 40 visits per epoch, or 32."""
-    sampler = ImportanceBatchSampler(ImportanceMemory(40), 16, prune_until=0.5, drop_last=drop_last)
-    sampler.plan(epochs=3)
-    assert sampler._prune_before == 0.5 * sum(len(draw.index) for draw in drawn(sampler, epochs=3))
-
-
-def test_a_pass_is_planned_in_pieces(monkeypatch):
-    """Visits are the rate, rounded down or up, and weights its inverse, also across the pieces."""
-    monkeypatch.setattr("hf_importance.sampler.CHUNK", 16)
-    memory = memory_of(torch.rand(100, generator=torch.Generator().manual_seed(0)).tolist())
-    sampler = ImportanceBatchSampler(memory, 1, budget=3.0)
-    visits = one_pass(sampler)
-    counts = torch.bincount(tensor([i for i, _ in visits]), minlength=100)
-    memory.begin_pass()
-    rates = memory.rates()
-    assert ((counts == rates.floor()) | (counts == rates.ceil())).all()
-    assert [weight for _, weight in visits] == pytest.approx([1 / rates[i].item() for i, _ in visits])
-    assert counts[96:].sum() > 0, "the last piece, too"
-    assert [i for i, _ in visits] != sorted(i for i, _ in visits), "shuffled across the pieces"
-
-
-def test_increment_brings_forgotten_examples_back():
-    for increment, comes_back in ((0.1, True), (0.0, False)):
-        memory = memory_of([0.0, 1.0, 1.0], uniform_fraction=0.0)
-        sampler = ImportanceBatchSampler(memory, 3, sampling="replacement", increment=increment)
-        assert (visits_of(drawn(sampler, epochs=50), 3)[0] > 0) == comes_back
-
-
-def test_extreme_rates_end():
-    """One example holds everything: 1 in 200,000 candidates is accepted."""
-    importance = torch.zeros(200_000)
-    importance[123] = 1.0
-    memory = ImportanceMemory(200_000, uniform_fraction=0.0, max_rate=math.inf)
-    memory.update(torch.arange(200_000), importance)
-    draw = next(iter(ImportanceBatchSampler(memory, 4, sampling="replacement")))
-    assert draw.index == [123] * 4
-    assert draw.weight == pytest.approx([1 / 200_000] * 4)
+    never = sampler_of([0.001, 1.0, 1.0, 0.001, 1.0, 1.0], 6, sampling=sampling)
+    assert visits_of(drawn(never, epochs=13), 6)[[0, 3]].min() > 0, "control"
+    assert not never.pruned.any()
 
 
 # ---- randomness ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-def test_own_generator(sampling):
+@MODES
+@pytest.mark.parametrize("importance", [UNEQUAL, [1.0] * 6])
+def test_own_generator(sampling, importance):
     def draws(seed):
-        return drawn(ImportanceBatchSampler(memory_of(UNEQUAL), 2, sampling=sampling, seed=seed), epochs=3)
+        return drawn(sampler_of(importance, 2, sampling=sampling, seed=seed), epochs=3)
 
     before = torch.get_rng_state()
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- waiting ---------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """Measures what it draws, each `delay` draws later, as a loader does that draws ahead."""
+
+    def __init__(self, sampling, n, batch, delay=0, bad=0.02, seed=0, exponent=1.0, arrives=False):
+        settings = {"prune_mass": 0.01, "increment": 1e-3, "weight_exponent": exponent, "seed": seed}
+        record = VisitRecord(n)
+        memory = ImportanceMemory(n, 0.3)
+        self.sampler = ImportanceBatchSampler(
+            memory, batch, sampling=sampling, record=record, budget=1.37, uniform_fraction=0.2, **settings
+        )
+        self.true = 10 ** (4 * torch.rand(n, generator=torch.Generator().manual_seed(9)) - 3)
+        self.delay, self.bad, self.arrives, self.waiting = delay, bad, arrives, []
+        self.draws, self.stream = [], self._stream()
+
+    def _stream(self):
+        while True:
+            yield from (draw for draw in self.sampler if draw is not SKIPPED)
+            while self.waiting:  # a loader does not draw ahead of an epoch
+                self.measure(self.waiting.pop(0))
+
+    def measure(self, draw):
+        """A function of the draw alone."""
+        g = torch.Generator().manual_seed(draw.number)
+        rows = torch.rand(5, len(draw.index), generator=g)
+        rows[0] = self.true[draw.index] * (0.5 + rows[0]) * 300 / (300 + draw.number)
+        rows[0, torch.rand(len(draw.index), generator=g) < self.bad] = math.nan
+        self.sampler.use(draw)
+        self.sampler.update(draw, rows, Arrival() if self.arrives else None)
+
+    def step(self):
+        draw = next(self.stream)
+        self.draws.append(draw)
+        self.waiting.append(draw)
+        if len(self.waiting) > self.delay:
+            self.measure(self.waiting.pop(0))
+
+    def run(self, steps, flush=False):
+        for _ in range(steps):
+            self.step()
+            if flush:
+                self.sampler.flush()
+        return self
+
+    def figures(self):
+        """All that is known."""
+        sampler = self.sampler
+        sampler.flush(everything=True)
+        visits = sampler.visits.state_dict()
+        guard = (visits.get("guard") or {}).get("second_moments", torch.zeros(1))
+        numbers = [visits.get(name, 0.0) for name in ("fresh_sum", "fresh_count", "fresh", "mean", "total", "largest")]
+        return {
+            "importance": sampler.importance,
+            "guard": guard,
+            "moments": tensor(list(sampler.moments.values()), dtype=torch.float64),
+            "numbers": tensor(numbers, dtype=torch.float64),
+            **sampler.record.columns(),
+        }
+
+
+class Arrival:
+    """Of rows on their way from a GPU."""
+
+    def synchronize(self):
+        pass
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("n", "batch", "delay", "arrives", "steps"),
+    [
+        (60, 4, 0, False, 200),
+        (1000, 7, 3, False, 300),
+        (1000, 7, 3, True, 300),
+        (2000, 1, 5, True, 600),
+        (300, 33, 1, False, 100),
+    ],
+)
+def test_when_it_is_remembered_has_no_effect(sampling, n, batch, delay, arrives, steps):
+    """To the bit: after every batch, or never until it is needed."""
+    at_once = Training(sampling, n, batch, delay, arrives=arrives).run(steps, flush=True)
+    late = Training(sampling, n, batch, delay, arrives=arrives).run(steps)
+    assert at_once.draws == late.draws
+    wanted, found = at_once.figures(), late.figures()
+    for name, value in wanted.items():
+        if name == "mean_loss":  # for people to look at; a sum that is rounded as it comes
+            torch.testing.assert_close(value, found[name], rtol=1e-5, atol=0, equal_nan=True)
+        else:
+            assert same(value, found[name]), name
+    assert (found["moments"] > 0).all()
+    at_once.run(1), late.run(2)
+    for name in ("importance", "moments"):
+        assert not same(at_once.figures()[name], late.figures()[name]), "control: a batch more is seen"
+
+
+def test_many_updates_between_draws_have_no_effect_either():
+    """As with accumulated gradients: a few draws, then as many updates."""
+    for sampling in ("reshuffled", "replacement"):
+        found = []
+        for flush in (True, False):
+            training = Training(sampling, 200, 5)
+            for _ in range(60):
+                draws = [next(training.stream) for _ in range(4)]
+                training.draws += draws
+                for draw in draws:
+                    training.measure(draw)
+                    if flush:
+                        training.sampler.flush()
+            found.append(training)
+        assert found[0].draws == found[1].draws
+        for (name, a), b in zip(found[0].figures().items(), found[1].figures().values(), strict=True):
+            assert name == "mean_loss" or same(a, b), name
+
+
+def test_it_waits():
+    """The control of the two above: what is measured is not remembered at once, and at most 64 batches wait."""
+    training = Training("reshuffled", 5000, 2)
+    training.run(63)
+    assert training.sampler._memory.known == 0
+    training.run(1)
+    assert training.sampler._memory.known > 100
+    training.run(1)
+    assert len(training.sampler._measured) == 1
+    training.sampler.flush()
+    assert not training.sampler._measured
+
+
+def test_what_is_on_its_way_is_not_waited_for():
+    """The last rows from a GPU are remembered one batch later, or when everything must be."""
+
+    class Unhurried(Arrival):
+        asked = 0
+
+        def synchronize(self):
+            type(self).asked += 1
+
+    sampler = sampler_of([math.nan] * 20, 2)
+    draws = drawn(sampler)[:3]
+    for draw in draws:
+        sampler.update(draw, torch.ones(1, 2), Unhurried())
+    sampler.flush()
+    assert Unhurried.asked == 2
+    assert sampler.memory.known == 4
+    sampler.flush(everything=True)
+    assert Unhurried.asked == 3
+    assert sampler.memory.known == 6
+    sampler.update(draws[0], torch.ones(1, 2))
+    sampler.flush()
+    assert not sampler._measured, "what is there is remembered"
+
+
+def test_moments_are_the_sums_of_the_visits():
+    sampler = sampler_of(UNEQUAL, 2, weight_exponent=0.5, shard=Shard(10, 2, torch.arange(6)), budget=1.2)
+    assert sampler.shard.weight == 1.2, "premise: no part of the weights here"
+    measured, draws = [[1.0, 2.0], [math.nan, 4.0], [3.0, 0.5]], drawn(sampler)
+    for draw, importance in zip(draws, measured, strict=True):
+        sampler.update(draw, tensor([importance]))
+    sampler.flush()
+    rate = [r for draw in draws for r in draw.rate]
+    q = [x for row in measured for x in row]
+    known = [(r, x) for r, x in zip(rate, q, strict=True) if not math.isnan(x)]
+    assert sampler.moments == pytest.approx(
+        {
+            "visits": 6.0,
+            "weight": sum(r**-0.5 for r in rate),
+            "weight_square": sum(1 / r for r in rate),
+            "inverse_rate": sum(1 / r for r, _ in known),
+            "importance": sum(x / r for r, x in known),
+            "uniform": sum(x * x / r for r, x in known),
+            "ours": sum(x * x / r for r, x in known),  # (r^−½)² = 1/r
+        },
+        rel=1e-12,
+    )
+    full = sampler_of(UNEQUAL, 2)
+    for draw, importance in zip(drawn(full), measured, strict=True):
+        full.update(draw, tensor([importance]))
+    full.flush()
+    assert full.moments["ours"] != pytest.approx(full.moments["uniform"], rel=1e-3), "control"
+
+
+# ---- large data ------------------------------------------------------------------------------------------------------
+
+
+@MODES
+@pytest.mark.parametrize("piece", [16, 64])
+def test_large_data_are_gone_through_in_pieces(monkeypatch, sampling, piece):
+    whole = Training(sampling, 150, 4).run(300)
+    monkeypatch.setattr("hf_importance.sampling.memory.CHUNK", piece)
+    pieces = Training(sampling, 150, 4).run(300)
+    assert [draw.index for draw in pieces.draws] == [draw.index for draw in whole.draws]
+    for a, b in zip(pieces.draws, whole.draws, strict=True):
+        assert a.rate == pytest.approx(b.rate, rel=1e-5)
+    assert same(pieces.sampler.importance, whole.sampler.importance)
+    assert whole.sampler.visits.passes > 5, "premise"
+
+
+# ---- going on after an interruption ----------------------------------------------------------------------------------
+
+
+def resumed(state, sampling, n, batch, delay, skip, **settings):
+    """Into fresh objects."""
+    again = Training(sampling, n, batch, delay, **settings)
+    assert again.sampler.goes_on_from(state)
+    again.sampler.load_state_dict(copy.deepcopy(state), skip)
+    return again
+
+
+def goes_on(training, again, steps=50):
+    """Whether the next draws, and all that is known after them, are the same to the bit."""
+    used = len(training.draws) - len(training.waiting)
+    again.run(steps + len(training.waiting))
+    training.run(steps)
+    names = [name for name in training.figures() if name != "mean_loss"]
+    wanted, found = training.figures(), again.figures()
+    return training.draws[used:] == again.draws and all(same(wanted[name], found[name]) for name in names)
+
+
+@MODES
+@pytest.mark.parametrize(("delay", "arrives"), [(0, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("n", "batch", "before"), [(90, 4, 7), (90, 4, 100), (700, 6, 50), (2000, 3, 700), (90, 4, 0)])
+def test_it_goes_on_exactly(sampling, n, batch, before, delay, arrives):
+    """In the middle of a segment, with draws that are not used and measurements that are not remembered."""
+    settings = {"arrives": arrives}
+    training = Training(sampling, n, batch, delay, **settings).run(before)
+    state = training.sampler.state_dict()
+    if before:
+        assert len(state["outstanding"]) == delay, "premise"
+        assert state["measured"], "premise"
+        assert sampling == "replacement" or training.sampler.visits.planned > 0, "premise: within a segment"
+    skip = max(0, before - delay) % len(training.sampler)
+    again = resumed(state, sampling, n, batch, delay, skip, **settings)
+    assert again.sampler._lags == training.sampler._lags
+    assert goes_on(training, again)
+
+
+@MODES
+@pytest.mark.parametrize("left_out", ["measured", "outstanding", "memory", "visits", "moments"])
+def test_all_of_the_state_counts(sampling, left_out):
+    """The control of the above."""
+    training = Training(sampling, 700, 6, delay=3).run(50)
+    state, other = training.sampler.state_dict(), Training(sampling, 700, 6, delay=3).sampler.state_dict()
+    again = resumed({**state, left_out: other[left_out]}, sampling, 700, 6, 3, skip=47)
+    assert not goes_on(training, again, steps=150)
+
+
+@MODES
+def test_the_epoch_that_was_interrupted_is_as_long_as_any(sampling):
+    training = Training(sampling, 90, 4, delay=3).run(10)
+    again = resumed(training.sampler.state_dict(), sampling, 90, 4, 3, skip=7)
+    epoch = drawn(again.sampler)
+    assert len(epoch) == len(again.sampler)
+    assert epoch[:7] == [SKIPPED] * 7
+    assert epoch[7:10] == training.draws[7:]
+    assert [draw.number for draw in epoch[7:]] == list(range(7, len(epoch)))
+    assert len(drawn(again.sampler)) == len(again.sampler), "and the next one skips nothing"
+
+
+@pytest.mark.parametrize(
+    ("other", "goes_on_from"),
+    [
+        ({}, True),
+        ({"batch": 3}, False),
+        ({"shard": Shard(8, 2, tensor([0, 1, 2, 3]))}, False),
+        ({"shard": Shard(9, 2, tensor([0, 1, 2, 4]))}, False),
+        ({"shard": None}, False),
+        ({"sampling": "replacement"}, False),
+    ],
+)
+def test_it_goes_on_only_with_the_same_examples_batches_and_sampling(other, goes_on_from):
+    def sampler(batch=2, shard=Shard(8, 2, tensor([0, 1, 2, 4])), sampling="reshuffled"):  # noqa: B008
+        return ImportanceBatchSampler(ImportanceMemory(4), batch, shard=shard, sampling=sampling)
+
+    assert sampler(**other).goes_on_from(sampler().state_dict()) == goes_on_from
+
+
+@MODES
+def test_a_restart_takes_what_was_remembered_elsewhere(sampling):
+    """Of all examples; a rank takes its own, and begins a pass."""
+    whole, record = torch.rand(10, generator=torch.Generator().manual_seed(0)), VisitRecord(10)
+    record.update(torch.arange(10), torch.arange(40.0).view(4, 10))
+    shard = Shard(10, 2, tensor([1, 2, 5, 7, 9]))
+    settings = {"shard": shard, "rank": 1, "sampling": sampling, "uniform_fraction": 0.3, "record": VisitRecord(5)}
+    sampler = ImportanceBatchSampler(ImportanceMemory(5), 1, **settings)
+    sampler.restart(whole, passes=2, skip=2, record=record.state_dict())
+    assert torch.equal(sampler.importance, whole[shard.index])
+    assert sampler.record.columns()["loss"].tolist() == [11.0, 12.0, 15.0, 17.0, 19.0]
+    epoch = drawn(sampler)
+    assert len(epoch) == len(sampler)
+    assert epoch[:2] == [SKIPPED] * 2
+    assert sampler.visits.passes == 3
+    wanted = oracles.rates(whole[shard.index].tolist(), 0.3)
+    for draw in epoch[2:]:
+        assert draw.rate == pytest.approx([wanted[shard.index.tolist().index(i)] for i in draw.index], rel=1e-5)

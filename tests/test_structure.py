@@ -1,6 +1,7 @@
 """The package is read upward, as its imports go: no module imports one that stands after it."""
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,12 +12,19 @@ import hf_importance
 ORDER = [
     "functional",
     "record",
-    "memory",
-    "sampler",
+    "sampling.draw",
+    "sampling.rates",
+    "sampling.memory",
+    "sampling.guard",
+    "sampling.segments",
+    "sampling.replacement",
+    "sampling.progress",
+    "sampling.sampler",
     "checkpoint",
     "data",
     "config",
     "objective",
+    "schedule",
     "report.findings",
     "report.plots",
     "report.page",
@@ -25,10 +33,12 @@ ORDER = [
     "trainer",
     "__init__",
 ]
-ONLY_TORCH = {"functional", "record", "memory", "sampler", "checkpoint", "data", "objective", "report.findings"}
+FOLDERS = ("sampling", "report")
+ONLY_TORCH = {"functional", "record", "checkpoint", "data", "objective", "report.findings"}
+ONLY_TORCH |= {module for module in ORDER if module.startswith("sampling.")}
 PACKAGE = Path(hf_importance.__file__).parent
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-MODULES = sorted(FILES.keys() - {"report.__init__"})  # which only says what is in the folder
+MODULES = sorted(FILES.keys() - {f"{folder}.__init__" for folder in FOLDERS})  # which only say what is in a folder
 
 
 def imported(source):
@@ -63,9 +73,11 @@ def test_imports_go_downward(module):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("memory", "from hf_importance.sampler import Draw"),
-        ("memory", "from hf_importance import sampler"),
-        ("memory", "def f():\n    import hf_importance.trainer"),
+        ("sampling.memory", "from hf_importance.sampling.sampler import ImportanceBatchSampler"),
+        ("record", "from hf_importance import checkpoint"),
+        ("sampling.segments", "def f():\n    import hf_importance.trainer"),
+        ("sampling.sampler", "from hf_importance.schedule import follow"),
+        ("sampling.progress", "import transformers"),
         ("data", "import transformers"),
         ("objective", "from transformers.utils import logging"),
     ],
@@ -74,9 +86,18 @@ def test_faults_are_found(module, source):
     assert len(list(faults(module, source))) == 1
 
 
-def test_the_reading_order_names_every_module():
-    for module in MODULES:
-        name, text = module, hf_importance.__doc__
-        if module.startswith("report."):
-            name, text = module.removeprefix("report."), hf_importance.report.__doc__
-        assert module == "__init__" or f"- `{name}`:" in text
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize("folder", [None, *FOLDERS])
+def test_the_reading_order_names_every_module_in_its_place(folder):
+    """A folder is named where the last of its modules may be imported."""
+    if folder is None:
+        text, parts = hf_importance.__doc__, [module.split(".")[0] for module in ORDER[:-1]]
+    else:
+        text = importlib.import_module(f"hf_importance.{folder}").__doc__
+        parts = [module.removeprefix(f"{folder}.") for module in ORDER if module.startswith(f"{folder}.")]
+    places = [text.find(f"- `{name}`:") for name in dict.fromkeys(parts)]
+    assert places == sorted(places)
+    assert places[0] > 0

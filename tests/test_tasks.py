@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 
 from hf_importance import ImportanceConfig, ImportanceTrainer, ImportanceTrainerMixin
-from hf_importance.memory import ImportanceMemory
+from hf_importance.sampling.segments import SegmentedVisits
 
 V, T, N = tiny.WORDS, tiny.LENGTH, 24
 DECODER = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -195,7 +195,8 @@ ORACLES = {
 @pytest.mark.parametrize("head", ORACLES)
 def test_importances_are_those_of_the_oracle(tmp_path, head):
     model, data = HEADS[head][0](), HEADS[head][1](N)
-    run = tiny.trained(tmp_path, model, data, more=collated(data), learning_rate=0.0, num_train_epochs=1)
+    settings = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 1}
+    run = tiny.trained(tmp_path, model, data, more=collated(data), **settings)
     model.eval()
     expected = torch.stack([ORACLES[head](model, row) for row in data]).float()
     torch.testing.assert_close(run.importances, expected, rtol=1e-4, atol=1e-6)
@@ -205,7 +206,7 @@ def test_importances_are_those_of_the_oracle(tmp_path, head):
 def test_positions_beyond_the_text_are_ignored(tmp_path):
     model = HEADS["question answering"][0]()
     data = [{**row, "end_positions": i % (T + 5)} for i, row in enumerate(numbered(**SPANS))]
-    run = tiny.trained(tmp_path, model, data, learning_rate=0.0, num_train_epochs=1)
+    run = tiny.trained(tmp_path, model, data, importance=tiny.EVEN, learning_rate=0.0, num_train_epochs=1)
     expected = torch.stack([span_oracle(model.eval(), row) for row in data]).float()
     torch.testing.assert_close(run.importances, expected, rtol=1e-4, atol=1e-6)
 
@@ -213,14 +214,14 @@ def test_positions_beyond_the_text_are_ignored(tmp_path):
 def test_weights_multiply_the_losses_of_tokens(tmp_path, monkeypatch):
     """(1/B) Σ wᵢ Σₜ ℓᵢₜ / n̄ with n̄ over all data, by hand."""
     data, model = tiny.token_rows(N), tiny.token_bert()
-    rates = torch.linspace(0.5, 1.5, N, dtype=torch.float64)
-    monkeypatch.setattr(ImportanceMemory, "rates", lambda self, index=slice(None): rates[index])
-    monkeypatch.setattr(ImportanceMemory, "alike", property(lambda self: False, lambda self, _: None), raising=False)
+    rates = torch.linspace(0.5, 1.5, N)
+    monkeypatch.setattr(SegmentedVisits, "_unnormalised", lambda self, part: rates[part])
     settings = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0, "max_steps": 1}
     run = tiny.trained(tmp_path, model, data, more={"data_collator": tiny.pad}, **settings)
     drawn = run.importances.isfinite().nonzero().flatten().tolist()
     visits = next(iter(tiny.trainer(tmp_path, model, data).get_train_dataloader().batch_sampler))
     assert sorted(set(visits.index)) == drawn
+    assert visits.weight == pytest.approx((1 / rates[visits.index]).tolist())
     mean = sum(int((row["labels"] != -100).sum()) for row in data) / N
 
     def stepped(weights):

@@ -1,5 +1,6 @@
 """Behaviour through the public API, on real runs."""
 
+import copy
 import warnings
 
 import datasets
@@ -8,18 +9,24 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_importance import ImportanceConfig, ImportanceTrainer, functional
+from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.sampling.rates import rates
+from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 
 class Recorder(ImportanceTrainer):
-    """Keeps the draw, the examples and the unweighted losses of every training step, and the memory at that time."""
+    """Keeps the draw, the examples and the loss of every training step, the memory at that time, what was measured."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.steps = []
+        self.steps, self.measured = [], []
+
+    def _send(self, draw, measured):
+        self.measured.append(measured.importance.double())
+        super()._send(draw, measured)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self._draw is None:
@@ -43,33 +50,132 @@ WORKERS = [
 def test_index_and_weight_are_those_of_the_draw(tmp_path, monkeypatch, sampling, settings):
     """Though up to 12 batches are drawn ahead, and the memory moves on in the meantime."""
     drawn = {}
-    draw = ImportanceTrainer.get_train_dataloader.__globals__["ImportanceBatchSampler"]._draw
+    draw = ImportanceBatchSampler._draw
 
     def watched(self, size):
         result = draw(self, size)
-        rate = self.memory.rates(torch.tensor(result.index))
+        rate = self.visits.rates(torch.tensor(result.index)) if sampling == "replacement" else None
         drawn[result.number] = (result, rate)
         return result
 
-    monkeypatch.setattr("hf_importance.sampler.ImportanceBatchSampler._draw", watched)
-    run = tiny.trained(
-        tmp_path, tiny.bert(), tiny.texts(), Recorder, {"sampling": sampling, "memory_momentum": 0.0}, **settings
-    )
+    monkeypatch.setattr(ImportanceBatchSampler, "_draw", watched)
+    importance = {"sampling": sampling, "memory_momentum": 0.0, **tiny.FIXED}
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, importance, **settings)
     assert len(run.steps) == 15
     assert [step[0].number for step in run.steps] == list(range(15))
     for used, first_tokens, _, _ in run.steps:
         assert used == drawn[used.number][0]
         assert used.index == first_tokens, "the batch holds the examples that were drawn"
+        assert torch.tensor(used.weight) == pytest.approx(1 / torch.tensor(used.rate))
+        if sampling == "replacement":  # draws read the memory as it is
+            assert used.rate == drawn[used.number][1].tolist()
     later = [step for step in run.steps if step[0].number >= 5]
-    if sampling == "replacement":  # draws read the memory as it is
-        assert all(torch.allclose(1 / drawn[s[0].number][1], torch.tensor(s[0].weight).double()) for s in run.steps)
-    config = run.importance
-    looked_up = [
-        1 / functional.rates(memory, config.uniform_fraction, config.max_rate)[used.index]
-        for used, _, _, memory in later
-    ]
+    looked_up = [1 / rates(memory, 0.3, 64.0)[used.index] for used, _, _, memory in later]
     at_draw = [torch.tensor(used.weight) for used, _, _, _ in later]
     assert (torch.cat(looked_up) - torch.cat(at_draw)).abs().max() > 1e-3, "control: a later look-up differs"
+
+
+class Watched(TrainerCallback):
+    """Keeps the parameters before and after each step."""
+
+    def __init__(self):
+        self.parameters = []
+
+    def keep(self, model):
+        self.parameters.append([p.detach().clone() for p in model.parameters()])
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.keep(model)
+
+    def on_step_end(self, args, state, control, model, **_):
+        self.keep(model)
+
+
+class Forgetful(Recorder):
+    """Something else is remembered at the time of each loss than there was at the draw."""
+
+    def training_step(self, *args, **kwargs):
+        generator = torch.Generator().manual_seed(len(self.steps))
+        remembered = torch.rand(40, generator=generator).square()
+        self._sampler.memory.load_state_dict({"importance": remembered})
+        self.then = [*getattr(self, "then", []), remembered]
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+@pytest.mark.parametrize("budget", [1.0, "auto"])
+def test_the_loss_has_the_weights_of_the_draw(tmp_path, sampling, exponent, budget):
+    """Each step of SGD by hand: w ← w − η (1/B) Σ wᵢ ∇ℓᵢ, though the memory was changed in between."""
+    data, watched = tiny.texts(), Watched()
+    importance = {"sampling": sampling, "weight_exponent": exponent, "budget": budget}
+    run = tiny.trained(
+        tmp_path,
+        WithoutConfig(),
+        data,
+        Forgetful,
+        importance,
+        {"callbacks": [watched]},
+        optim="sgd",
+        learning_rate=0.5,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+    )
+    assert len(watched.parameters) == len(run.steps) + 1 >= 13
+
+    def missed(weights_of):
+        """Largest difference to the steps by hand with these weights."""
+        found = []
+        for step, (draw, *_) in enumerate(run.steps):
+            by_hand = copy.deepcopy(run.model)
+            for p, value in zip(by_hand.parameters(), watched.parameters[step], strict=True):
+                p.data.copy_(value)
+            loss = 0.0
+            for i, weight in zip(draw.index, weights_of(step, draw), strict=True):
+                logits, label = by_hand(data[i]["input_ids"][None]).logits, torch.tensor([data[i]["labels"]])
+                loss += weight * nn.functional.cross_entropy(logits, label) / len(draw.index)
+            gradients = torch.autograd.grad(loss, by_hand.parameters())
+            steps = zip(by_hand.parameters(), gradients, watched.parameters[step + 1], strict=True)
+            found += [(p - 0.5 * g - after).abs().max().item() for p, g, after in steps]
+        return max(found)
+
+    assert missed(lambda step, draw: draw.weight) < 1e-6
+    looked_up = missed(lambda step, draw: rates(run.then[step], 0.3, 64.0)[draw.index] ** -exponent)
+    assert looked_up > 1e-2, "control: by what is remembered at the time of the loss"
+    assert missed(lambda step, draw: [1.0] * len(draw.index)) > 1e-2, "control: weights are not 1"
+    assert missed(lambda step, draw: [rate**-0.75 for rate in draw.rate]) > 1e-3, "control: another exponent"
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+def test_weight_exponent(tmp_path, sampling, exponent):
+    importance = {"weight_exponent": exponent, "sampling": sampling, **tiny.FIXED}
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), Recorder, importance)
+    rate = torch.tensor([rate for step in run.steps for rate in step[0].rate], dtype=torch.float64)
+    weight = torch.tensor([weight for step in run.steps for weight in step[0].weight], dtype=torch.float64)
+    assert len(rate) == 120
+    torch.testing.assert_close(weight, rate**-exponent, rtol=1e-12, atol=0.0)
+    assert rate.max() > 1.5 * rate.min(), "control: rates differ"
+    for other in {0.0, 0.5, 1.0} - {exponent}:
+        assert (weight - rate**-other).abs().max() > 0.05, "control: another exponent"
+
+
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+def test_which_seed(tmp_path, sampling):
+    """That of the config, else data_seed, else seed."""
+
+    def draws(ours, data_seed, seed):
+        importance = {"metric": "uniform", "sampling": sampling, "seed": ours, **tiny.FIXED}
+        settings = {"max_steps": 7, "data_seed": data_seed, "seed": seed}
+        return tiny.trained(tmp_path, tiny.bert(), tiny.texts(), tiny.Recorder, importance, **settings).draws
+
+    three, four = draws(3, 1, 2), draws(4, 1, 2)
+    assert three != four
+    assert draws(3, 5, 6) == three, "config.seed comes first"
+    assert draws(None, 3, 6) == three, "then data_seed"
+    assert draws(None, None, 3) == three, "then seed"
+    assert draws(0, 3, 3) == draws(None, 0, 3) != three, "0 is a seed"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +206,7 @@ def test_important_examples_are_drawn_more(tmp_path):
         tiny.bert(),
         tiny.texts(),
         Recorder,
-        {"metric": "loss", **tiny.ALL},
+        {"metric": "loss", **tiny.FIXED},
         num_train_epochs=40,
         learning_rate=3e-3,
     )
@@ -113,7 +219,7 @@ def test_important_examples_are_drawn_more(tmp_path):
 
 # ---- importances -----------------------------------------------------------------------------------------------------
 
-FROZEN = {"learning_rate": 0.0, "num_train_epochs": 1}
+FROZEN = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 1}
 
 
 def losses_of(task):
@@ -159,7 +265,7 @@ def test_every_training_starts_afresh(tmp_path):
 @pytest.mark.parametrize("metric", ["loss", "last_layer_gradient"])
 def test_other_metrics(tmp_path, metric):
     model, data = tiny.bert(), tiny.texts()
-    run = tiny.trained(tmp_path, model, data, importance={"metric": metric}, **FROZEN)
+    run = tiny.trained(tmp_path, model, data, **{**FROZEN, "importance": {"metric": metric, **tiny.EVEN}})
     expected = []
     for row in data:
         loss = model(row["input_ids"][None], row["attention_mask"][None], labels=torch.tensor([row["labels"]])).loss
@@ -173,23 +279,69 @@ def test_other_metrics(tmp_path, metric):
 # ---- what is logged --------------------------------------------------------------------------------------------------
 
 
-def test_log_carries_the_measurements(tmp_path):
-    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, logging_steps=4, num_train_epochs=4)
+@pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
+def test_log_carries_the_measurements(tmp_path, sampling):
+    run = tiny.trained(
+        tmp_path,
+        tiny.opinionated_bert(),
+        tiny.texts(),
+        Recorder,
+        {"weight_exponent": 0.8, "sampling": sampling, **tiny.FIXED},
+        logging_steps=4,
+        num_train_epochs=4,
+    )
     logs = [log for log in run.state.log_history if "loss" in log]
     assert len(logs) == 5
+    seen = set()
     for k, log in enumerate(logs):
         window = run.steps[4 * k : 4 * k + 4]
-        weight = torch.cat([torch.tensor(step[0].weight, dtype=torch.float64) for step in window])
-        assert log["importance/weight_max"] == pytest.approx(weight.max().item())
-        assert log["importance/effective_sample_size"] == pytest.approx(
-            (weight.sum() ** 2 / weight.square().sum() / len(weight)).item()
+        seen |= {i for step in window for i in step[0].index}
+        rate, weight = (
+            torch.tensor([x for step in window for x in getattr(step[0], name)], dtype=torch.float64)
+            for name in ("rate", "weight")
         )
-        assert log["loss"] == pytest.approx(sum(step[2] for step in window) / 4, rel=1e-5)
-        assert log["importance/seen"] == min(1.0, 32 * (k + 1) / 40)
-    assert logs[0]["importance/variance_ratio"] == pytest.approx(1.0)
-    assert logs[-1]["importance/variance_ratio"] < 0.999
-    assert logs[-1]["importance/weight_max"] > 1.0
+        q = torch.cat(run.measured[4 * k : 4 * k + 4])
+        expected = {
+            "importance/effective_sample_size": weight.sum() ** 2 / weight.square().sum() / len(weight),
+            "importance/variance_ratio": (weight * q).square().sum() / (q.square() / rate).sum(),
+            "importance/mean": (q / rate).sum() / (1 / rate).sum(),
+            "importance/seen": len(seen) / 40,
+            "importance/pruned": 0.0,
+            "loss": sum(step[2] for step in window) / 4,
+        }
+        assert {name: log[name] for name in expected} == pytest.approx({k: float(x) for k, x in expected.items()})
+        assert log["importance/uniform_fraction"] == pytest.approx(run._sampler.visits.floor)
+        assert "importance/effective_epoch" not in log
+    assert logs[-1]["importance/variance_ratio"] < 0.99
+    assert logs[-1]["importance/effective_sample_size"] < 0.99
     assert "importance/mean" not in next(iter(run.evaluate(tiny.texts()))), "only beside a training loss"
+
+
+def test_log_says_how_far_it_is(tmp_path):
+    settings = {"logging_steps": 1, "num_train_epochs": 10}
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), **settings)
+    epochs, fixed = tiny.logged(run, "importance/effective_epoch"), tiny.logged(run, "epoch")
+    assert len(epochs) == run.state.global_step < 50
+    assert epochs == sorted(epochs)
+    assert all(effective >= epoch for effective, epoch in zip(epochs, fixed, strict=False))
+    assert epochs[0] == 1 / 5
+    assert epochs[-1] == run._effective.progress.value / 5 >= 10
+    assert tiny.logged(run, "train_effective_epochs") == [10.0]
+    assert tiny.logged(run, "train_share_of_steps") == [run.state.global_step / 50]
+    fixed = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), importance=tiny.FIXED, **settings)
+    for name in ("importance/effective_epoch", "train_effective_epochs", "train_share_of_steps"):
+        assert tiny.logged(fixed, name) == []
+
+
+@pytest.mark.parametrize("budget", ["auto", 1.0])
+def test_samples_per_second_are_those_that_were_trained(tmp_path, budget):
+    settings = {"num_train_epochs": 10}
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), importance={"budget": budget}, **settings)
+    (log,) = [log for log in run.state.log_history if "train_runtime" in log]
+    steps = run.state.global_step
+    assert log["train_steps_per_second"] * log["train_runtime"] == pytest.approx(steps, rel=0.02)
+    assert log["train_samples_per_second"] * log["train_runtime"] == pytest.approx(8 * steps, rel=0.02)
+    assert (steps < 50) == (budget == "auto")
 
 
 def test_measured_variance_and_mean_are_right(tmp_path):
@@ -198,14 +350,14 @@ def test_measured_variance_and_mean_are_right(tmp_path):
         tmp_path,
         tiny.opinionated_bert(),
         tiny.texts(20),
-        importance={"metric": "loss", **tiny.ALL},
+        importance={"metric": "loss", **tiny.FIXED},
         learning_rate=0.0,
         num_train_epochs=300,
         per_device_train_batch_size=20,
         logging_steps=300,
     )
     q = run.importances.double()
-    rate = functional.rates(q, 0.3, 64.0)
+    rate = rates(q, 0.3, 64.0)
     assert tiny.logged(run, "importance/mean")[0] == pytest.approx(q.mean().item(), rel=2e-2)
     expected = ((q.square() / rate).mean() / q.square().mean()).item()
     assert tiny.logged(run, "importance/variance_ratio")[0] == pytest.approx(expected, rel=2e-2)
@@ -220,7 +372,7 @@ def test_logged_loss_is_the_mean_loss_over_the_data(tmp_path):
         model,
         data,
         Recorder,
-        {"memory_momentum": 0.0, **tiny.ALL},
+        {"memory_momentum": 0.0, **tiny.FIXED},
         learning_rate=0.0,
         num_train_epochs=101,
         logging_steps=1,

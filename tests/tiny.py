@@ -16,8 +16,10 @@ from transformers import (
 from hf_importance import ImportanceConfig, ImportanceTrainer
 
 WORDS, LENGTH, CLASSES = 60, 8, 4
-ALL = {"prune_mass": 0.0, "uniform_below": 0.0}
-"""Settings with which all examples are drawn by their importance to the end."""
+FIXED = {"budget": 1.0}
+"""Settings with which all steps are made."""
+EVEN = {"uniform_fraction": 1.0, **FIXED}
+"""Settings with which each pass visits every example once; importances are measured all the same."""
 CHECKPOINTING = "activation_checkpointing"  # its name from transformers 5.23 on
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"

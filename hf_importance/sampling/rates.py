@@ -84,7 +84,7 @@ def second_moments(
 
     >>> q, r = torch.tensor([1.0, 3.0, 3.0, 3.0]), torch.tensor([0.5, 1.5, 1.5, 1.5])  # as often as the rates say
     >>> second_moments(q, 2.0, q, r, torch.tensor([0.0, 1.0])).sum(0)
-    tensor([16.0000, 20.0000], dtype=torch.float64)
+    tensor([16., 20.], dtype=torch.float64)
     """
     told = remembered.isfinite() & measured.isfinite()
     with_floors = unnormalised_rates(remembered.double()[:, None], mean, fractions.double(), max_rate)

@@ -88,6 +88,7 @@ class IndependentVisits:
         change = (
             after - before if self.pruned is None else (after - before).masked_fill_(self.pruned[update.index], 0.0)
         )
+        change = (change / update.change.bincount(minlength=len(change)))[update.change]  # in the order of the visits
         self._total = torch.cat([torch.tensor([self._total], dtype=torch.float64), change]).cumsum(0)[-1].item()
         self._largest = max([self._largest, *after.tolist()])
 

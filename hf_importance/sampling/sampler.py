@@ -227,6 +227,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
             "shard": self.shard.index,
             "length": self.shard.length,
             "batch_size": self.batch_size,
+            "sampling": type(self.visits).__name__,
             "draws": self._draws,
             "outstanding": [astuple(draw) for draw in self._outstanding.values()],
             "measured": [(astuple(measured.draw), measured.rows.cpu()) for measured in self._measured],
@@ -238,7 +239,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Whether [`state_dict`] was taken of a sampler of the same examples in batches of the same size."""
         theirs, mine = state["shard"], self.shard.index
         same = theirs is mine if theirs is None or mine is None else torch.equal(theirs, mine)
-        return same and (state["length"], state["batch_size"]) == (self.shard.length, self.batch_size)
+        settings = self.shard.length, self.batch_size, type(self.visits).__name__
+        return same and (state["length"], state["batch_size"], state["sampling"]) == settings
 
     def load_state_dict(self, state: Mapping[str, Any], skip: int = 0) -> None:
         """Go on exactly where [`state_dict`] was taken.

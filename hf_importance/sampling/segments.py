@@ -134,9 +134,8 @@ class SegmentedVisits:
         if self.passes:
             if self._increment:
                 self.memory.increase(self._increment)
-            if self._prune_mass:
-                unimportant = self.memory.unimportant(self._prune_mass)
-                self.pruned = unimportant if unimportant.any() else None
+            unimportant = self.memory.unimportant(self._prune_mass)
+            self.pruned = unimportant if unimportant.any() else None
         if self._credit is None:  # the seed is that of accelerate's sampler in this epoch: the same permutations
             rng = torch.Generator().manual_seed(self._seed + self.passes * self._stride)
             self._order = torch.randperm(len(self.memory), generator=rng, dtype=self._kind)
@@ -199,7 +198,7 @@ class SegmentedVisits:
         """Go on exactly where [`state_dict`] was taken."""
         self.passes, self.floor, self.pruned = state["passes"], state["floor"], state["pruned"]
         for name in ("segment", "fresh", "fresh_sum", "fresh_count", "mean", "order", "credit", "index", "rate"):
-            setattr(self, f"_{name}", state[name])
+            setattr(self, f"_{name}", _copy(state[name]) if name == "credit" else state[name])
         if self._guard is not None:
             self._guard.load_state_dict(state["guard"])
 
