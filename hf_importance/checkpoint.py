@@ -72,8 +72,8 @@ def resume(sampler: ImportanceBatchSampler, states: list[dict[str, Any]], rank: 
         )
     else:
         dropped = (
-            "was written with another number of processes, batch size or kind of sampling: the importances are kept, the order of the "
-            "examples is a new one."
+            "was written with another number of processes, batch size or kind of sampling: the "
+            "importances are kept, the order of the examples is a new one."
         )
         samplers = [state["sampler"] for state in states]
         passes = samplers[0]["visits"]["passes"]

@@ -40,6 +40,9 @@ class ModelArguments:
     report: bool = flag(
         False, "Write a report of the training data: the hardest examples, suspected label errors, plots, a table."
     )
+    report_examples_to_hub: bool = flag(
+        False, "Let --push_to_hub upload the whole report, in which training examples can be seen."
+    )
     metric_name: str | None = flag(None, "Metric of `evaluate` (fetched from the Hub, or a local script).")
 
     def hub(self) -> dict[str, Any]:

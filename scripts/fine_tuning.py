@@ -194,13 +194,13 @@ def run(
 
     `to_show`: the training data as people want to see them. `more`: arguments of the trainer.
     """
-    sampled = model_arguments.trainer == "importance"
+    sampled, upload = model_arguments.trainer == "importance", model_arguments.report_examples_to_hub
     trainer = (ImportanceTrainer if sampled else Trainer)(
         args=training,
         train_dataset=chosen.get("train"),
         eval_dataset=chosen.get("eval"),
         compute_metrics=metric_for(problem_type, model_arguments.metric_name),
-        **({"importance": importance} if sampled else {}),
+        **({"importance": importance, "report_examples_to_hub": upload} if sampled else {}),
         **more,
     )
     if not sampled:
@@ -228,7 +228,8 @@ def _train(trainer: Trainer, name: str) -> None:
     clock = _Clock()
     trainer.add_callback(clock)
     metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
-    examples = len(trainer.train_dataset) * (trainer.importance.budget if name == "importance" else 1.0)
+    budget = trainer.importance.budget if name == "importance" else 1.0
+    examples = len(trainer.train_dataset) * (1.0 if budget == "auto" else budget)
     metrics["trainer"] = name
     metrics["examples_per_epoch"] = round(examples)
     metrics["examples_processed"] = round(trainer.state.epoch * examples)

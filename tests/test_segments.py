@@ -109,13 +109,13 @@ def test_no_global_generator_is_touched():
 @pytest.mark.parametrize("equal_first", [0, 1, 3, 8, 11])
 @pytest.mark.parametrize(("n", "batch", "number"), [(40, 5, 8), (37, 4, 8), (37, 10, 3), (6, 4, 1)])
 def test_visits_are_those_of_the_oracle(n, batch, number, equal_first):
-    """The first segments have equal rates; the credits that they have come to go on in the next one."""
+    """The first segments have equal rates; the credits that they have come to go on to the end of the pass."""
     memory = memory_of([1.0] * n)
     visits = visits_from(memory, batch, seed=7)
     bounds = [n * k // number for k in range(number + 1)]
     credit = oracles.first_credits(permutation(n, 7))
     for k in range(equal_first + 20):
-        if k <= equal_first and k % number == 0:
+        if k % number == 0:
             credit = oracles.first_credits(permutation(n, 7 + k // number))
         if k >= equal_first:
             memory.importance[:] = tensor(random_importance(n, k))
@@ -223,15 +223,17 @@ class DrawsIndependently(IndependentVisits):
 
 
 def spread(make, n=200, number=160, drift=0.1):
-    """How far visits of an example are from the sum of its rates over a stretch: the worst example and stretch.
+    """How far visits of an example are from the sum of its rates over a stretch of a pass: the worst of all.
 
     Between segments, as planned; and between any two visits.
     """
     memory, rng = memory_of(random_importance(n, 0)), torch.Generator().manual_seed(0)
     visits = make(memory)
-    between_segments, off = [torch.zeros(n).double()], torch.zeros(n).double()
-    lowest, highest, now = (torch.zeros(n).double() for _ in range(3))
-    for _ in range(number):
+    worst = [0.0, 0.0]
+    for k in range(number):
+        if k % 8 == 0:
+            between_segments, off = [torch.zeros(n).double()], torch.zeros(n).double()
+            lowest, highest, now = (torch.zeros(n).double() for _ in range(3))
         rates = tensor(oracles.rates(memory.importance.tolist(), 0.3, max_rate=64.0), dtype=torch.float64)
         index, rate = segment(visits)
         assert rate == pytest.approx(rates[index].tolist(), rel=1e-5), "premise"
@@ -243,8 +245,10 @@ def spread(make, n=200, number=160, drift=0.1):
             now[i] += 1
             highest = torch.maximum(highest, now)
         memory.importance.mul_(torch.exp(drift * torch.randn(n, generator=rng)))
-    between_segments = torch.stack(between_segments)
-    return (between_segments.amax(0) - between_segments.amin(0)).max().item(), (highest - lowest).max().item()
+        spans = torch.stack(between_segments)
+        worst[0] = max(worst[0], (spans.amax(0) - spans.amin(0)).max().item())
+        worst[1] = max(worst[1], (highest - lowest).max().item())
+    return tuple(worst)
 
 
 @pytest.mark.parametrize(("drift", "within"), [(0.0, 1.25), (0.1, 3.0), (1.0, math.inf)])
@@ -266,16 +270,16 @@ def test_independent_visits_are_not(kind):
         found = spread(lambda memory: RoundsIndependently(memory, 25, uniform_fraction=0.3, guard=False))
     else:
         found = spread(lambda memory: DrawsIndependently(memory, uniform_fraction=0.3))
-    assert min(found) > 10
+    assert found[0] > 2
 
 
 def test_visits_within_a_segment_are_spread_over_it():
     """An example of rate 8 in a pass of one segment: its visits are as far from each other as can be."""
     memory = memory_of([8.0] + [56 / 63] * 63)
     visits = visits_from(memory, 64, uniform_fraction=0.0)
-    index = visited(visits, 4)
+    index = visited(visits, 1)
     gaps = tensor([place for place, i in enumerate(index) if i == 0]).diff()
-    assert len(gaps) == 31
+    assert len(gaps) == 7
     assert gaps.min() >= 6
     assert gaps.max() <= 10
 
@@ -402,8 +406,9 @@ def test_pruned_visits_are_those_of_the_oracle():
     q = [0.001] * 5 + [0.1 + q for q in random_importance(15, 0)]
     memory = memory_of(q)
     visits = visits_from(memory, 4, prune_mass=0.002, seed=3)
-    credit = oracles.first_credits(permutation(20, 3))
     for k in range(40):
+        if k % 5 == 0:
+            credit = oracles.first_credits(permutation(20, 3 + k // 5))
         rates = oracles.rates(q, 0.3) if k < 5 else [0.0] * 5 + oracles.rates(q[5:], 0.3)
         wanted, credit = oracles.spend(credit, rates, 4)
         assert segment(visits)[0] == wanted
@@ -415,10 +420,12 @@ def test_equal_ones_beside_pruned_ones_are_not_the_whole_permutation():
     visits = visits_from(memory, 2, prune_mass=0.01)
     segments(visits, 5)
     memory.importance[:2] = 0.001
-    drawn = [i for index, rate in segments(visits, 40) for i in index if rate == pytest.approx([1.0] * len(rate))]
-    counts = torch.bincount(tensor(drawn), minlength=10)
-    assert counts[:2].tolist() == [0, 0]
-    assert counts[2:].max() - counts[2:].min() <= 1
+    for _ in range(8):
+        drawn = [i for index, rate in segments(visits, 5) for i in index if rate == pytest.approx([1.0] * len(rate))]
+        counts = torch.bincount(tensor(drawn), minlength=10)
+        assert counts[:2].tolist() == [0, 0]
+        assert counts[2:].min() >= 1
+        assert counts[2:].max() - counts[2:].min() <= 1
 
 
 def test_pruned_examples_come_back_when_others_have_become_less_important():

@@ -25,10 +25,12 @@ class SegmentedVisits:
     """Plans visits a segment at a time, an eighth of a pass, with the rates of that moment.
 
     Every example has a credit in [0, 1). A segment of n visits adds n·r_i/N to it; whole parts become visits, in the
-    order in which the credits pass 1. So over any stretch of visits an example is visited as often as its summed rates
-    say, within one visit, while its rates follow what is measured. The credits start as 1 − (position + ½)/N in a
-    random permutation, the one that `Trainer` takes from the same seed: with equal rates a pass is that permutation. As
-    long as rates have never differed, each pass has a new one, also as in `Trainer`.
+    order in which the credits pass 1. So between any two segments of a pass an example is visited as often as its
+    summed rates say, within one visit, while its rates follow what is measured. Each pass starts with the credits
+    1 − (position + ½)/N in a new random permutation, the one that `Trainer` takes from the same seed: with equal rates
+    the pass is that permutation. (Credits that go on from pass to pass would be more even still, but not random enough:
+    examples whose rates fall or rise together at their first visit come back together, so that what training sees last
+    depends on the step at which it ends.)
 
     Examples that nobody has seen have the mean importance of those that were seen for the first time lately, so that
     the first pass learns from itself. Visits show whether importances hold, see [`Guard`].
@@ -69,7 +71,7 @@ class SegmentedVisits:
         self._fresh, self._fresh_sum, self._fresh_count = math.nan, 0.0, 0.0
         self._mean = math.nan  # importance, when the segment was planned
         self._kind = torch.int32 if len(memory) < 2**31 else torch.int64
-        self._order: Tensor | None = None  # of this pass, as long as rates have never differed
+        self._order: Tensor | None = None  # of this pass, as long as its rates have not differed
         self._credit: Tensor | None = None  # float32 [examples], from then on
         self._index = torch.empty(0, dtype=self._kind)  # visits left in this segment, and their rates
         self._rate = torch.empty(0)
@@ -136,9 +138,10 @@ class SegmentedVisits:
                 self.memory.increase(self._increment)
             unimportant = self.memory.unimportant(self._prune_mass)
             self.pruned = unimportant if unimportant.any() else None
-        if self._credit is None:  # the seed is that of accelerate's sampler in this epoch: the same permutations
-            rng = torch.Generator().manual_seed(self._seed + self.passes * self._stride)
-            self._order = torch.randperm(len(self.memory), generator=rng, dtype=self._kind)
+        # the seed is that of accelerate's sampler in this epoch: the same permutations
+        rng = torch.Generator().manual_seed(self._seed + self.passes * self._stride)
+        self._order = torch.randperm(len(self.memory), generator=rng, dtype=self._kind)
+        self._credit = None
         self.passes += 1
 
     def _credits_after(self, visits: int) -> Tensor:

@@ -25,7 +25,7 @@ from benchmarks.tasks import Task, predict, task_of
 KEYS = ("task", "method", "budget", "seed")
 BUDGETS = (0.3, 0.5, 0.7, 1.0, 1.5)
 _RESAMPLES = 1000
-_COLOURS = {"uniform": "#6b7280", "ours": "#d1495b", "ours, short": "#8f1d38"}
+_COLOURS = {"uniform": "#6b7280", "ours": "#d1495b", "version 0.1": "#d1495b", "version 0.1, short": "#8f1d38"}
 
 
 def run(task_name: str, method: str, budget: float, seed: int) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def figures_table(runs: list[dict[str, Any]]) -> str:
     lines = ["| task | method | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |"]
     lines.append("|" + "---|" * (2 + len(budgets)))
     for task in _in_order(runs, "task"):
-        for method in METHODS:
+        for method in _methods(runs):
             same = [found for found in runs if (found["task"], found["method"]) == (task, method)]
             if same:
                 cells = [_cell([found for found in same if found["budget"] == budget]) for budget in budgets]
@@ -151,7 +151,7 @@ def seconds_table(runs: list[dict[str, Any]]) -> str:
     tasks = _in_order(runs, "task")
     lines = ["| seconds, budget 1 | " + " | ".join(tasks) + " |", "|" + "---|" * (1 + len(tasks))]
     seconds = grouped([found for found in runs if found["budget"] == 1.0], "seconds", ("task", "method"))
-    for method in METHODS:
+    for method in _methods(runs):
         cells = [f"{statistics.median(found):.1f}" if (found := seconds[task, method]) else "" for task in tasks]
         if any(cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -162,7 +162,7 @@ def match_table(runs: list[dict[str, Any]]) -> str:
     """Compute to match, with its interval."""
     tasks = _in_order(runs, "task")
     lines = ["| method | " + " | ".join(tasks) + " |", "|" + "---|" * (1 + len(tasks))]
-    for method in METHODS:
+    for method in _methods(runs):
         cells = []
         for task in tasks:
             found = compute_to_match(runs, task, method)
@@ -174,6 +174,12 @@ def match_table(runs: list[dict[str, Any]]) -> str:
 
 def _share(value: float) -> str:
     return "never" if value == float("inf") else f"{value:.2f}"
+
+
+def _methods(runs: list[dict[str, Any]]) -> list[str]:
+    """Those that there are runs of; also of versions before this one."""
+    found = _in_order(runs, "method")
+    return [method for method in METHODS if method in found] + [method for method in found if method not in METHODS]
 
 
 def _in_order(runs: list[dict[str, Any]], name: str) -> list[str]:
@@ -195,7 +201,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         of_task = [found for found in runs if found["task"] == task]
         figure_name = "error" if "error" in of_task[0] else "accuracy"
         values = grouped(of_task, figure_name, ("method", "budget"))
-        for i, method in enumerate(METHODS):
+        for i, method in enumerate(_methods(runs)):
             points = {budget: mean_and_error(found) for (name, budget), found in values.items() if name == method}
             if points:
                 budgets = sorted(points)
@@ -219,7 +225,7 @@ def rank_table(runs: list[dict[str, Any]]) -> str:
     """For each method and budget the mean rank over the tasks, 1 is best; of tasks that all methods have runs of."""
     scores = grouped(runs, "score", KEYS[:3])
     budgets = sorted({found["budget"] for found in runs})
-    methods = [method for method in METHODS if any(found["method"] == method for found in runs)]
+    methods = _methods(runs)
     ranks: dict[tuple[str, float], list[int]] = defaultdict(list)
     for task, budget in itertools.product(_in_order(runs, "task"), budgets):
         means = {m: statistics.mean(scores[task, m, budget]) for m in methods if (task, m, budget) in scores}

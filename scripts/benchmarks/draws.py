@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 
-from hf_importance import ImportanceConfig
-from hf_importance.memory import ImportanceMemory
-from hf_importance.sampler import ImportanceBatchSampler
+from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 KEYS = ("sampler", "examples")
 EXAMPLES = tuple(10**power for power in range(3, 10))
@@ -32,31 +31,29 @@ class _Ours:
     """Our sampler in the middle of a training: all is known, and each batch is measured again."""
 
     def __init__(self, examples: int, sampling: str, known: bool = True) -> None:
-        self.memory = ImportanceMemory(examples, guard=True)
-        prune_mass = ImportanceConfig.prune_mass if sampling == "reshuffled" else 0.0
-        self.sampler = ImportanceBatchSampler(self.memory, BATCH, sampling=sampling, prune_mass=prune_mass)
+        self.sampler = ImportanceBatchSampler(ImportanceMemory(examples), BATCH, sampling=sampling)
         if known:
-            self.memory.remember(_importances(examples), torch.zeros(examples, dtype=torch.bool))
+            self.sampler.restart(_importances(examples), passes=1)
 
     def __iter__(self) -> Iterator[Any]:
-        measured = torch.rand(BATCH)
+        measured = torch.rand(1, BATCH)
         while True:
             for draw in self.sampler:
                 self.sampler.use(draw)
-                self.sampler.update(draw, measured[: len(draw.index)])
+                self.sampler.update(draw, measured[:, : len(draw.index)])
                 yield draw
 
-    def new_pass(self) -> None:
-        """All that is done between two draws, where a pass ends."""
-        self.sampler._begin_pass()
-        if not self.memory.follow_updates:
-            self.sampler._plan_pass()
+    def plan(self) -> None:
+        """All that is done between two draws, where the memory is gone through."""
+        visits = self.sampler.visits
+        visits.next(visits.planned)
+        self.sampler.flush()
+        visits.next(0 if visits.planned else 1)
 
     def bytes(self) -> int:
-        """Of all tensors that stay, in a pass that leaves nothing out."""
-        self.sampler._prune_mass = 0.0
-        self.new_pass()
-        held = {**vars(self.memory), **vars(self.sampler)}.values()
+        """Of all tensors that stay, when a segment was just planned."""
+        self.plan()
+        held = [*vars(self.sampler.memory).values(), *vars(self.sampler.visits).values()]
         return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
 
 
@@ -103,7 +100,7 @@ _IN_THE_MIDDLE = ("ours, reshuffled", "ours, replacement")
 
 
 def run(sampler: str, examples: int) -> dict[str, Any]:
-    """Milliseconds: to the first batch, of a later one (median), of what comes before the next pass; and bytes."""
+    """Milliseconds: to the first batch, of a later one (median), of planning a segment; and bytes."""
     make, peak, most = SAMPLERS[sampler]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if examples > most:
@@ -126,8 +123,8 @@ def run(sampler: str, examples: int) -> dict[str, Any]:
     found["batch_mean"] = round(1000 * statistics.mean(seconds), 5)
     if isinstance(made, _Ours):
         start = time.perf_counter()
-        made.new_pass()
-        found["new_pass"] = round(1000 * (time.perf_counter() - start), 4)
+        made.plan()
+        found["plan"] = round(1000 * (time.perf_counter() - start), 4)
         found["bytes"] = round(made.bytes() / examples, 2)
     return found
 
@@ -140,7 +137,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
     for figure, words in (
         ("batch_mean", f"milliseconds for a batch of {BATCH}"),
         ("first", "milliseconds to the first batch"),
-        ("new_pass", "milliseconds between two passes"),
+        ("plan", "milliseconds to plan a segment"),
         ("bytes", "bytes per example"),
     ):
         lines = [f"| {words} | " + " | ".join(f"10^{len(str(size)) - 1}" for size in sizes) + " |"]

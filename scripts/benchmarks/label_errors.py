@@ -31,8 +31,8 @@ RANKINGS = {
     "self_confidence": "cleanlab, self-confidence",
     "normalized_margin": "cleanlab, normalised margin",
 }
-SETTINGS = ImportanceConfig(prune_mass=0.0, uniform_below=0.0)
-"""So that every example is looked at in every pass."""
+SETTINGS = ImportanceConfig(budget=1.0)
+"""So that all passes are made."""
 _FOLDS = 5
 
 

@@ -232,7 +232,7 @@ class Method:
         if self.settings is None:
             return {"class": Trainer.__name__ if self.rival is None else self.rival.__name__, "cost": self.cost}
         settings = asdict(ImportanceConfig(**self.settings))
-        pass
+        settings.pop("budget")
         return {name: str(value) if value == math.inf else value for name, value in settings.items()}
 
     def trainer(self, task: Task, budget: float, seed: int, folder: str) -> Trainer:
@@ -250,13 +250,12 @@ class Method:
 
 def _paper(**changes: Any) -> dict[str, Any]:
     settings = asdict(ImportanceConfig.paper()) | changes
-    return {name: value for name, value in settings.items() if name != "budget"}
+    return settings
 
 
 METHODS = {
     "uniform": Method(),
-    "ours": Method({}),
-    "ours, fixed": Method({"budget": 1.0}),
+    "ours": Method({"budget": 1.0}),
     "paper": Method(_paper()),
     "paper, no weights": Method(_paper(weight_exponent=0.0)),
     "loss-proportional": Method(_paper(metric="loss")),

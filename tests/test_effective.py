@@ -1,0 +1,227 @@
+"""Epochs that end when as much was learnt as was asked for: the end, the learning rate, what is said, what is refused."""
+
+import math
+
+import pytest
+import torch
+from tiny import opinionated_bert, texts
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.sampling.progress import EffectiveVisits, GradientSample, gain
+
+SCHEDULES = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 20},
+}
+
+
+class Watch(TrainerCallback):
+    """The learning rate of every step, and what was learnt before it."""
+
+    def __init__(self):
+        self.rates, self.values = [], [0.0]
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.values.append(self.trainer._effective.progress.value)
+
+
+def trainer_of(tmp_path, budget="auto", rows=None, model=None, importance=None, **args):
+    common = {"per_device_train_batch_size": 4, "learning_rate": 2e-3, "report_to": [], "use_cpu": True}
+    common |= {
+        "num_train_epochs": 6,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "warmup_steps": 5,
+    }
+    watch = Watch()
+    trainer = ImportanceTrainer(
+        model=opinionated_bert() if model is None else model,
+        args=TrainingArguments(output_dir=str(tmp_path), **{**common, **args}),
+        train_dataset=texts() if rows is None else rows,
+        eval_dataset=texts(8),
+        importance=ImportanceConfig(budget=budget) if importance is None else importance,
+        callbacks=[watch],
+    )
+    watch.trainer = trainer
+    return trainer, watch
+
+
+# ---- the figures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("ratio", [0.25, 0.9, 1.0, 1.5])
+def test_gain_is_that_of_the_formula(ratio, signal):
+    noise = math.inf if signal == 0 else 1 / signal - 1
+    by_formula = 1 / ratio if signal == 0 else (1 + noise / ratio) / (1 + noise)
+    assert gain(ratio, signal) == pytest.approx(max(1.0, by_formula))
+
+
+def test_a_ratio_of_one_counts_exactly_one():
+    assert all(gain(1.0, signal) == 1.0 for signal in torch.rand(100).tolist())
+
+
+def test_gradients_that_cannot_be_read_have_as_much_noise_as_signal():
+    progress = EffectiveVisits(10, 5)
+    progress.measure(torch.tensor([0.5, 1.0, 0.0, 0.0]).double())
+    assert progress.gain == 1.5
+
+
+def test_signal_is_what_consecutive_gradients_have_in_common():
+    """g = signal + noise: the expected product is |signal|², the mean square |signal|² + noise."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    sample, rng = GradientSample([weight]), torch.Generator().manual_seed(0)
+    for _ in range(200):
+        weight.grad = 0.5 + torch.randn(64, 64, generator=rng)
+        sample.observe()
+    product, square = sample.take(torch.device("cpu")).tolist()
+    assert product / square == pytest.approx(0.25 / 1.25, rel=0.05)
+    assert sample.take(torch.device("cpu")).tolist() == [0.0, 0.0], "taken"
+
+
+def test_the_sums_are_those_of_the_pairs():
+    weight = nn.Parameter(torch.zeros(1, 2))
+    sample = GradientSample([weight])
+    for values in ([1.0, 2.0], [3.0, -1.0], [math.inf, 0.0], [1.0, 1.0], [2.0, 0.0]):
+        weight.grad = torch.tensor([values])
+        sample.observe()
+    pairs = [(1.0, 7.5), (2.0, 3.0)]  # of the first two, and of the last two: what overflowed is left out
+    assert sample.take(torch.device("cpu")).tolist() == [sum(p for p, _ in pairs), sum(s for _, s in pairs)]
+
+
+def test_a_sample_of_a_large_model_is_small():
+    layers = [nn.Parameter(torch.zeros(600, 700)) for _ in range(40)]
+    for layer in layers:
+        layer.grad = torch.ones_like(layer)
+    sample = GradientSample(layers)
+    sample.observe()
+    assert 2**16 < len(sample.state_dict()["last"]) <= 2**17 + 700 * 32
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_ends_early_and_says_so(tmp_path, capsys):
+    trainer, watch = trainer_of(tmp_path)
+    output = trainer.train()
+    assert 12 < output.global_step < 60
+    assert watch.values[-1] >= 60 > watch.values[-2], "the step in which it was enough is the last"
+    assert trainer.state.max_steps == output.global_step
+    assert output.metrics["train_share_of_steps"] == output.global_step / 60
+    assert output.metrics["train_effective_epochs"] == 6.0
+    said = capsys.readouterr().out
+    assert f"ended after {output.global_step} of 60 steps" in said
+    assert said.count("training will end after about") == 1
+    logged = [log["importance/effective_epoch"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == [value / 10 for value in watch.values[1:]]
+
+
+def test_a_fixed_budget_has_all_steps(tmp_path, capsys):
+    """The control."""
+    trainer, _ = trainer_of(tmp_path, budget=1.0)
+    output = trainer.train()
+    assert output.global_step == 60
+    assert "train_share_of_steps" not in output.metrics
+    assert "of 60 steps" not in capsys.readouterr().out
+
+
+def test_max_steps_are_effective_ones(tmp_path):
+    trainer, watch = trainer_of(tmp_path, max_steps=50)
+    assert trainer.train().global_step < 50
+    assert watch.values[-1] >= 50
+
+
+def test_alike_importances_have_nothing_to_gain(tmp_path, capsys):
+    trainer, watch = trainer_of(tmp_path, importance=ImportanceConfig(metric="uniform"))
+    assert trainer.train().global_step == 60
+    assert watch.values == [float(step) for step in range(61)]
+    assert "little to gain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_end_is_an_ordinary_one(tmp_path, strategy):
+    """The last evaluation and checkpoint are of the last step, and the best model is loaded."""
+    steps = {"eval_steps": 7, "save_steps": 7} if strategy == "steps" else {}
+    trainer, _ = trainer_of(
+        tmp_path, eval_strategy=strategy, save_strategy=strategy, load_best_model_at_end=True, **steps
+    )
+    last = trainer.train().global_step
+    evaluations = [log["step"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert evaluations[-1] == last < 60
+    assert len(set(evaluations)) == len(evaluations)
+    assert (tmp_path / f"checkpoint-{last}").exists()
+    assert trainer.state.best_model_checkpoint is not None
+
+
+@pytest.mark.parametrize("more", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"dataloader_num_workers": 1}])
+def test_it_ends_with_other_settings_too(tmp_path, more):
+    trainer, watch = trainer_of(tmp_path, num_train_epochs=8, **more)
+    planned = 8 * 10 // more.get("gradient_accumulation_steps", 1)
+    assert trainer.train().global_step < planned
+    assert watch.values[-1] >= planned
+
+
+def test_without_gradients_to_read_it_ends_later_than_with_noise_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(GradientSample, "observe", lambda self: None)
+    trainer, watch = trainer_of(tmp_path)
+    assert trainer.train().global_step < 60
+    sums = trainer._effective.progress._sums.tolist()
+    assert trainer._effective.progress.gain == gain(sums[0] / sums[1], 0.5)
+
+
+# ---- the learning rate -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_learning_rate_follows_what_was_learnt(tmp_path, name):
+    trainer, watch = trainer_of(tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs=SCHEDULES[name])
+    trainer.train()
+    straight, _ = trainer_of(tmp_path, budget=1.0, lr_scheduler_type=name, lr_scheduler_kwargs=SCHEDULES[name])
+    straight.create_optimizer()
+    schedule = straight.create_scheduler(60).lr_lambdas[0]
+    assert watch.rates == pytest.approx([2e-3 * schedule(value) for value in watch.values[:-1]])
+    assert watch.rates != pytest.approx([2e-3 * schedule(step) for step in range(len(watch.rates))]) or "const" in name
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_cannot_follow_are_refused(tmp_path, name):
+    more = {"lr_scheduler_type": name, "eval_strategy": "epoch"}
+    with pytest.raises(ValueError, match=rf"{name}.*budget=1\.0"):
+        trainer_of(tmp_path, **more)
+    trainer_of(tmp_path, budget=1.0, **more)  # control
+
+
+def test_a_schedule_of_the_user_is_refused(tmp_path):
+    model = opinionated_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    common = {"model": model, "args": args, "train_dataset": texts(), "optimizers": (optimizer, schedule)}
+    with pytest.raises(ValueError, match=r"StepLR.*budget=1\.0"):
+        ImportanceTrainer(**common)
+    ImportanceTrainer(**common, importance=ImportanceConfig(budget=1.0))  # control
+
+
+def test_a_schedule_of_a_subclass_is_refused_before_the_first_step(tmp_path):
+    class Own(ImportanceTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1)
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=3)
+    trainer = Own(model=opinionated_bert(), args=args, train_dataset=texts())
+    with pytest.raises(ValueError, match=r"StepLR.*budget=1\.0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
