@@ -1,4 +1,4 @@
-"""Epochs that end when as much was learnt as was asked for: the end, the learning rate, what is said, what is refused."""
+"""Epochs that end when as much was learnt as was asked for: the end, the learning rate, what is said and refused."""
 
 import math
 
@@ -33,7 +33,8 @@ class Watch(TrainerCallback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.values.append(self.trainer._effective.progress.value)
+        if self.trainer._effective is not None:
+            self.values.append(self.trainer._effective.progress.value)
 
 
 def trainer_of(tmp_path, budget="auto", rows=None, model=None, importance=None, **args):
@@ -175,7 +176,7 @@ def test_it_ends_with_other_settings_too(tmp_path, more):
 
 def test_without_gradients_to_read_it_ends_later_than_with_noise_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(GradientSample, "observe", lambda self: None)
-    trainer, watch = trainer_of(tmp_path)
+    trainer, _ = trainer_of(tmp_path)
     assert trainer.train().global_step < 60
     sums = trainer._effective.progress._sums.tolist()
     assert trainer._effective.progress.gain == gain(sums[0] / sums[1], 0.5)
