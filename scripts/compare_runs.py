@@ -76,7 +76,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             curves = [run["curve"] for run in same]
             for curve in curves if len(curves) > 1 else []:
                 panel.plot(*zip(*curve, strict=True), color=COLOURS.get(trainer), linewidth=0.8, alpha=0.35)
-            mean = [(points[0][0], statistics.mean(y for _, y in points)) for points in zip(*curves, strict=True)]
+            together = zip(*curves, strict=False)  # seeds may end at different steps: as far as all of them went
+            mean = [tuple(map(statistics.mean, zip(*points, strict=True))) for points in together]
             panel.plot(
                 *zip(*mean, strict=True), color=COLOURS.get(trainer), linewidth=2, marker="o", ms=4, label=trainer
             )
