@@ -211,7 +211,7 @@ def test_report_of_a_training(tmp_path, capsys):
     assert table["pruned"] == a._sampler.pruned.tolist()
     assert sum(table["visits"]) == 72
     assert table["label"] == [row["labels"] for row in rows]
-    assert len(a._sampler.record.distributions) == 2, "two passes are over, and the third has begun"
+    assert len(a._sampler.record.distributions) == a._sampler.visits.passes - 1 >= 2, "one for each pass that is over"
 
 
 @pytest.mark.parametrize("task", ["regression", "multi", "tokens", "images"])
