@@ -339,7 +339,7 @@ def test_other_batch_size(tmp_path, warnings_of):
     straight(tmp_path)
     (state,) = load_states(tmp_path / "checkpoint-7")
     again = resumed(tmp_path, 7, tiny.FIXED, per_device_train_batch_size=2)
-    assert "another number of processes or batch size" in warnings_of[0]
+    assert "another number of processes, batch size" in warnings_of[0]
     visits = state["sampler"]["record"]["visits"].sum()
     assert again._sampler.record.columns()["visits"].sum() == visits + 2 * len(again.draws)
     assert [draw.number for draw in again.draws] == list(range(53))
@@ -354,7 +354,7 @@ def test_other_batch_size_goes_on_with_what_was_learnt(tmp_path, warnings_of):
     straight(tmp_path, **QUICK)
     (state,) = load_states(tmp_path / "checkpoint-30")
     again = resumed(tmp_path, 30, **{**QUICK, "per_device_train_batch_size": 2})
-    assert "another number of processes or batch size" in warnings_of[0]
+    assert "another number of processes, batch size" in warnings_of[0]
     progress = again._effective.progress
     first = tiny.logged(again, "importance/effective_epoch")[30]
     learnt = state["effective"]["progress"]["value"] / 6
