@@ -40,7 +40,8 @@ def test_float16_with_skipped_steps(tmp_path, importance):
     torch.testing.assert_close(half.importances, exact(tmp_path, model), rtol=0.02, atol=0.005)
     longer = {"max_grad_norm": 0.0, "num_train_epochs": 8}
     learning = tiny.trained(tmp_path, model, tiny.texts(), HalfOnCpu, importance, **longer)
-    assert learning.scales[0] > learning.scales[20] == learning.scales[-1]
+    settled = learning.scales[20]
+    assert learning.scales[0] > settled >= learning.scales[-1] >= settled / 2, "skipped at first, and hardly later"
     assert learning.importances.isfinite().all()
     assert tiny.logged(learning, "loss")[-1] < tiny.logged(learning, "loss")[0]
     if not importance:
