@@ -43,7 +43,7 @@ class ReportMixin:
         self._logged_until = moments
         logs = {
             "importance/seen": memory.known / len(memory),
-            "importance/pruned": self._sampler.pruned.double().mean().item(),
+            "importance/pruned": 0.0 if visits.pruned is None else visits.pruned.double().mean().item(),
             "importance/uniform_fraction": visits.floor,
         }
         if new["visits"]:
