@@ -17,6 +17,7 @@ and takes its model from the Hub, or from MINILM=PATH.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import accuracy, draws, label_errors, overhead, results
+from benchmarks import accuracy, draws, effective, label_errors, overhead, results
 from benchmarks.methods import METHODS
 from benchmarks.tasks import TASKS
+
+TABLES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
+    "saved": ("accuracy", effective.claims),
+    "effective": ("accuracy", effective.tables),
+    "accuracy": ("accuracy", accuracy.tables),
+    "overhead": ("overhead", overhead.tables),
+    "draws": ("draws", draws.tables),
+    "label_errors": ("label_errors", label_errors.tables),
+}
+"""What stands between which marks of the README: made of which file, and how."""
 
 
 def run_accuracy(arguments: argparse.Namespace) -> str:
@@ -36,11 +47,15 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
     if arguments.quick:
         seeds, budgets = (1,), (0.5, 1.0)
     grid = itertools.product(seeds, arguments.tasks, arguments.methods, budgets)
-    points = ((task, method, budget, seed) for seed, task, method, budget in grid)
-    runs = _filled(arguments, accuracy.KEYS, points, accuracy.run, accuracy.settings)
+    grid = [(task, method, budget, seed) for seed, task, method, budget in grid]
+    for bound in (False, True):  # those that have as many steps as others have taken come after them
+        points = [point for point in grid if METHODS[point[1]].runs_at(point[2], bound)]
+        steps = {tuple(found[key] for key in accuracy.KEYS): found["steps"] for found in results.load(path)["runs"]}
+        run = functools.partial(accuracy.run, steps_taken=steps)
+        runs = _filled(arguments, accuracy.KEYS, points, run, accuracy.settings)
     accuracy.plot(runs, path.with_suffix(".png"))
     path.with_suffix(".md").write_text(accuracy.details(runs), encoding="utf-8")
-    return accuracy.tables(runs)
+    return "\n\n".join([effective.tables(runs), accuracy.tables(runs)])
 
 
 def run_overhead(arguments: argparse.Namespace) -> str:
@@ -69,18 +84,13 @@ def run_label_errors(arguments: argparse.Namespace) -> str:
 
 
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
-    """The text with the tables of the files between its marks, `<!-- PART -->` and `<!-- /PART -->`."""
-    for part, module in (
-        ("accuracy", accuracy),
-        ("overhead", overhead),
-        ("draws", draws),
-        ("label_errors", label_errors),
-    ):
-        start, end = f"<!-- {part} -->\n", f"<!-- /{part} -->"
+    """The text with the tables of the files between its marks, `<!-- NAME -->` and `<!-- /NAME -->`."""
+    for name, (part, tables) in TABLES.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if start in text:
             before, rest = text.split(start)
-            tables = module.tables(results.load(folder / f"{part}.json")["runs"])
-            text = f"{before}{start}\n{tables}\n\n{end}{rest.split(end)[1]}"
+            runs = results.load(folder / f"{part}.json")["runs"]
+            text = f"{before}{start}\n{tables(runs)}\n\n{end}{rest.split(end)[1]}"
     return text
 
 

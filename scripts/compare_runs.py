@@ -32,9 +32,11 @@ def read_run(folder: Path) -> dict[str, Any]:
         "task": folder.parent.name,
         "trainer": results["trainer"],
         "accuracy": results["eval_accuracy"],
+        "loss": results["eval_loss"],
+        "steps": state["global_step"],
         "examples": results["examples_processed"],
         "seconds": results["seconds_of_training"],
-        "curve": [(log["epoch"] * results["examples_per_epoch"], log["eval_accuracy"]) for log in evaluations],
+        "curve": [(round(log["epoch"] * results["examples_per_epoch"]), log["eval_accuracy"]) for log in evaluations],
     }
 
 
@@ -47,24 +49,36 @@ def group(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, An
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Mean, and standard error of the mean where there are several seeds."""
-    rows = [["task", "trainer", "seeds", "accuracy", "examples processed", "seconds of training"]]
-    for (task, trainer), same in group(runs).items():
-        accuracy = [run["accuracy"] for run in same]
-        error = statistics.stdev(accuracy) / len(same) ** 0.5 if len(same) > 1 else None
-        rows.append(
-            [
-                task,
-                trainer,
-                str(len(same)),
-                f"{statistics.mean(accuracy):.4f}" + (f" ± {error:.4f}" if error is not None else ""),
-                f"{statistics.mean(run['examples'] for run in same):,.0f}",
-                f"{statistics.mean(run['seconds'] for run in same):.1f}",
-            ]
-        )
+    """Means, and the standard error of the mean where there are several seeds; what was saved, of uniform's steps."""
+    rows = [["task", "trainer", "seeds", "accuracy", "loss", "examples processed", "steps", "seconds of training"]]
+    groups = group(runs)
+    for (task, trainer), same in groups.items():
+        full = groups.get((task, "uniform"))
+        share = f"{mean(same, 'steps') / mean(full, 'steps'):.0%}" if full else ""
+        cells = [mean_with_error(same, "accuracy"), mean_with_error(same, "loss"), f"{mean(same, 'examples'):,.0f}"]
+        rows.append([task, trainer, str(len(same)), *cells, share, f"{mean(same, 'seconds'):.1f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def mean(runs: list[dict[str, Any]], figure: str) -> float:
+    """Of one figure."""
+    return statistics.mean(run[figure] for run in runs)
+
+
+def mean_with_error(runs: list[dict[str, Any]], figure: str) -> str:
+    """`0.9123 ± 0.0045`."""
+    error = f" ± {statistics.stdev(run[figure] for run in runs) / len(runs) ** 0.5:.4f}" if len(runs) > 1 else ""
+    return f"{mean(runs, figure):.4f}{error}"
+
+
+def mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[float, float]]:
+    """Of runs that may end at different steps: where all have evaluated on the way, and the mean of their ends."""
+    values = [dict(curve[:-1]) for curve in curves]
+    shared = sorted(set.intersection(*map(set, values)))
+    ends = [tuple(map(statistics.mean, zip(*(curve[-1] for curve in curves), strict=True)))]
+    return [(x, statistics.mean(found[x] for found in values)) for x in shared] + ends
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
@@ -76,11 +90,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             curves = [run["curve"] for run in same]
             for curve in curves if len(curves) > 1 else []:
                 panel.plot(*zip(*curve, strict=True), color=COLOURS.get(trainer), linewidth=0.8, alpha=0.35)
-            together = zip(*curves, strict=False)  # seeds may end at different steps: as far as all of them went
-            mean = [tuple(map(statistics.mean, zip(*points, strict=True))) for points in together]
-            panel.plot(
-                *zip(*mean, strict=True), color=COLOURS.get(trainer), linewidth=2, marker="o", ms=4, label=trainer
-            )
+            style = {"color": COLOURS.get(trainer), "linewidth": 2, "marker": "o", "ms": 4}
+            panel.plot(*zip(*mean_curve(curves), strict=True), label=trainer, **style)
+            if trainer == "uniform":
+                panel.axhline(mean(same, "accuracy"), color=COLOURS[trainer], linewidth=0.8, linestyle="--")
         panel.set(title=task, xlabel="examples processed", ylabel="evaluation accuracy")
         panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
         panel.grid(alpha=0.25)

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import benchmark
 import pytest
 import torch
-from benchmarks import accuracy, draws, label_errors, overhead, results, tasks
+from benchmarks import accuracy, draws, effective, label_errors, overhead, results, tasks
 from benchmarks.methods import LOW, METHODS, InfoBatch, Method, Presampling, Rival, RivalTrainer, SeTa
 from scipy.optimize import minimize
 
@@ -34,7 +34,11 @@ def small(monkeypatch):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+EQUAL = [name for name, method in METHODS.items() if not method.whole]
+"""Those that are compared at equal budgets."""
+
+
+@pytest.mark.parametrize("method", EQUAL)
 @pytest.mark.parametrize("task", ["digits", "image"])
 def test_a_run_has_the_steps_of_its_budget(method, task):
     cost = METHODS[method].cost
@@ -45,15 +49,38 @@ def test_a_run_has_the_steps_of_its_budget(method, task):
         assert ("pruned" in found) == (METHODS[method].settings is not None)
 
 
+def test_runs_that_end_when_enough_was_learnt():
+    key = ("digits", "ours", 1.0, 1)
+    assert accuracy.run(*key)["steps"] <= 24
+    for steps in (11, 24):
+        found = accuracy.run("digits", "uniform, as many steps", 1.0, 1, steps_taken={key: steps})
+        assert found["steps"] == steps
+    assert found["accuracy"] == accuracy.run("digits", "uniform", 1.0, 1)["accuracy"]
+    with pytest.raises(KeyError):
+        accuracy.run("digits", "uniform, as many steps", 1.0, 2, steps_taken={key: 24})
+
+
+def test_scaled_cross_entropy():
+    """Of logits that are right up to a factor it is the cross-entropy of the right ones, whatever the factor."""
+    g = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 3, generator=g, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=g)[:, 0]
+    right = torch.nn.functional.cross_entropy(logits, labels).item()
+    for factor in (0.2, 1.0, 5.0):
+        assert accuracy.scaled_cross_entropy(factor * logits, labels) == pytest.approx(right, rel=1e-3)
+        plain = torch.nn.functional.cross_entropy(factor * logits, labels).item()
+        assert (plain > 1.05 * right) == (factor != 1.0), "control"
+
+
 def test_runs_are_repeatable():
-    for method in METHODS:
+    for method in EQUAL:
         first, second, other = (accuracy.run("digits", method, 1.0, seed)["cross_entropy"] for seed in (3, 3, 4))
         assert first == second
         assert first != other, "control"
 
 
 def test_all_methods_learn():
-    for method in METHODS:
+    for method in EQUAL:
         assert accuracy.run("digits", method, 1.0, seed=1)["accuracy"] > 0.6, "chance is 0.25"
 
 
@@ -160,7 +187,7 @@ def test_weights_reach_the_loss(small, tmp_path):
 def found_runs(gain=0.1):
     """Two methods, budgets and seeds, with figures that are easy to see through."""
     runs = []
-    for method, more in (("uniform", 0.0), ("ours", gain)):
+    for method, more in (("uniform", 0.0), ("ours, all steps", gain)):
         for budget in (0.5, 1.0):
             for seed in (1, 2):
                 value = budget / 2 + more + seed / 100
@@ -179,13 +206,13 @@ def test_budget_to_reach():
 def test_compute_to_match():
     """Uniform has 0.5 + seed at 1; ours has 0.35 + seed at 0.5 and 0.6 + seed at 1."""
     assert accuracy.compute_to_match(found_runs(), "digits", "uniform") == pytest.approx((1.0, 1.0, 1.0))
-    assert accuracy.compute_to_match(found_runs(), "digits", "ours") == pytest.approx((0.8, 0.8, 0.8))
-    assert accuracy.compute_to_match(found_runs(-0.1), "digits", "ours")[0] == math.inf
+    assert accuracy.compute_to_match(found_runs(), "digits", "ours, all steps") == pytest.approx((0.8, 0.8, 0.8))
+    assert accuracy.compute_to_match(found_runs(-0.1), "digits", "ours, all steps")[0] == math.inf
     assert accuracy.compute_to_match(found_runs(), "digits", "LOW") is None
     noisy = found_runs()
     for run in noisy:
-        run["score"] += (run["seed"] - 1.5) * 0.1 * (run["method"] == "ours")
-    value, low, high = accuracy.compute_to_match(noisy, "digits", "ours")
+        run["score"] += (run["seed"] - 1.5) * 0.1 * (run["method"] == "ours, all steps")
+    value, low, high = accuracy.compute_to_match(noisy, "digits", "ours, all steps")
     assert low < value < high, "seeds that differ make an interval"
 
 
@@ -195,13 +222,52 @@ def test_tables(tmp_path, capsys):
     benchmark.main(["accuracy", "--show", "--output", str(path)])
     printed = capsys.readouterr().out
     assert "| digits | uniform | 26.50 ± 0.50 (0.750) | 51.50 ± 0.50 (0.500) |" in printed
-    assert "| digits | ours | 36.50 ± 0.50 (0.750) | 61.50 ± 0.50 (0.500) |" in printed
-    assert "| ours | 0.80 (0.80–0.80) |" in printed
+    assert "| digits | ours, all steps | 36.50 ± 0.50 (0.750) | 61.50 ± 0.50 (0.500) |" in printed
+    assert "| ours, all steps | 0.80 (0.80–0.80) |" in printed
     assert path.with_suffix(".png").stat().st_size > 1000
-    assert "| uniform | 2.0 | 2.0 |\n| ours | 1.0 | 1.0 |" in printed
+    assert "| uniform | 2.0 | 2.0 |\n| ours, all steps | 1.0 | 1.0 |" in printed
     details = path.with_suffix(".md").read_text()
-    assert "| digits | ours | 36.50" in details
+    assert "| digits | ours, all steps | 36.50" in details
     assert "| seconds, budget 1 | digits |\n|---|---|\n| uniform | 1.0 |" in details
+
+
+def ended_runs():
+    """Of what ends by itself, two seeds: on the digits as good as uniform, on the image worse."""
+    figures = {
+        "uniform": (100, {"accuracy": 0.8, "cross_entropy": 0.5}, 0.01),
+        "ours": (60, {"accuracy": 0.81, "cross_entropy": 0.49}, 0.012),
+        "uniform, as many steps": (60, {"accuracy": 0.7, "cross_entropy": 0.6}, 0.02),
+    }
+    runs = []
+    for method, (steps, reached, error) in figures.items():
+        for seed in (1, 2):
+            head = {"method": method, "budget": 1.0, "seed": seed, "seconds": steps / 10}
+            more = {"scaled_cross_entropy": 0.4, "score": reached["accuracy"]}
+            accurate = reached | {"accuracy": reached["accuracy"] + 0.01 * seed}
+            runs.append({"task": "digits", "steps": steps, **head, **accurate, **more})
+            runs.append({"task": "image", "steps": 2 * steps + 20 * seed, **head, "error": error, "score": -error})
+    return runs
+
+
+def test_tables_of_what_ends_when_enough_was_learnt():
+    runs = ended_runs() + found_runs()[:2]  # which are of another budget
+    table = effective.tables(runs)
+    assert "| digits | uniform | 1.00 | 81.50 ± 0.50 | 0.500 ± 0.000 | 0.400 ± 0.000 | 10.0 |" in table
+    assert "| digits | ours | 0.60 | 82.50 ± 0.50 | 0.490 ± 0.000 | 0.400 ± 0.000 | 6.0 |" in table
+    assert "| digits | uniform, as many steps | 0.60 | 71.50" in table
+    assert "| image | ours | 0.65 | error 1.20e-02 ± 0.00e+00 |  |  | 6.0 |" in table
+    claims = effective.claims(runs)
+    assert "took 63 % of the steps in the mean over 2 tasks, from 60 % (digits) to 65 % (image)" in claims
+    assert "On 1 of them" in claims
+    assert claims.endswith("it was: image (error by 0.002000 ± 0.000000).")
+    for run in runs:
+        if run.get("error") == 0.012:
+            run["error"] = 0.01
+    assert "On none" in effective.claims(runs), "control"
+    assert effective.short_of_uniform(runs, "digits") == []
+    runs = [run | {"accuracy": 0.8} if run["task"] == "digits" and run["method"] == "ours" else run for run in runs]
+    assert effective.short_of_uniform(runs, "digits") == ["accuracy by 1.50 ± 0.50"]
+    assert effective.tables([run for run in runs if run["method"] != "ours"]).count("\n") == 1, "nothing to compare"
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------
@@ -241,18 +307,33 @@ def test_what_is_there_is_not_run_again(tmp_path, capsys, monkeypatch):
     assert after == sorted(after, key=lambda run: [run[name] for name in accuracy.KEYS])
 
 
+def test_what_has_as_many_steps_comes_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
+    path = tmp_path / "accuracy.json"
+    methods = ["uniform, as many steps", "ours", "uniform"]
+    grid = ["--tasks", "digits", "--methods", *methods, "--budgets", "0.5", "1.0", "--output", str(path)]
+    benchmark.main(["accuracy", *grid, "--seeds", "2"])
+    steps = {}
+    for run in json.loads(path.read_text())["runs"]:
+        steps.setdefault((run["method"], run["budget"]), []).append(run["steps"])
+    assert steps["uniform", 1.0] == [24, 24]
+    assert steps["uniform", 0.5] == [12, 12]
+    assert steps["ours", 1.0] == steps["uniform, as many steps", 1.0]
+    assert len(steps) == 4, "what ends by itself has the full budget only"
+
+
 def test_runs_with_other_settings_are_not_mixed(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
     path = tmp_path / "accuracy.json"
-    grid = ["--tasks", "digits", "--methods", "ours", "--budgets", "0.5", "--output", str(path)]
+    grid = ["--tasks", "digits", "--methods", "ours, all steps", "--budgets", "0.5", "--output", str(path)]
     benchmark.main(["accuracy", *grid, "--seeds", "1"])
     kept = json.loads(path.read_text())["settings"]
     assert kept["task"]["digits"]["batch"] == 16
-    assert kept["method"]["ours"]["uniform_fraction"] == 0.3
+    assert kept["method"]["ours, all steps"]["uniform_fraction"] == 0.3
     benchmark.main(["accuracy", *grid, "--seeds", "2"])
     assert len(json.loads(path.read_text())["runs"]) == 2, "control: the same settings go on"
-    monkeypatch.setitem(METHODS, "ours", Method({"uniform_fraction": 0.5}))
-    with pytest.raises(SystemExit, match="has runs of the method 'ours' with other settings"):
+    monkeypatch.setitem(METHODS, "ours, all steps", Method({"uniform_fraction": 0.5}))
+    with pytest.raises(SystemExit, match="has runs of the method 'ours, all steps' with other settings"):
         benchmark.main(["accuracy", *grid, "--seeds", "3"])
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 
 import compare_runs
@@ -334,10 +335,23 @@ def test_comparison(tmp_path, capsys):
     assert lines[0].split()[:4] == ["task", "trainer", "seeds", "accuracy"]
     for line, trainer in zip(lines[2:], ("uniform", "importance"), strict=True):
         mean = sum(expected[trainer]) / 2
-        assert line.split()[:4] == ["digits", trainer, "2", f"{mean:.4f}"]
-        assert line.split()[6] == "12"
+        cells = re.split(r"  +", line)
+        assert cells[:3] == ["digits", trainer, "2"]
+        assert cells[3].startswith(f"{mean:.4f} ± ")
+        assert cells[5:7] == ["12", "100%"]
     with Image.open(tmp_path / "runs" / "comparison.png") as picture:
         assert picture.width > 400
+
+
+def test_comparison_of_runs_that_end_at_different_steps():
+    curves = [[(10, 0.2), (20, 0.4), (30, 0.6)], [(10, 0.4), (14, 0.8)]]
+    for found, point in zip(compare_runs.mean_curve(curves), [(10, 0.3), (22, 0.7)], strict=True):
+        assert found == pytest.approx(point)
+    assert compare_runs.mean_curve(curves[:1]) == curves[0], "control"
+    run = {"task": "digits", "loss": 0.5, "examples": 9, "seconds": 1.0, "accuracy": 0.9}
+    runs = [run | {"trainer": "uniform", "steps": 40}, run | {"trainer": "importance", "steps": 30}]
+    assert [re.split(r"  +", line)[6] for line in compare_runs.table(runs).splitlines()[2:]] == ["100%", "75%"]
+    assert re.split(r"  +", compare_runs.table(runs[1:]).splitlines()[2])[5] == "9", "nothing to compare with"
 
 
 def test_comparison_of_nothing(tmp_path):

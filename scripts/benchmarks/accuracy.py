@@ -7,15 +7,18 @@ as well. The learning rate was tuned for uniform sampling and is the same for al
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
 from transformers import set_seed
 
 from benchmarks.methods import METHODS
@@ -25,15 +28,18 @@ from benchmarks.tasks import Task, predict, task_of
 KEYS = ("task", "method", "budget", "seed")
 BUDGETS = (0.3, 0.5, 0.7, 1.0, 1.5)
 _RESAMPLES = 1000
-_COLOURS = {"uniform": "#6b7280", "ours": "#d1495b", "version 0.1": "#d1495b", "version 0.1, short": "#8f1d38"}
+_COLOURS = {"uniform": "#6b7280", "ours, all steps": "#d1495b"}
 
 
-def run(task_name: str, method: str, budget: float, seed: int) -> dict[str, Any]:
-    """Train once; what came of it."""
-    task = task_of(task_name)
+def run(
+    task_name: str, method: str, budget: float, seed: int, steps_taken: Mapping[tuple[Any, ...], int] | None = None
+) -> dict[str, Any]:
+    """Train once; what came of it. `steps_taken` has the steps of other methods, by the values of `KEYS`."""
+    task, same = task_of(task_name), METHODS[method].as_long_as
+    steps = METHODS[method].steps(task, budget) if same is None else (steps_taken or {})[task_name, same, budget, seed]
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = METHODS[method].trainer(task, budget, seed, folder)
+        trainer = METHODS[method].trainer(task, steps, seed, folder)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -58,7 +64,7 @@ def settings(key: str, value: Any) -> dict[str, Any] | None:
 
 
 def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
-    """Of the test data: accuracy and cross-entropy, or the mean squared error; `score` is what should be high."""
+    """Of the test data: accuracy and cross-entropies, or the mean squared error; `score` is what should be high."""
     outputs, labels = predict(model, task.test).double(), task.test["labels"]
     if not task.classes:
         error = nn.functional.mse_loss(outputs.flatten(), labels.double()).item()
@@ -67,8 +73,29 @@ def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
     return {
         "accuracy": accuracy,
         "cross_entropy": nn.functional.cross_entropy(outputs, labels).item(),
+        "scaled_cross_entropy": scaled_cross_entropy(outputs, labels),
         "score": accuracy,
     }
+
+
+def scaled_cross_entropy(outputs: Tensor, labels: Tensor) -> float:
+    """Cross-entropy after temperature scaling (Guo et al. 2017): whether what is lost is confidence only.
+
+    Each half of the data is divided by the temperature, in [1/20, 20], that is best for the other half.
+
+    Args:
+        outputs: `[examples, classes]`.
+        labels: `[examples]`.
+    """
+    halves = [(outputs[start::2], labels[start::2]) for start in (0, 1)]
+
+    def loss(half: tuple[Tensor, Tensor], logarithm: float) -> float:
+        return nn.functional.cross_entropy(half[0] / math.exp(logarithm), half[1]).item()
+
+    limit = math.log(20)
+    found = [minimize_scalar(lambda x, half=half: loss(half, x), bounds=(-limit, limit)).x for half in halves]
+    sizes = [len(half[1]) for half in halves]
+    return sum(n * loss(half, x) for n, half, x in zip(sizes, halves, reversed(found), strict=True)) / sum(sizes)
 
 
 # ---- compute to match ------------------------------------------------------------------------------------------------
@@ -111,9 +138,15 @@ def compute_to_match(runs: list[dict[str, Any]], task: str, method: str) -> tupl
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Markdown: compute to match, mean ranks, and the figures of uniform and ours."""
+    """Markdown: compute to match, mean ranks, and the figures of uniform and ours; of equal budgets."""
+    runs = of_equal_budgets(runs)
     ours = [found for found in runs if found["method"] in _COLOURS]
     return "\n\n".join([match_table(runs), rank_table(runs), figures_table(ours)])
+
+
+def of_equal_budgets(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the methods that end when they have learnt enough."""
+    return [found for found in runs if found["method"] not in METHODS or not METHODS[found["method"]].whole]
 
 
 def figures_table(runs: list[dict[str, Any]]) -> str:
@@ -193,6 +226,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    source, runs = digest(runs), of_equal_budgets(runs)
     tasks = _in_order(runs, "task")
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -217,7 +251,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         panel.set_axis_off()
     most = max(panels.flat, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
     figure.legend(*most.get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Source": digest(runs)})
+    figure.savefig(path, dpi=110, metadata={"Source": source})
     plt.close(figure)
 
 

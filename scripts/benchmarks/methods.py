@@ -221,30 +221,42 @@ class Method:
         settings: of `ImportanceConfig`, for ours.
         rival: its class, for others. With neither it is `Trainer` itself.
         cost: of a step, in steps of uniform training.
+        as_long_as: another method, whose runs say how many steps this one gets.
+        whole: whether it is only run with the budget of the full training.
     """
 
     settings: dict[str, Any] | None = None
     rival: type[Rival] | None = None
     cost: float = 1.0
+    as_long_as: str | None = None
+    whole: bool = False
 
     def description(self) -> dict[str, Any]:
         """All settings, as JSON takes them."""
+        if self.as_long_as is not None:
+            return {"class": Trainer.__name__, "as_long_as": self.as_long_as}
         if self.settings is None:
             return {"class": Trainer.__name__ if self.rival is None else self.rival.__name__, "cost": self.cost}
         settings = asdict(ImportanceConfig(**self.settings))
-        settings.pop("budget")
         return {name: str(value) if value == math.inf else value for name, value in settings.items()}
 
-    def trainer(self, task: Task, budget: float, seed: int, folder: str) -> Trainer:
-        """Ready to train with this share of the full training's compute."""
-        examples = len(task.train["labels"])
-        steps = round(task.epochs * -(-round(budget * examples) // task.batch) / self.cost)
+    def runs_at(self, budget: float, bound: bool) -> bool:
+        """Whether there is a run with this budget, among those that have the steps of others or among the rest."""
+        return bound == (self.as_long_as is not None) and (budget == 1.0 or not self.whole)
+
+    def steps(self, task: Task, budget: float) -> int:
+        """That are asked for with this share of the full training's compute."""
+        visits = round(budget * len(task.train["labels"]))
+        return round(task.epochs * -(-visits // task.batch) / self.cost)
+
+    def trainer(self, task: Task, steps: int, seed: int, folder: str) -> Trainer:
+        """Ready to train with so many steps."""
         common = {"model": task.model(), "args": task.arguments(folder, steps, seed)}
         common |= {"train_dataset": Rows(task.train), "data_collator": collate}
         if self.settings is not None:
             return ImportanceTrainer(**common, importance=ImportanceConfig(**self.settings))
         if self.rival is not None:
-            return RivalTrainer(**common, rival=self.rival(examples, task.batch, steps))
+            return RivalTrainer(**common, rival=self.rival(len(task.train["labels"]), task.batch, steps))
         return Trainer(**common)
 
 
@@ -255,7 +267,9 @@ def _paper(**changes: Any) -> dict[str, Any]:
 
 METHODS = {
     "uniform": Method(),
-    "ours": Method({"budget": 1.0}),
+    "ours": Method({}, whole=True),
+    "uniform, as many steps": Method(as_long_as="ours", whole=True),
+    "ours, all steps": Method({"budget": 1.0}),
     "paper": Method(_paper()),
     "paper, no weights": Method(_paper(weight_exponent=0.0)),
     "loss-proportional": Method(_paper(metric="loss")),
