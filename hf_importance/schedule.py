@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from hf_importance.sampling.progress import EffectiveVisits, GradientSample
+from hf_importance.sampling.progress import EffectiveVisits, GradientSample, learning_rate_factor
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SEGMENTS
 
@@ -63,13 +63,13 @@ class EffectiveEpochs(TrainerCallback):
     ) -> None:
         """Count the step; where it is the last one, `Trainer` ends as it does at `max_steps`."""
         self._gradients.observe()
+        self.progress.advance()
         if self._pending is not None:
             sums, arrived = self._pending
             if arrived is not None:
                 arrived.synchronize()
             self.progress.measure(sums.double())
             self._pending = None
-        self.progress.advance()
         step = state.global_step + 1
         if step % max(1, self.progress.steps_per_epoch // SEGMENTS) == 0:
             self._measure(args.device)
@@ -142,7 +142,7 @@ class EffectiveProgress(ProgressCallback):
 
 
 def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:
-    """Make a schedule of transformers follow the effective steps instead of the steps.
+    """Make a schedule of transformers follow the effective steps, and be higher by what a step is worth.
 
     Raises:
         ValueError: if it is of another kind.
@@ -156,7 +156,11 @@ def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:
 
 
 def _following(schedule: Callable[[float], float], epochs: EffectiveEpochs) -> Callable[[int], float]:
-    return lambda _: schedule(min(epochs.progress.value, epochs.progress.steps))
+    def factor(_: int) -> float:
+        progress = epochs.progress
+        return schedule(min(progress.value, progress.steps)) * learning_rate_factor(progress.gain)
+
+    return factor
 
 
 def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deepspeed: bool) -> None:

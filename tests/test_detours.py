@@ -70,6 +70,10 @@ def test_epochs_that_a_callback_ends(tmp_path, workers):
     assert run._sampler.state_dict()["outstanding"] == [] or len(run._sampler.state_dict()["outstanding"]) <= 2
 
 
+QUICK = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epochs": 8, "logging_steps": 1}
+"""With 24 examples, a training that ends before its 48 steps."""
+
+
 def test_train_twice(tmp_path):
     """The second training is that of a new trainer on the trained model."""
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, optim="sgd", learning_rate=0.1)
@@ -84,11 +88,10 @@ def test_train_twice(tmp_path):
 
 def test_train_twice_where_the_first_ends_early(tmp_path):
     """The second goes by what it learns itself."""
-    quick = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epochs": 8, "logging_steps": 1}
-    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), Recorder, **quick)
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), Recorder, **QUICK)
     first = run.state.global_step
     assert first < 48
-    fresh = tiny.trainer(tmp_path, run.model, tiny.texts(24), Recorder, **quick)
+    fresh = tiny.trainer(tmp_path, run.model, tiny.texts(24), Recorder, **QUICK)
     run.optimizer = None  # else it keeps its moments, as with `Trainer`
     run.train()
     fresh.train()
@@ -99,29 +102,31 @@ def test_train_twice_where_the_first_ends_early(tmp_path):
 
 
 def test_hyperparameter_search(tmp_path):
-    """Every trial starts from nothing."""
+    """Every trial starts from nothing, and ends when it has learnt enough."""
     pytest.importorskip("optuna").logging.set_verbosity(40)
     found = []
 
     class Watched(ImportanceTrainer):
         def train(self, *args, **kwargs):
             result = super().train(*args, **kwargs)
-            found.append((self.args.learning_rate, self.importances))
+            found.append((self.args.learning_rate, self.importances, self.state.global_step))
             return result
 
     run = Watched(
         model_init=lambda trial=None: tiny.bert(),
-        args=tiny.arguments(tmp_path, num_train_epochs=1),
-        train_dataset=tiny.texts(),
+        args=tiny.arguments(tmp_path, **QUICK),
+        train_dataset=tiny.texts(24),
         eval_dataset=tiny.texts(12),
     )
     run.hyperparameter_search(
-        backend="optuna", n_trials=2, hp_space=lambda trial: {"learning_rate": [0.0, 0.1][trial.number]}
+        backend="optuna", n_trials=2, hp_space=lambda trial: {"learning_rate": [0.0, 2e-2][trial.number]}
     )
-    assert [rate for rate, _ in found] == [0.0, 0.1]
-    for rate, importances in found:
-        alone = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), num_train_epochs=1, learning_rate=rate)
+    assert [rate for rate, *_ in found] == [0.0, 2e-2]
+    assert found[1][2] < 48, "it ends early"
+    for rate, importances, steps in found:
+        alone = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), **{**QUICK, "learning_rate": rate})
         assert torch.equal(importances, alone.importances)
+        assert steps == alone.state.global_step
 
 
 class TooLarge(Recorder):

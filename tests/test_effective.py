@@ -192,7 +192,9 @@ def test_the_learning_rate_follows_what_was_learnt(tmp_path, name):
     straight, _ = trainer_of(tmp_path, budget=1.0, lr_scheduler_type=name, lr_scheduler_kwargs=SCHEDULES[name])
     straight.create_optimizer()
     schedule = straight.create_scheduler(60).lr_lambdas[0]
-    assert watch.rates == pytest.approx([2e-3 * schedule(value) for value in watch.values[:-1]])
+    steps = list(zip(watch.values[:-1], watch.values[1:], strict=True))
+    assert watch.rates == pytest.approx([2e-3 * schedule(before) * (after - before) ** 0.5 for before, after in steps])
+    assert watch.rates != pytest.approx([2e-3 * schedule(before) for before, _ in steps]), "control"
     assert watch.rates != pytest.approx([2e-3 * schedule(step) for step in range(len(watch.rates))]) or "const" in name
 
 

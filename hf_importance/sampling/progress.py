@@ -4,7 +4,9 @@ A visit drawn by importance is worth more than a uniform one. By how much follow
 ratio ([`rates.variance_ratio`]), says how large the gradient estimate of one example is, relative to uniform sampling.
 φ, noise over signal of the gradient of a batch, says for how much of a step that matters: a step makes progress in
 proportion to 1/(1 + φ), and with uniform sampling the noise would be 1/ρ as large. So a visit counts (1 + φ/ρ)/(1 + φ).
-Our own rule.
+That is the gain ratio of AdaScale SGD (Johnson et al., ICML 2020), with importance sampling in the place of
+larger batches; as there, the schedule of the learning rate follows what was gained, and the learning rate is raised.
+By how much is the square-root rule, that of Adam with larger batches (Malladi et al. 2022, arXiv 2205.10287).
 """
 
 from __future__ import annotations
@@ -35,6 +37,18 @@ def gain(variance_ratio: float, signal: float) -> float:
     1.0
     """
     return max(1.0, 1.0 + (1.0 - signal) * (1.0 / variance_ratio - 1.0))
+
+
+def learning_rate_factor(gain: float) -> float:
+    """How much higher the learning rate is while a step is worth so many uniform ones: √gain.
+
+    Adam divides by the size of the gradient, noise included. With less noise the same learning rate still goes as far
+    in all, so that fewer steps would go less far; with √gain they go as far, and with as much noise, as all of them.
+
+    >>> learning_rate_factor(2.25)
+    1.5
+    """
+    return gain**0.5
 
 
 class EffectiveVisits:
