@@ -55,9 +55,8 @@ class ImportanceConfig:
     budget: Budget = _setting(
         "auto",
         "auto: training ends, and the learning rate has decayed, when as much was learnt as uniform sampling learns in "
-        "num_train_epochs or max_steps. While a step is worth g uniform ones, the learning rate is √g times that of the "
-        "schedule. A number above 0: so many visits per epoch over the number of examples, and "
-        "all epochs or steps are made.",
+        "num_train_epochs or max_steps. While a step is worth g uniform ones, the learning rate is √g times as high. "
+        "A number above 0: so many visits per epoch over the number of examples, and all epochs or steps are made.",
     )
     prune_mass: float = _setting(
         0.0,

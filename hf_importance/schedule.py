@@ -42,6 +42,7 @@ class EffectiveEpochs(TrainerCallback):
         self._measured_until = torch.zeros(2, dtype=torch.float64)  # the moments of the sampler that were taken
         self._pending: tuple[Tensor, torch.Event | None] | None = None
         self._forecast = True  # whether it is still to come
+        self._was_over = False
 
     def start(self, model: nn.Module, sampler: ImportanceBatchSampler, steps: int, steps_per_epoch: int) -> None:
         """Of a training of so many steps."""
@@ -53,17 +54,33 @@ class EffectiveEpochs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Resumed after its end, there is nothing left to train."""
-        if self.progress.finished:
+        """Resumed after its end, there is nothing left to train.
+
+        Raises:
+            ValueError: if the schedule is not one of ours.
+        """
+        if self.progress is None:
+            raise ValueError(
+                "With budget='auto' the learning rate follows what was learnt, but create_scheduler() was overridden "
+                f"and made a schedule that does not: return super().create_scheduler(...) there. {_HINT}"
+            )
+        self._was_over = self.progress.finished
+        if self._was_over:
             control.should_training_stop = True
             state.max_steps = state.global_step
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the step; where it is the last one, `Trainer` ends as it does at `max_steps`."""
+        """Look at the gradients, before they are gone."""
         self._gradients.observe()
-        self.progress.advance()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step, unless it overflowed; where it is the last one, `Trainer` ends as it does at `max_steps`."""
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.progress.advance()
         if self._pending is not None:
             sums, arrived = self._pending
             if arrived is not None:
@@ -79,6 +96,13 @@ class EffectiveEpochs(TrainerCallback):
         if self.progress.finished:
             state.max_steps = step
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Of an epoch without a step, after which nothing is new to evaluate or save."""
+        if self._was_over:
+            control.should_evaluate = control.should_save = control.should_log = False
+
     def _measure(self, device: torch.device) -> None:
         self._sampler.flush()
         moments = self._sampler.moments
@@ -90,7 +114,7 @@ class EffectiveEpochs(TrainerCallback):
             sums = sums.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._pending = (sums, arrived)
+        self._pending = (sums.cpu(), arrived)
 
     def forecast(self, step: int) -> str:
         """When training will end, or why it will not end early, as it looks now."""
@@ -156,10 +180,13 @@ def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:
 
 
 def _following(schedule: Callable[[float], float], epochs: EffectiveEpochs) -> Callable[[int], float]:
+    steps_to_factor = getattr(schedule, "steps_to_factor", schedule)  # of one that follows already
+
     def factor(_: int) -> float:
         progress = epochs.progress
-        return schedule(min(progress.value, progress.steps)) * learning_rate_factor(progress.gain)
+        return steps_to_factor(min(progress.value, progress.steps)) * learning_rate_factor(progress.gain)
 
+    factor.steps_to_factor = steps_to_factor
     return factor
 
 

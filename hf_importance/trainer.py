@@ -87,7 +87,11 @@ class ImportanceTrainerMixin(ReportMixin):
         if self.importance.budget == "auto":
             self._effective = EffectiveEpochs(self._sum_over_processes, self._say)
             self.add_callback(self._effective)
-            if self.pop_callback(ProgressCallback) is not None:
+            bars = [
+                bar for bar in self.callback_handler.callbacks if type(bar) is ProgressCallback
+            ]  # none of the user's
+            if bars:
+                self.remove_callback(bars[0])
                 self.add_callback(EffectiveProgress(self._effective))
 
     def _start_measuring(self) -> None:
@@ -129,6 +133,7 @@ class ImportanceTrainerMixin(ReportMixin):
 
     def _new_sampler(self, length: int) -> ImportanceBatchSampler:
         config, args = self.importance, self.args
+        self._logged_until = {}
         seed = next(seed for seed in (config.seed, args.data_seed, args.seed) if seed is not None)
         shard = Shard.of(length, args.process_index, args.world_size, seed)
         if self._sampler is None:
@@ -179,6 +184,8 @@ class ImportanceTrainerMixin(ReportMixin):
         effect: no data is loaded to be skipped, so that nothing is saved by not coming to the right place.
         """
         self._start_measuring()
+        if self._effective is not None:
+            self._effective.progress = None
         ignored, self.args.ignore_data_skip = self.args.ignore_data_skip, False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
@@ -298,7 +305,7 @@ class ImportanceTrainerMixin(ReportMixin):
             rows = rows.to("cpu", non_blocking=True)  # into pinned memory
             arrived = torch.cuda.Event()
             arrived.record()
-        self._sampler.update(draw, rows, arrived)
+        self._sampler.update(draw, rows.cpu(), arrived)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -336,7 +343,8 @@ class ImportanceTrainerMixin(ReportMixin):
         rank = self.args.process_index if exactly else 0
         if states and states[rank]["effective"] is not None:
             self._effective.load_state_dict(states[rank]["effective"], exactly)
-            self._effective.progress.value = max(self._effective.progress.value, float(done))
+            if not exactly:  # steps may be of another size: at least those that `Trainer` counts
+                self._effective.progress.value = max(self._effective.progress.value, float(done))
         else:  # of a training in which each step counted as one
             self._effective.progress.value = float(done)
         if self._effective.progress.finished:

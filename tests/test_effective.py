@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from tiny import opinionated_bert, texts
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.sampling.progress import EffectiveVisits, GradientSample, gain
+from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow
 
 SCHEDULES = {
     "linear": {},
@@ -177,9 +179,39 @@ def test_it_ends_with_other_settings_too(tmp_path, more):
 def test_without_gradients_to_read_it_ends_later_than_with_noise_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(GradientSample, "observe", lambda self: None)
     trainer, _ = trainer_of(tmp_path)
-    assert trainer.train().global_step < 60
+    steps = trainer.train().global_step
+    assert steps < 60
     sums = trainer._effective.progress._sums.tolist()
     assert trainer._effective.progress.gain == gain(sums[0] / sums[1], 0.5)
+    monkeypatch.setattr("hf_importance.sampling.progress.gain", lambda ratio, signal: gain(ratio, 0.0))
+    assert trainer_of(tmp_path)[0].train().global_step < steps
+
+
+class Told(TrainerCallback):
+    """What happened in a training."""
+
+    def __init__(self):
+        self.events = []
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.events.append(("evaluated", state.global_step))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append(("saved", state.global_step))
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_resumed_after_its_end_nothing_happens(tmp_path, strategy):
+    more = {"eval_strategy": strategy, "save_strategy": strategy, "eval_steps": 5, "save_steps": 5}
+    told = []
+    for resume in (None, True):
+        trainer, _ = trainer_of(tmp_path, **more)
+        trainer.add_callback(Told())
+        steps = trainer.train(resume_from_checkpoint=resume).global_step
+        assert steps < 60
+        told.append(trainer.callback_handler.callbacks[-1].events)
+    assert told[0][-2:] == [("evaluated", steps), ("saved", steps)]
+    assert told[1] == []
 
 
 # ---- the learning rate -----------------------------------------------------------------------------------------------
@@ -228,3 +260,83 @@ def test_a_schedule_of_a_subclass_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"StepLR.*budget=1\.0"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_schedule_that_a_subclass_makes_alone_is_refused_before_the_first_step(tmp_path):
+    class Own(ImportanceTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+            return self.lr_scheduler
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=3)
+    trainer = Own(model=opinionated_bert(), args=args, train_dataset=texts())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"create_scheduler\(\) was overridden.*budget=1\.0"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    fixed = ImportanceConfig(budget=1.0)
+    assert Own(model=opinionated_bert(), args=args, train_dataset=texts(), importance=fixed).train().global_step == 3
+
+
+def test_a_schedule_that_stays_follows_once(tmp_path):
+    """One that a subclass keeps from training to training."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), lambda step: 1.0)
+    epochs = EffectiveEpochs(lambda values: values, print)
+    epochs.progress = EffectiveVisits(10, 5)
+    epochs.progress.gain = 4.0
+    for _ in range(2):
+        follow(schedule, epochs)
+        assert schedule.lr_lambdas[0](0) == 2.0
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+class Stop(TrainerCallback):
+    """The user has enough."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_what_somebody_else_has_ended_was_not_ended_by_us(tmp_path, capsys, stopped):
+    trainer, _ = trainer_of(tmp_path)
+    if stopped:
+        trainer.add_callback(Stop())
+    trainer.train()
+    assert ("ended after" in capsys.readouterr().out) != stopped
+
+
+class Bar(ProgressCallback):
+    """Of the user."""
+
+
+def test_the_progress_bar_of_the_user_stays(tmp_path):
+    common = {"model": opinionated_bert(), "train_dataset": texts()}
+    bars = {}
+    for name, callbacks in (("ours", []), ("theirs", [Bar()])):
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=False)
+        found = ImportanceTrainer(**common, args=args, callbacks=callbacks).callback_handler.callbacks
+        bars[name] = [type(bar) for bar in found if isinstance(bar, ProgressCallback)]
+    assert bars == {"ours": [EffectiveProgress], "theirs": [Bar, EffectiveProgress]}
+
+
+def test_steps_that_overflowed_teach_nothing(tmp_path):
+    class Skips(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            type(optimizer).step_was_skipped = state.global_step < 7  # as fp16 with a scale that is much too high
+
+    values = []
+    for callbacks in ([], [Skips()]):
+        trainer, _ = trainer_of(tmp_path, importance=ImportanceConfig(metric="uniform"), max_steps=12)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        kept = AcceleratedOptimizer.step_was_skipped
+        try:
+            trainer.train()
+        finally:
+            AcceleratedOptimizer.step_was_skipped = kept
+        values.append(trainer._effective.progress.value)
+        assert trainer.state.global_step == 12
+    assert values == [12.0, 5.0]

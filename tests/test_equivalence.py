@@ -76,13 +76,12 @@ def test_learning_rate_of_the_uniform_metric_is_that_of_trainer(tmp_path, settin
 
 
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-def test_control_the_learning_rate_of_other_metrics_runs_ahead(tmp_path, sampling):
+def test_control_the_schedule_of_other_metrics_runs_ahead(tmp_path, sampling):
     settings = {"num_train_epochs": 10, "logging_steps": 1}
     plain = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), tiny.Plain, **settings)
     ours = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), importance={"sampling": sampling}, **settings)
     assert ours.state.global_step < plain.state.global_step
     rates, usual = tiny.logged(ours, "learning_rate"), tiny.logged(plain, "learning_rate")
-    assert all(rate <= other for rate, other in zip(rates, usual, strict=False))
     assert rates[-1] < 0.5 * usual[len(rates) - 1]
 
 

@@ -57,7 +57,7 @@ class ReportMixin:
 
     def _summarise(self) -> None:
         """Say what was won: of the first process's part of the data, so that nothing is sent."""
-        if self._effective is not None and self._effective.progress is not None:
+        if self._effective is not None and self._effective.progress.finished:
             steps, planned = self.state.global_step, self._effective.progress.steps
             self._say(f"Importance sampling: ended after {steps:,} of {planned:,} steps ({steps / planned:.0%}).")
         if self._sampler is not None and self._sampler.record is not None and self.is_world_process_zero():
