@@ -3,6 +3,7 @@
 import json
 import math
 from concurrent.futures import Future
+from dataclasses import replace
 
 import benchmark
 import pytest
@@ -49,13 +50,29 @@ def test_a_run_has_the_steps_of_its_budget(method, task):
         assert ("pruned" in found) == (METHODS[method].settings is not None)
 
 
-def test_runs_that_end_when_enough_was_learnt():
+@pytest.fixture
+def quick(small):
+    """A task that ends early."""
+    labels = small["digits"].train["labels"]
+    values = torch.nn.functional.one_hot(labels, 8).float()
+    columns = {"values": values, "labels": torch.where(torch.arange(96) < 12, (labels + 1) % 4, labels)}
+    small["digits"] = replace(small["digits"], train=columns, epochs=12, learning_rate=3e-2)
+    return small
+
+
+def test_runs_that_end_when_enough_was_learnt(quick):
     key = ("digits", "ours", 1.0, 1)
-    assert accuracy.run(*key)["steps"] <= 24
-    for steps in (11, 24):
+    assert accuracy.run("digits", "uniform", 1.0, 1)["steps"] == 72
+    assert accuracy.run(*key)["steps"] < 72
+    for steps in (11, 72):
         found = accuracy.run("digits", "uniform, as many steps", 1.0, 1, steps_taken={key: steps})
         assert found["steps"] == steps
-    assert found["accuracy"] == accuracy.run("digits", "uniform", 1.0, 1)["accuracy"]
+    uniform = accuracy.run("digits", "uniform", 1.0, 1)
+    assert found["cross_entropy"] == uniform["cross_entropy"]
+    raised = accuracy.run("digits", "uniform, as many, raised", 1.0, 1, steps_taken={key: 18})
+    slow = accuracy.run("digits", "uniform, as many steps", 1.0, 1, steps_taken={key: 18})
+    assert raised["steps"] == slow["steps"] == 18
+    assert raised["cross_entropy"] < slow["cross_entropy"], "twice the learning rate, far from the end"
     with pytest.raises(KeyError):
         accuracy.run("digits", "uniform, as many steps", 1.0, 2, steps_taken={key: 24})
 
@@ -237,6 +254,7 @@ def ended_runs():
         "uniform": (100, {"accuracy": 0.8, "cross_entropy": 0.5}, 0.01),
         "ours": (60, {"accuracy": 0.81, "cross_entropy": 0.49}, 0.012),
         "uniform, as many steps": (60, {"accuracy": 0.7, "cross_entropy": 0.6}, 0.02),
+        "uniform, as many, raised": (60, {"accuracy": 0.75, "cross_entropy": 0.6}, 0.02),
     }
     runs = []
     for method, (steps, reached, error) in figures.items():
@@ -259,15 +277,17 @@ def test_tables_of_what_ends_when_enough_was_learnt():
     claims = effective.claims(runs)
     assert "took 63 % of the steps in the mean over 2 tasks, from 60 % (digits) to 65 % (image)" in claims
     assert "On 1 of them" in claims
-    assert claims.endswith("it was: image (error by 0.002000 ± 0.000000).")
+    assert claims.endswith("it was: image (error by 20.0 ± 0.0 %).")
     for run in runs:
         if run.get("error") == 0.012:
             run["error"] = 0.01
     assert "On none" in effective.claims(runs), "control"
     assert effective.short_of_uniform(runs, "digits") == []
     runs = [run | {"accuracy": 0.8} if run["task"] == "digits" and run["method"] == "ours" else run for run in runs]
-    assert effective.short_of_uniform(runs, "digits") == ["accuracy by 1.50 ± 0.50"]
+    assert effective.short_of_uniform(runs, "digits") == ["accuracy by 1.50 ± 0.50 points"]
     assert effective.tables([run for run in runs if run["method"] != "ours"]).count("\n") == 1, "nothing to compare"
+    one = [run for run in runs if run["seed"] == 1 or (run["method"] == "uniform" and run["task"] == "digits")]
+    assert effective.tables(one).count("\n") == 1, "of one seed there is no error"
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------
@@ -307,7 +327,7 @@ def test_what_is_there_is_not_run_again(tmp_path, capsys, monkeypatch):
     assert after == sorted(after, key=lambda run: [run[name] for name in accuracy.KEYS])
 
 
-def test_what_has_as_many_steps_comes_last(tmp_path, monkeypatch):
+def test_what_has_as_many_steps_comes_last(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
     path = tmp_path / "accuracy.json"
     methods = ["uniform, as many steps", "ours", "uniform"]
@@ -316,8 +336,9 @@ def test_what_has_as_many_steps_comes_last(tmp_path, monkeypatch):
     steps = {}
     for run in json.loads(path.read_text())["runs"]:
         steps.setdefault((run["method"], run["budget"]), []).append(run["steps"])
-    assert steps["uniform", 1.0] == [24, 24]
-    assert steps["uniform", 0.5] == [12, 12]
+    assert steps["uniform", 1.0] == [72, 72]
+    assert steps["uniform", 0.5] == [36, 36]
+    assert max(steps["ours", 1.0]) < 72
     assert steps["ours", 1.0] == steps["uniform, as many steps", 1.0]
     assert len(steps) == 4, "what ends by itself has the full budget only"
 

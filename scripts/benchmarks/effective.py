@@ -8,10 +8,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.results import grouped, mean_and_error
+from benchmarks.results import mean_and_error
 
 _ERROR = "one standard error of the difference"
-METHODS = ("uniform", "ours", "uniform, as many steps")
+METHODS = ("uniform", "ours", "uniform, as many steps", "uniform, as many, raised")
+"""The last two are controls: is it the sampling, or only fewer steps, or only the higher learning rate?"""
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
@@ -71,26 +72,36 @@ def short_of_uniform(runs: list[dict[str, Any]], task: str) -> list[str]:
     Differences are taken seed by seed, as both begin with the same weights.
     """
     found = []
-    uniform, ours = ({run["seed"]: run for run in _of(runs, task, name)} for name in METHODS[:2])
-    for figure, sign, digits in (("accuracy", 100, 2), ("cross_entropy", -1, 3), ("error", -1, 6)):
-        pairs = [(ours[seed], run) for seed, run in uniform.items() if figure in run]
-        differences = [sign * (our[figure] - run[figure]) for our, run in pairs]
+    pairs = list(zip(_of(runs, task, "ours"), _of(runs, task, "uniform"), strict=True))
+    figures = (("accuracy", 100, 2, " points"), ("cross_entropy", -1, 3, ""), ("error", -1, 1, " %"))
+    for figure, sign, digits, unit in figures:
+        differences = [sign * (ours[figure] - uniform[figure]) for ours, uniform in pairs if figure in ours]
+        if figure == "error" and differences:  # in percent of what uniform has
+            full = statistics.mean(uniform[figure] for _, uniform in pairs)
+            differences = [100 * difference / full for difference in differences]
         if differences:
             mean, error = mean_and_error(differences)
             if mean < -error:
-                found.append(f"{figure.replace('_', '-')} by {-mean:.{digits}f} ± {error:.{digits}f}")
+                found.append(f"{figure.replace('_', '-')} by {-mean:.{digits}f} ± {error:.{digits}f}{unit}")
     return found
 
 
 def _tasks(runs: list[dict[str, Any]]) -> list[str]:
-    """Those that all the methods have runs of."""
-    groups = grouped(_whole(runs), "steps", ("task", "method"))
-    return [t for t in dict.fromkeys(run["task"] for run in runs) if all((t, method) in groups for method in METHODS)]
+    """Those of which all the methods have runs of at least two seeds."""
+    return [task for task in dict.fromkeys(run["task"] for run in runs) if len(_seeds(runs, task)) > 1]
 
 
-def _whole(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [run for run in runs if run["budget"] == 1.0]
+def _seeds(runs: list[dict[str, Any]], task: str) -> set[int]:
+    """That all the methods have runs of."""
+    seeds: dict[str, set[int]] = {method: set() for method in METHODS}
+    for run in runs:
+        if run["task"] == task and run["budget"] == 1.0 and run["method"] in seeds:
+            seeds[run["method"]].add(run["seed"])
+    return set.intersection(*seeds.values())
 
 
 def _of(runs: list[dict[str, Any]], task: str, method: str) -> list[dict[str, Any]]:
-    return [run for run in _whole(runs) if (run["task"], run["method"]) == (task, method)]
+    """Its runs with the whole budget, in the order of the seeds."""
+    seeds = _seeds(runs, task)
+    found = [run for run in runs if (run["task"], run["method"], run["budget"]) == (task, method, 1.0)]
+    return sorted((run for run in found if run["seed"] in seeds), key=lambda run: run["seed"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -222,6 +222,7 @@ class Method:
         rival: its class, for others. With neither it is `Trainer` itself.
         cost: of a step, in steps of uniform training.
         as_long_as: another method, whose runs say how many steps this one gets.
+        raised: whether the learning rate is higher by the root of what the steps are fewer by, as ours is.
         whole: whether it is only run with the budget of the full training.
     """
 
@@ -229,12 +230,13 @@ class Method:
     rival: type[Rival] | None = None
     cost: float = 1.0
     as_long_as: str | None = None
+    raised: bool = False
     whole: bool = False
 
     def description(self) -> dict[str, Any]:
         """All settings, as JSON takes them."""
         if self.as_long_as is not None:
-            return {"class": Trainer.__name__, "as_long_as": self.as_long_as}
+            return {"class": Trainer.__name__, "as_long_as": self.as_long_as, "raised": self.raised}
         if self.settings is None:
             return {"class": Trainer.__name__ if self.rival is None else self.rival.__name__, "cost": self.cost}
         settings = asdict(ImportanceConfig(**self.settings))
@@ -251,6 +253,9 @@ class Method:
 
     def trainer(self, task: Task, steps: int, seed: int, folder: str) -> Trainer:
         """Ready to train with so many steps."""
+        if self.raised:
+            full = self.steps(task, 1.0)
+            task = replace(task, learning_rate=task.learning_rate * math.sqrt(full / steps))
         common = {"model": task.model(), "args": task.arguments(folder, steps, seed)}
         common |= {"train_dataset": Rows(task.train), "data_collator": collate}
         if self.settings is not None:
@@ -269,6 +274,7 @@ METHODS = {
     "uniform": Method(),
     "ours": Method({}, whole=True),
     "uniform, as many steps": Method(as_long_as="ours", whole=True),
+    "uniform, as many, raised": Method(as_long_as="ours", raised=True, whole=True),
     "ours, all steps": Method({"budget": 1.0}),
     "paper": Method(_paper()),
     "paper, no weights": Method(_paper(weight_exponent=0.0)),

@@ -19,7 +19,7 @@ import transformers
 
 FORMAT = 2
 FOLDER = Path(__file__).parent.parent / "results"
-_PACKAGES = ("hf_importance", "torch", "transformers", "accelerate", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scikit-learn")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -84,7 +84,8 @@ def fill(
     with ProcessPoolExecutor(processes, initializer=_be_quiet) as pool:
         jobs = {pool.submit(run, *point): point for point in missing}
         for number, job in enumerate(as_completed(jobs), 1):
-            results["runs"].append(dict(zip(keys, jobs[job], strict=True)) | job.result())
+            found = {"version": version("hf_importance")} | job.result()
+            results["runs"].append(dict(zip(keys, jobs[job], strict=True)) | found)
             save(path, results, keys)
             print(f"{number}/{len(missing)} {jobs[job]}", flush=True)
 
