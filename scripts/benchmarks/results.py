@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+import hf_importance
+
 FORMAT = 2
 FOLDER = Path(__file__).parent.parent / "results"
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scikit-learn")
@@ -84,7 +86,7 @@ def fill(
     with ProcessPoolExecutor(processes, initializer=_be_quiet) as pool:
         jobs = {pool.submit(run, *point): point for point in missing}
         for number, job in enumerate(as_completed(jobs), 1):
-            found = {"version": version("hf_importance")} | job.result()
+            found = {"version": hf_importance.__version__} | job.result()
             results["runs"].append(dict(zip(keys, jobs[job], strict=True)) | found)
             save(path, results, keys)
             print(f"{number}/{len(missing)} {jobs[job]}", flush=True)
