@@ -60,7 +60,7 @@ def quick(small):
     return small
 
 
-def test_runs_that_end_when_enough_was_learnt(quick):
+def test_runs_that_end_when_enough_was_learnt(quick, tmp_path):
     key = ("digits", "ours", 1.0, 1)
     assert accuracy.run("digits", "uniform", 1.0, 1)["steps"] == 72
     assert accuracy.run(*key)["steps"] < 72
@@ -69,10 +69,12 @@ def test_runs_that_end_when_enough_was_learnt(quick):
         assert found["steps"] == steps
     uniform = accuracy.run("digits", "uniform", 1.0, 1)
     assert found["cross_entropy"] == uniform["cross_entropy"]
-    raised = accuracy.run("digits", "uniform, as many, raised", 1.0, 1, steps_taken={key: 18})
-    slow = accuracy.run("digits", "uniform, as many steps", 1.0, 1, steps_taken={key: 18})
-    assert raised["steps"] == slow["steps"] == 18
-    assert raised["cross_entropy"] < slow["cross_entropy"], "twice the learning rate, far from the end"
+    rates = {}
+    for method in ("uniform, as many steps", "uniform, as many, raised"):
+        trainer = METHODS[method].trainer(quick["digits"], 18, 1, str(tmp_path))
+        assert trainer.args.max_steps == 18
+        rates[method] = trainer.args.learning_rate
+    assert rates == pytest.approx({"uniform, as many steps": 0.03, "uniform, as many, raised": 0.06})
     with pytest.raises(KeyError):
         accuracy.run("digits", "uniform, as many steps", 1.0, 2, steps_taken={key: 24})
 
@@ -277,7 +279,10 @@ def test_tables_of_what_ends_when_enough_was_learnt():
     claims = effective.claims(runs)
     assert "took 63 % of the steps in the mean over 2 tasks, from 60 % (digits) to 65 % (image)" in claims
     assert "On 1 of them" in claims
-    assert claims.endswith("it was: image (error by 20.0 ± 0.0 %).")
+    assert "it was: image (error by 20.0 ± 0.0 %)." in claims
+    assert claims.endswith("was behind it on 2 of the 2.")
+    better = [run | ({"score": 0.9} if run["method"].endswith("raised") else {}) for run in runs]
+    assert effective.claims(better).endswith("was behind it on 0 of the 2."), "control"
     for run in runs:
         if run.get("error") == 0.012:
             run["error"] = 0.01
