@@ -59,7 +59,7 @@ def claims(runs: list[dict[str, Any]]) -> str:
         text += f"On none was accuracy or cross-entropy worse than with all steps of `Trainer` by more than {_ERROR}. "
     ahead = [t for t in tasks if all(_score(runs, t, "ours") > _score(runs, t, control) for control in METHODS[2:])]
     return text + (
-        f"`Trainer` with a schedule of as many steps, also with a learning rate that is as much higher, was behind it on "
+        f"`Trainer` with a schedule of as many steps, with its own learning rate or a raised one, was behind it on "
         f"{len(ahead)} of the {len(tasks)}."
     )
 
