@@ -122,11 +122,15 @@ class EffectiveEpochs(TrainerCallback):
         least = self._sampler.memory.least_variance_ratio()
         if least > _ALIKE:
             return (
-                f"Importance sampling has little to gain here: importances are alike, so that the gradient estimate is "
-                f"at best {least:.2f} of that of uniform sampling. Training will take about all of its {steps:,} steps."
+                f"Importance sampling has little to gain here so far (step {step:,}): importances are alike, and the "
+                f"gradient estimate is at best {least:.2f} of that of uniform sampling. Unless they differ more as the "
+                f"model learns, training will take about all of its {steps:,} steps."
             )
         end = min(steps, round(step + self.progress.left()))
-        return f"Importance sampling: training will end after about {end:,} of {steps:,} steps (step {step:,})."
+        return (
+            f"Importance sampling: as it looks now (step {step:,}), training will end after about {end:,} of {steps:,} "
+            "steps; sooner if importances differ more as the model learns."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """As tensors and plain values."""
