@@ -82,6 +82,13 @@ def test_gradients_that_cannot_be_read_have_as_much_noise_as_signal():
     assert progress.gain == 1.5
 
 
+def test_old_evidence_is_forgotten_by_half():
+    progress = EffectiveVisits(10, 5)
+    for sums in ([1.0, 1.0, 0.0, 1.0], [0.2, 1.0, 0.4, 1.0]):
+        progress.measure(torch.tensor(sums).double())
+    assert progress.gain == pytest.approx(gain((0.5 + 0.2) / (0.5 + 1.0), 0.4 / 1.5))
+
+
 def test_signal_is_what_consecutive_gradients_have_in_common():
     """g = signal + noise: the expected product is |signal|², the mean square |signal|² + noise."""
     weight = nn.Parameter(torch.zeros(64, 64))
