@@ -94,7 +94,7 @@ def test_tables_are_those_of_the_results():
         runs = runs_of(part)
         assert len(runs) >= 4
         changed = [run | {figure: 0.123 for figure in FIGURES[part] if figure in run} for run in runs]
-        assert tables(changed) != tables(runs), f"control: {name}"
+        assert tables(changed) not in README, f"control: {name}"
 
 
 def test_the_plot_and_the_figures_of_all_methods_are_those_of_the_results():
