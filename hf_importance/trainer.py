@@ -87,12 +87,10 @@ class ImportanceTrainerMixin(ReportMixin):
         if self.importance.budget == "auto":
             self._effective = EffectiveEpochs(self._sum_over_processes, self._say)
             self.add_callback(self._effective)
-            bars = [
-                bar for bar in self.callback_handler.callbacks if type(bar) is ProgressCallback
-            ]  # none of the user's
-            if bars:
-                self.remove_callback(bars[0])
-                self.add_callback(EffectiveProgress(self._effective))
+            for bar in list(self.callback_handler.callbacks):
+                if type(bar) is ProgressCallback:  # one of the user's stays
+                    self.remove_callback(bar)
+                    self.add_callback(EffectiveProgress(self._effective))
 
     def _start_measuring(self) -> None:
         self._findings_to_push: Findings | None = None

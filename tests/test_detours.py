@@ -141,7 +141,8 @@ class TooLarge(Recorder):
 
 def test_auto_find_batch_size(tmp_path):
     """The sampler is a new one for each size; what was learnt stays."""
-    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), TooLarge, auto_find_batch_size=True, num_train_epochs=1)
+    settings = {"auto_find_batch_size": True, "num_train_epochs": 1, "logging_steps": 1}
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), TooLarge, **settings)
     assert run.known == 16
     sizes = [len(draw.index) for draw in run.draws]
     assert sizes[:2] == [8, 8]
@@ -152,6 +153,9 @@ def test_auto_find_batch_size(tmp_path):
     assert sizes[2] < 8
     assert sum(sizes[2:]) == 40
     assert run.importances.isfinite().all()
+    shares = tiny.logged(run, "importance/effective_sample_size")
+    assert len(shares) >= steps
+    assert all(0 < share <= 1 + 1e-9 for share in shares), "of the visits of this sampler, not of the one before"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
