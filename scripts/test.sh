@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes a virtual environment, installs the project with the tested versions, runs the whole test suite.
+# Makes a virtual environment, installs the project with the tested versions, runs the whole test suite on all cores.
 # Arguments go to pytest: bash scripts/test.sh -k sampler
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 make_environment dev
-exec "$VENV/bin/python" -m pytest "$@"
+exec "$VENV/bin/python" -m pytest -n auto --dist loadfile "$@"
