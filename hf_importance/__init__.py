@@ -2,14 +2,18 @@
 
 To read the code, go upward, as the imports do:
 
-- `functional`: losses and importances. Pure tensors.
+- `state`: what is read from a checkpoint is checked.
+- `randomness`: random numbers that training does not miss.
 - `record`: what else was seen of every example, for people to look at.
+- `losses`: which loss a model trains with, example by example, and the importances.
 - `sampling`: which examples come next, with what weight, and when enough was learnt.
-- `checkpoint`: files of an interrupted training.
 - `data`: carries that with the batch.
+- `fingerprint`: by what training data are told.
+- `checkpoint`: files of an interrupted training.
 - `config`: all settings.
-- `objective`: which loss a model trains with.
+- `loader`: of the training loop, and one to look at.
 - `schedule`: the learning rate follows what was learnt, and training ends by it.
+- `support`: what is refused, and the way out.
 - `report`: what was learnt about the data, as table, plots, page and model card.
 - `trainer`: the hooks into `Trainer`.
 """

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hf_importance.fingerprint import differences
 from hf_importance.record import join
 from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.state import read_number, read_tensor
 
-_FORMAT = 4
+_FORMAT = 5
+_FILES = "importance_*.pt"
+_ADVICE = (
+    "Resume from another checkpoint, or remove its importance_*.pt to go on with the model as it is and importances "
+    "that are unknown."
+)
 _TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
 
 
 def save_state(checkpoint: str | Path, rank: int, ranks: int, state: dict[str, Any]) -> None:
     """Write the state of one rank into the folder of a checkpoint: tensors and plain values."""
     path = Path(checkpoint) / _name(rank, ranks)
-    for other in path.parent.glob("importance_*_of_*.pt"):  # of a run that was killed here
+    for other in path.parent.glob(_FILES):  # of a run that was killed here
         if not other.stem.endswith(f"_of_{ranks:05d}"):
             other.unlink(missing_ok=True)
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("wb") as file:
-        torch.save({"format": _FORMAT, **state}, file)
+        torch.save({"format": _FORMAT, "rank": rank, "ranks": ranks, **state}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
@@ -36,16 +45,29 @@ def load_states(checkpoint: str | Path) -> list[dict[str, Any]]:
     """The states of all ranks, in their order; none if there are no files.
 
     Raises:
-        ValueError: if a file is missing among others, damaged, or not one of ours.
+        ValueError: if a file is missing among others, damaged, or not the one that its name says.
     """
-    paths = sorted(Path(checkpoint).glob("importance_*_of_*.pt"))
+    paths = sorted(Path(checkpoint).glob(_FILES))
     if not paths:
         return []
-    ranks = int(paths[0].stem.split("_of_")[1])
-    return [_load(Path(checkpoint) / _name(rank, ranks)) for rank in range(ranks)]
+    ranks = re.search(r"_of_(\d{5})$", paths[0].stem)
+    if ranks is None:
+        raise _unreadable(paths[0], ValueError("its name is not one of ours"))
+    names = [_name(rank, int(ranks[1])) for rank in range(int(ranks[1]))]
+    for path in paths:
+        if path.name not in names:
+            raise _unreadable(path, ValueError(f"it does not belong to {paths[0].name}"))
+    return [_load(Path(checkpoint) / name, rank, len(names)) for rank, name in enumerate(names)]
 
 
-def resume(sampler: ImportanceBatchSampler, states: list[dict[str, Any]], rank: int, skip: int) -> str | None:
+def resume(
+    sampler: ImportanceBatchSampler,
+    states: list[dict[str, Any]],
+    rank: int,
+    skip: int,
+    data: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> str | None:
     """Put a sampler where it was, or as near as it can be.
 
     Args:
@@ -53,54 +75,102 @@ def resume(sampler: ImportanceBatchSampler, states: list[dict[str, Any]], rank: 
         states: what [`load_states`] gave.
         rank: this one.
         skip: see [`ImportanceBatchSampler.load_state_dict`].
+        data: what [`fingerprint.fingerprint`] says of the training data.
+        settings: that training goes on with.
 
     Returns:
         What could not be kept, None if all was.
+
+    Raises:
+        ValueError: if a state is not what a sampler like this one has written; others where parts are missing.
     """
-    if len(states) == sampler.shard.ranks and sampler.goes_on_from(states[rank]["sampler"]):
-        sampler.load_state_dict(states[rank]["sampler"], skip)
-        return None
+    data, settings = data or {}, settings or {}
     length = sampler.shard.length
-    importance = torch.full((length,), torch.nan)
-    passes, record = 0, None
+    unknown = torch.full((length,), torch.nan)
     if not states:
-        dropped = "has no importances: they start unknown."
-    elif (found := states[0]["sampler"]["length"]) != length:
+        sampler.restart(unknown, 0, skip)
+        return "has no importances: they start unknown."
+    before, samplers = states[0], [state["sampler"] for state in states]
+    changed = [
+        f"{name}={before['settings'][name]!r} (now {settings[name]!r})"
+        for name in sorted(before["settings"].keys() & settings)
+        if before["settings"][name] != settings[name]
+    ]
+    keeps = False
+    if samplers[0]["length"] != length:
         dropped = (
-            f"has the importances of {found} training examples, but there are {length}, so that it is not known which "
-            "is which: importances start unknown."
+            f"has the importances of {samplers[0]['length']} training examples, but there are {length}, so that it is "
+            "not known which is which: importances start unknown."
         )
+    elif other := differences(before["data"], data):
+        dropped = f"was written with other training data ({other}): importances start unknown."
+    elif before["settings"].get("metric") != settings.get("metric"):
+        dropped = f"was written with {' and '.join(changed)}, another measure: importances start unknown."
+    elif changed:
+        keeps = True
+        dropped = (
+            f"was written with {' and '.join(changed)}: the importances are kept, and from here on the new settings "
+            "hold, in a new order of the examples."
+        )
+    elif len(states) == sampler.shard.ranks and sampler.goes_on_from(samplers[rank]):
+        sampler.load_state_dict(samplers[rank], skip)
+        return None
     else:
+        keeps = True
         dropped = (
             "was written with another number of processes, batch size or kind of sampling: the "
             "importances are kept, the order of the examples is a new one."
         )
-        samplers = [state["sampler"] for state in states]
-        passes = samplers[0]["visits"]["passes"]
-        index = [slice(None) if state["shard"] is None else state["shard"] for state in samplers]
-        for positions, state in zip(index, samplers, strict=True):
-            importance[positions] = state["memory"]["importance"]
-        if all(state["record"] is not None for state in samplers):
-            record = join([state["record"] for state in samplers], index, length)
-    sampler.restart(importance, passes, skip, record)
+    if keeps:
+        importance, record = _join(samplers, length)
+        sampler.restart(importance, read_number(samplers[0]["visits"], "passes", int), skip, record)
+    else:
+        sampler.restart(unknown, 0, skip)
     return dropped
+
+
+@contextmanager
+def reading(checkpoint: str | Path) -> Iterator[None]:
+    """What is wrong with a state is told as a `ValueError`, with the checkpoint and the way out."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"The importances in {checkpoint} cannot be used ({_first_line(error)}). {_ADVICE}") from error
+
+
+def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str, Any] | None]:
+    """The importances and the record of all examples, of the samplers of all ranks."""
+    importance = torch.full((length,), torch.nan)
+    index = [slice(None) if state["shard"] is None else state["shard"] for state in samplers]
+    for positions, state in zip(index, samplers, strict=True):
+        mine = [len(importance[positions])]
+        importance[positions] = read_tensor(state["memory"], "importance", mine, torch.float32)
+    if any(state["record"] is None for state in samplers):
+        return importance, None
+    return importance, join([state["record"] for state in samplers], index, length)
 
 
 def _name(rank: int, ranks: int) -> str:
     return f"importance_{rank:05d}_of_{ranks:05d}.pt"
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, rank: int, ranks: int) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != _FORMAT or "sampler" not in state:
+        if state["format"] != _FORMAT:
             raise ValueError(f"its format is {state['format']!r}, wanted is {_FORMAT}")
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"The importances in {path} cannot be read ({_first_line(error)}). Resume from another checkpoint, or "
-            f"remove {path.parent}/importance_*.pt to go on with the model as it is and importances that are unknown."
-        ) from error
+        if (state["rank"], state["ranks"]) != (rank, ranks):
+            raise ValueError(f"it is that of process {state['rank']} of {state['ranks']}, under another name")
+        for name in ("sampler", "settings", "data", "objective", "logged_until"):
+            if not isinstance(state[name], dict):
+                raise ValueError(f"{name} is a {type(state[name]).__name__}")
+    except Exception as error:  # of a damaged file there is hardly one that does not come
+        raise _unreadable(path, error) from error
     return state
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"The importances in {path} cannot be read ({_first_line(error)}). {_ADVICE}")
 
 
 def _first_line(error: Exception) -> str:

@@ -156,8 +156,8 @@ class ImportanceConfig:
         if self.seed is not None:
             if isinstance(self.seed, bool) or not isinstance(self.seed, int):
                 raise TypeError(self._message("seed", "an int or None"))
-            if self.seed < 0:
-                raise ValueError(self._message("seed", "at least 0"))
+            if not 0 <= self.seed < 2**63:
+                raise ValueError(self._message("seed", "in 0 … 2^63 − 1"))
         if not isinstance(self.record, bool):
             raise TypeError(self._message("record", "True or False"))
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_importance.randomness import own_randomness
 from hf_importance.sampling.draw import Draw
 
 DRAW_KEY = "importance_draw"
 """Key of the draw in a collated batch."""
-_MOST_EXAMPLES = 1024
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+_MOST_EXAMPLES, _MOST_MASKS = 1024, 64
 """That a mean over the data is taken of: its error is then a few percent, and only scales the learning rate."""
+_MASK = 2**14
+"""Elements from which on the label of an example is a mask, which takes time to load."""
 
 
 class ImportanceDataset(Dataset):
@@ -52,6 +52,7 @@ class ImportanceCollator:
 
     Raises:
         TypeError: if `collate` does not return a mapping.
+        ValueError: if it fails at labels that are texts.
     """
 
     def __init__(self, collate: Callable[[list[Any]], MutableMapping[str, Any]]) -> None:
@@ -60,7 +61,11 @@ class ImportanceCollator:
     def __call__(self, examples_and_draw: tuple[list[Any], Draw]) -> MutableMapping[str, Any]:
         """What `DataLoader` calls with what it got from [`ImportanceDataset`]."""
         examples, draw = examples_and_draw
-        batch = self.collate(examples)
+        try:
+            batch = self.collate(examples)
+        except (TypeError, ValueError) as error:
+            refuse_texts_as_labels(examples[0], error)
+            raise
         if not isinstance(batch, MutableMapping):
             raise TypeError(
                 f"data_collator must return a dict of tensors, but returned {type(batch).__name__}: "
@@ -70,6 +75,22 @@ class ImportanceCollator:
         return batch
 
 
+def refuse_texts_as_labels(example: Any, error: Exception | None = None) -> None:
+    """Of an example that no label could be read of.
+
+    Raises:
+        ValueError: if its label is a text.
+    """
+    for name in LABEL_COLUMNS:
+        label = example.get(name) if isinstance(example, Mapping) else None
+        label = label[0] if isinstance(label, (list, tuple)) and label else label
+        if isinstance(label, str):
+            raise ValueError(
+                f"The label in {name!r} is a text, {label!r}, but must be a number: number the classes, as "
+                f"dataset.class_encode_column({name!r}) does."
+            ) from error
+
+
 def mean_over_examples(
     dataset: Any, collate: Callable[[list[Any]], MutableMapping[str, Any]], key: str, count: Callable[[Tensor], Tensor]
 ) -> float:
@@ -77,22 +98,11 @@ def mean_over_examples(
 
     The same on all ranks, in every run, and for every batch size; no random number that training would get is taken.
     """
-    examples = range(0, len(dataset), -(-len(dataset) // _MOST_EXAMPLES))
-    total = 0
-    with _own_randomness():
-        collate = copy.deepcopy(collate)  # it may have a generator of its own
-        for i in examples:
+    with own_randomness(owners=(dataset, collate)):
+        first = collate([dataset[0]])[key]
+        most = _MOST_EXAMPLES if first.numel() < _MASK else _MOST_MASKS
+        examples = range(0, len(dataset), -(-len(dataset) // most))
+        total = int(count(first).sum())
+        for i in examples[1:]:
             total += int(count(collate([dataset[i]])[key]).sum())
     return max(total, 1) / len(examples)
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    python = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(python)

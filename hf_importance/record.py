@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_importance.state import read_number, read_tensor
+
 SEEN = ("label", "loss", "prediction", "probability")
 """What is seen at a visit; NaN where the task has no such thing."""
 COLUMNS = (*SEEN, "visits", "mean_loss")
@@ -79,10 +81,16 @@ class VisitRecord:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
-        self._seen.copy_(state["seen"])
-        self._visits.copy_(state["visits"])
-        self._total_loss.copy_(state["total_loss"])
-        self.distributions = list(state["distributions"])
+        length = len(self._visits)
+        self._seen.copy_(read_tensor(state, "seen", [len(SEEN), length], torch.float32))
+        self._visits.copy_(read_tensor(state, "visits", [length], torch.int32))
+        self._total_loss.copy_(read_tensor(state, "total_loss", [length], torch.float32))
+        self.distributions = [_read_distribution(*entry) for entry in state["distributions"]]
+
+
+def _read_distribution(visits: float, quantiles: Tensor) -> tuple[float, Tensor]:
+    entry = {"visits": visits, "quantiles": quantiles}
+    return read_number(entry, "visits"), read_tensor(entry, "quantiles", [QUANTILES], torch.float32)
 
 
 def distribution(importance: Tensor) -> Tensor:
@@ -97,7 +105,8 @@ def join(states: Sequence[Mapping[str, Any]], index: Sequence[Tensor | slice], l
     whole = VisitRecord(length).state_dict()
     for state, positions in zip(states, index, strict=True):
         for name in ("seen", "visits", "total_loss"):
-            whole[name][..., positions] = state[name]
+            mine = whole[name][..., positions]
+            whole[name][..., positions] = read_tensor(state, name, mine.shape, mine.dtype)
     return whole | {"distributions": list(states[0]["distributions"])}
 
 

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SchedulerType
 
 from hf_importance.sampling.progress import EffectiveVisits, GradientSample, learning_rate_factor
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SEGMENTS
+from hf_importance.state import read_number, read_tensor
 
 _FORECAST_AFTER = 0.2
 """Of the training, as soon as which it is said when it will end."""
 _ALIKE = 0.95
 """A least variance ratio above it leaves nothing to gain."""
-_HINT = "Pass ImportanceConfig(budget=1.0): then all epochs or steps are made, with any schedule."
-_NOT_BY_STEPS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+ALL_STEPS = "Pass ImportanceConfig(budget=1.0): then all epochs or steps are made, with any schedule."
 
 
 class EffectiveEpochs(TrainerCallback):
@@ -62,7 +61,7 @@ class EffectiveEpochs(TrainerCallback):
         if self.progress is None:
             raise ValueError(
                 "With budget='auto' the learning rate follows what was learnt, but create_scheduler() was overridden "
-                f"and made a schedule that does not: return super().create_scheduler(...) there. {_HINT}"
+                f"and made a schedule that does not: return super().create_scheduler(...) there. {ALL_STEPS}"
             )
         self._was_over = self.progress.finished
         if self._was_over:
@@ -147,11 +146,12 @@ class EffectiveEpochs(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any], exactly: bool) -> None:
         """Go on where [`state_dict`] was taken; not `exactly` if the sampler has begun anew."""
         self.progress.load_state_dict(state["progress"])
-        self._forecast = state["forecast"]
+        self._forecast = read_number(state, "forecast", bool)
         if exactly:
             self._gradients.load_state_dict(state["gradients"])
-            self._measured_until = state["measured_until"]
-            self._pending = None if state["pending"] is None else (state["pending"], None)
+            self._measured_until = read_tensor(state, "measured_until", [2], torch.float64)
+            pending = read_tensor(state, "pending", [4], torch.float32, optional=True)
+            self._pending = None if pending is None else (pending, None)
 
 
 class EffectiveProgress(ProgressCallback):
@@ -178,7 +178,7 @@ def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
             f"With budget='auto' the learning rate follows what was learnt, which the schedule "
-            f"{type(scheduler).__name__} cannot. {_HINT}"
+            f"{type(scheduler).__name__} cannot. {ALL_STEPS}"
         )
     scheduler.lr_lambdas = [_following(schedule, epochs) for schedule in scheduler.lr_lambdas]
 
@@ -192,23 +192,3 @@ def _following(schedule: Callable[[float], float], epochs: EffectiveEpochs) -> C
 
     factor.steps_to_factor = steps_to_factor
     return factor
-
-
-def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deepspeed: bool) -> None:
-    """Of what is known before training.
-
-    Raises:
-        ValueError: where the learning rate cannot follow what was learnt.
-    """
-    found = None
-    if args.lr_scheduler_type in _NOT_BY_STEPS:
-        found = f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}"
-    elif scheduler is not None:
-        found = f"the schedule {type(scheduler).__name__} in optimizers"
-    elif deepspeed:
-        found = "a schedule that DeepSpeed runs"
-    if found is not None:
-        raise ValueError(
-            f"With budget='auto' the learning rate follows what was learnt, which {found} cannot. {_HINT} Or use a "
-            "schedule by steps, as lr_scheduler_type='linear'."
-        )

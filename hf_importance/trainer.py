@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -16,38 +16,35 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_importance.checkpoint import load_states, newest_complete, resume, save_state
+from hf_importance.checkpoint import load_states, newest_complete, reading, resume, save_state
 from hf_importance.config import ImportanceConfig
-from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
-from hf_importance.objective import Measured, Objective, PerExampleLoss
+from hf_importance.data import DRAW_KEY, LABEL_COLUMNS, mean_over_examples, refuse_texts_as_labels
+from hf_importance.fingerprint import fingerprint
+from hf_importance.loader import PreviewLoader, training_loader
+from hf_importance.losses.heads import Labels, PerExampleLoss
+from hf_importance.losses.objective import Measured, Objective
+from hf_importance.randomness import own_randomness
 from hf_importance.record import VisitRecord
-from hf_importance.report.findings import Findings
 from hf_importance.report.hooks import ReportMixin
 from hf_importance.sampling.draw import Draw, Shard
-from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.memory import ImportanceMemory, unimportant
 from hf_importance.sampling.sampler import ImportanceBatchSampler
-from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow, refuse_schedule
+from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow
+from hf_importance.state import read_number
+from hf_importance.support import (
+    TrainingWatch,
+    refuse_arguments,
+    refuse_loader,
+    refuse_overrides,
+    refuse_training,
+    refuse_version,
+    seed_of,
+    unmeasured,
+)
 
 logger = logging.get_logger(__name__)
 
-_WORKER_SETTINGS = (
-    "num_workers",
-    "pin_memory",
-    "persistent_workers",
-    "multiprocessing_context",
-    "prefetch_factor",
-    "in_order",
-    "timeout",
-    "worker_init_fn",
-)
-
-
-def _generator_of_worker_seeds() -> torch.Generator:
-    """For persistent workers, which are seeded once, by a random number that is taken at the first iteration.
-
-    A resumed run has that in another epoch, and would be one number of the global generator off from there on.
-    """
-    return torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+refuse_version()
 
 
 class ImportanceTrainerMixin(ReportMixin):
@@ -56,9 +53,10 @@ class ImportanceTrainerMixin(ReportMixin):
     Args:
         importance: the settings, by default `ImportanceConfig()`.
         per_example_loss_func: `f(outputs, labels) -> Tensor[batch]`, for a loss that is not the usual cross-entropy,
-            binary cross-entropy or squared error of a classification or regression head. It is computed from
-            `outputs["logits"]` and does not couple the examples of a batch. `labels` is a tensor, or a dict of them if
-            the model has several label names.
+            binary cross-entropy or squared error of a classification or regression head. It is computed from what the
+            model returns, as `outputs["logits"]`, and does not couple the examples of a batch. `labels` is what the
+            collator makes of them, a dict if the model has several label names, and where there are none the inputs of
+            the model. It is the loss of evaluations, too.
         report_examples_to_hub: let `push_to_hub` upload the whole report, in which training examples, their labels and
             predictions can be seen; by default only importances and plots.
         *args, **kwargs: as for `Trainer`.
@@ -83,6 +81,9 @@ class ImportanceTrainerMixin(ReportMixin):
         self.report_examples_to_hub = report_examples_to_hub
         self.loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch
         self._refuse_unsupported()
+        if per_example_loss_func is not None and not self.label_names:
+            self._find_label_names()
+        self.callback_handler.callbacks.insert(0, TrainingWatch(self, ImportanceTrainerMixin))
         self._effective: EffectiveEpochs | None = None
         if self.importance.budget == "auto":
             self._effective = EffectiveEpochs(self._sum_over_processes, self._say)
@@ -92,53 +93,86 @@ class ImportanceTrainerMixin(ReportMixin):
                     self.remove_callback(bar)
                     self.add_callback(EffectiveProgress(self._effective))
 
+    def _refuse_unsupported(self) -> None:
+        refuse_arguments(self)
+        if self.train_dataset is not None:
+            refuse_training(self)
+            refuse_overrides(type(self), ImportanceTrainerMixin, self.per_example_loss_func is not None)
+
+    def _find_label_names(self) -> None:
+        """Of a model whose `forward` has no labels: they are in the data, for our loss alone, or there are none."""
+        data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        with own_randomness(owners=(data,)):
+            example = data[0] if hasattr(data, "__getitem__") and not isinstance(data, dict) and len(data) else {}
+        if isinstance(example, Mapping) and set(LABEL_COLUMNS) & set(example):
+            self.label_names = ["labels"]
+        else:
+            self.can_return_loss = True  # so that `Trainer` evaluates it
+
     def _start_measuring(self) -> None:
-        self._findings_to_push: Findings | None = None
         self._examples_to_show: Any = None
         self._sampler: ImportanceBatchSampler | None = None
         self._objective: Objective | None = None
         self._mean_over_examples: Callable[..., float] | None = None
-        self._draw: Draw | None = None
+        self._loop_wants_loader = False
+        self._loop_loader: DataLoader | None = None
+        self._trained: nn.Module | None = None  # what the step is given
+        self._drawn: list[tuple[dict[str, Any], Draw]] = []  # batches of this step
+        self._gathered: dict[str, Tensor] = {}  # columns of the examples of all processes
+        self._draw: Draw | None = None  # of the batch that is trained on
+        self._measured: Draw | None = None  # last
+        self._data_are: dict[str, Any] | None = None  # their fingerprint
         self._logged_until: dict[str, float] = {}
 
     # ---- the training data -------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader:
-        """The loader of `Trainer` with our sampler, its data set and collator wrapped to carry the draws."""
-        base = super().get_train_dataloader()
-        self.accelerator._dataloaders.remove(base)
-        self._sampler = self._new_sampler(len(base.dataset))
-        self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
-        loader = DataLoader(
-            ImportanceDataset(base.dataset),
-            batch_sampler=self._sampler,
-            collate_fn=ImportanceCollator(base.collate_fn),
-            generator=_generator_of_worker_seeds() if base.persistent_workers else None,
-            **{name: getattr(base, name) for name in _WORKER_SETTINGS},
-        )
-        loader = prepare_data_loader(  # `accelerator.prepare` would deal out the draws of one process to all of them
-            loader,
-            self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=self.accelerator.device_placement,
-            rng_types=None,
-            dispatch_batches=False,
-            non_blocking=self.accelerator.non_blocking,
-        )
-        self.accelerator._dataloaders.append(loader)
-        return loader
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._loop_wants_loader, self._loop_loader = True, None
+        return super()._inner_training_loop(*args, **kwargs)
 
-    def _new_sampler(self, length: int) -> ImportanceBatchSampler:
-        config, args = self.importance, self.args
-        self._logged_until = {}
-        seed = next(seed for seed in (config.seed, args.data_seed, args.seed) if seed is not None)
-        shard = Shard.of(length, args.process_index, args.world_size, seed)
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of the training data. Whoever asks but the training loop gets some to look at, with no effect."""
+        if self._loop_loader is not None and self._loop_wants_loader:  # asked for twice by an override
+            return self._loop_loader
+        base = self._base_loader()
+        if not self._loop_wants_loader:
+            return PreviewLoader(base, self._new_sampler(), self.args.device)
+        self._drawn, self._logged_until = [], {}
+        self._sampler = self._new_sampler(self._sampler)
+        self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
+        if self.args.save_strategy != "no":
+            self._fingerprint()  # before anything changes the data set, as by `set_epoch`
+        self._loop_loader = training_loader(base, self._sampler, self.accelerator)
+        return self._loop_loader
+
+    def loader_to_look_at(self) -> DataLoader:
+        """What [`TrainingWatch`] gives to callbacks; from here on the training loop has its own."""
         if self._sampler is None:
+            raise ValueError(
+                "The training loop has a loader that was not made for it by get_train_dataloader() of "
+                "ImportanceTrainer: it must be asked for anew in each training, by super().get_train_dataloader()."
+            )
+        self._loop_wants_loader, self._loop_loader = False, None
+        return PreviewLoader(self._base_loader(), self._new_sampler(), self.args.device)
+
+    def _base_loader(self) -> DataLoader:
+        """That of `Trainer`, whose data, collator and settings ours have."""
+        base = super().get_train_dataloader()
+        loaders, args = self.accelerator._dataloaders, self.args
+        loaders[:] = [loader for loader in loaders if loader is not base]
+        refuse_loader(base, type(self), self._train_batch_size, args.dataloader_drop_last, len(self.train_dataset))
+        return base
+
+    def _new_sampler(self, before: ImportanceBatchSampler | None = None) -> ImportanceBatchSampler:
+        """With what was learnt `before`, by an attempt of `auto_find_batch_size`."""
+        config, args = self.importance, self.args
+        seed = seed_of(config, args)
+        shard = Shard.of(len(self.train_dataset), args.process_index, args.world_size, seed)
+        if before is None:
             memory = ImportanceMemory(len(shard), config.memory_momentum)
             record = VisitRecord(len(shard)) if config.record else None
-        else:  # another attempt of `auto_find_batch_size`, which keeps what was learnt
-            memory, record = self._sampler.memory, self._sampler.record
+        else:
+            memory, record = before.memory, before.record
         sampler = ImportanceBatchSampler(
             memory,
             self._train_batch_size,
@@ -181,6 +215,7 @@ class ImportanceTrainerMixin(ReportMixin):
         `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end. `ignore_data_skip` has no
         effect: no data is loaded to be skipped, so that nothing is saved by not coming to the right place.
         """
+        self._refuse_unsupported()
         self._start_measuring()
         if self._effective is not None:
             self._effective.progress = None
@@ -191,26 +226,59 @@ class ImportanceTrainerMixin(ReportMixin):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = ignored
+            self._drawn = []
             if self._sampler is not None:
                 self._sampler.flush(everything=True)
             if self._objective is not None:
                 self._objective.close()
+        self._gather()
         self._summarise()
         return output
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As `Trainer.training_step`; takes the draw out of the batch before anything else looks at it."""
-        self._draw = inputs.pop(DRAW_KEY, None)
-        if self._draw is None:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """As `Trainer.get_batch_samples`; takes the draws out of the batches before anything else looks at them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._drawn = [(batch, batch.pop(DRAW_KEY)) for batch in batches if DRAW_KEY in batch]
+        if len(self._drawn) < len(batches):
             raise ValueError(
-                f"The batch carries no {DRAW_KEY!r}: training data must come from get_train_dataloader() of "
+                "The batch carries no draw: training data must come from get_train_dataloader() of "
                 "ImportanceTrainer; to change the data, wrap the data set or the collator instead."
             )
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer.training_step`."""
+        self._draw, self._trained = self._draw_of(inputs), model
         self._sampler.use(self._draw)
         try:
-            return super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            if self._measured is not self._draw:
+                raise unmeasured(type(self), ImportanceTrainerMixin)
+            return loss
         finally:
-            self._draw = None
+            self._draw = self._trained = None
+
+    def _draw_of(self, inputs: dict[str, Any]) -> Draw:
+        """Of this batch, or of the one that users have made it of: by its tensors, what is in them, else the next."""
+        if not self._drawn:
+            raise ValueError("training_step is for train(): outside of it no batch has a draw. Use compute_loss.")
+        for batch, draw in self._drawn:
+            if batch is inputs or any(batch.get(name) is value for name, value in _tensors(inputs)):
+                return draw
+        if len(self._drawn) > 1:
+            alike = [
+                sum(_equal(batch.get(name), value) for name, value in _tensors(inputs)) for batch, _ in self._drawn
+            ]
+            if alike.count(max(alike)) == 1:
+                return self._drawn[alike.index(max(alike))][1]
+        waiting = [draw for _, draw in self._drawn if self._sampler.is_outstanding(draw)]
+        return waiting[0] if waiting else self._drawn[-1][1]
+
+    def has_measured(self) -> bool:
+        """Whether a batch of this step was; for [`TrainingWatch`]."""
+        return any(draw is self._measured for _, draw in self._drawn)
 
     def compute_loss(
         self,
@@ -219,19 +287,31 @@ class ImportanceTrainerMixin(ReportMixin):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """In a training step the mean of weight · loss over the batch; elsewhere as `Trainer.compute_loss`."""
-        if self._draw is None:
+        """In a training step the mean of weight · loss over the batch.
+
+        Elsewhere the mean of `per_example_loss_func`, or as `Trainer.compute_loss` if there is none.
+        """
+        if self._draw is None and self.per_example_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._objective is None:
-            self._objective = self._new_objective()
         inputs = dict(inputs)
         labels = self._pop_labels(inputs)
-        measured = self._objective(model, inputs, labels, len(self._draw.index))
-        self._send(self._draw, measured)
-        losses = measured.losses
-        weight = torch.tensor(self._draw.weight, dtype=losses.dtype).to(losses.device, non_blocking=True)
-        loss = (weight * losses).mean() + measured.added
-        return (loss, measured.outputs) if return_outputs else loss
+        if self._draw is None:
+            inputs.pop("skip_logits", None)  # of the kernels of Liger, which would leave us without them
+            loss, outputs = self._get_objective().evaluate(model, inputs, labels)
+        else:
+            measured = self._get_objective()(model, inputs, labels, len(self._draw.index))
+            if model is self._trained and self._measured is not self._draw:  # not of a teacher, nor a second time
+                self._send(self._draw, measured)
+            weight = torch.tensor(self._draw.weight, dtype=measured.losses.dtype)
+            loss = measured.weighted_mean(weight.to(measured.losses.device, non_blocking=True))
+            outputs = measured.outputs
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_objective(self) -> Objective:
+        """Made when it is wanted first: by then the engine has wrapped the model."""
+        if self._objective is None:
+            self._objective = self._new_objective()
+        return self._objective
 
     def _new_objective(self) -> Objective:
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
@@ -246,14 +326,20 @@ class ImportanceTrainerMixin(ReportMixin):
             mean_over_examples=self._mean_over_examples,
         )
 
-    def _pop_labels(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _pop_labels(self, inputs: dict[str, Any]) -> Labels:
         names = [name for name in self.label_names or ["labels"] if name in inputs]
-        if not names:
+        if not names and (self.per_example_loss_func is None or self.label_names):
+            refuse_texts_as_labels(self.train_dataset[0])
             raise ValueError(
-                f"The training batch has no {self.label_names or ['labels']}, only {list(inputs)}: name the label "
-                "column so, or set label_names in TrainingArguments."
+                f"The batch has no {self.label_names or ['labels']}, only {list(inputs)}: name the label column so, "
+                "set label_names in TrainingArguments, and leave labels in the batch where you override something. For "
+                "a model that learns without labels pass per_example_loss_func=f with f(outputs, inputs) -> "
+                "Tensor[batch]."
             )
-        return {name: inputs.pop(name) for name in names}
+        labels = {name: inputs.pop(name) for name in names}
+        if not any(isinstance(value, Tensor) for value in inputs.values()):
+            inputs.update(labels)  # what it learns to restore, as masked images
+        return labels
 
     # ---- importances -------------------------------------------------------------------------------------------------
 
@@ -261,31 +347,52 @@ class ImportanceTrainerMixin(ReportMixin):
     def importances(self) -> Tensor:
         """float32 `[examples]` of `train_dataset`, as measured last; NaN where unknown.
 
-        With several processes a collective: all of them must ask. During training on a GPU it lags one step behind.
+        With several processes those of the others are as they were at the last checkpoint, or at the end of training:
+        nothing is sent, so that any process may ask. During training on a GPU it lags one step behind.
+
+        Raises:
+            ValueError: if there is no training data.
         """
+        if self.train_dataset is None:
+            raise ValueError("There are importances of train_dataset only: pass it to ImportanceTrainer.")
         if self._sampler is None:
             return torch.full((len(self.train_dataset),), torch.nan)
-        return self._gathered(self._sampler.importance)
+        return self._of_all_examples("importance", self._sampler.importance)
 
     @property
     def kept_indices(self) -> Tensor:
         """int64 `[kept]`, ascending: examples of `train_dataset` to go on with, as for `dataset.select`.
 
-        All but those that together hold less than `prune_mass` of the importance, as it is now. With several processes
-        a collective.
+        All but those that together hold less than `prune_mass` of the importance, as `importances` gives it.
         """
-        if self._sampler is None:
-            return torch.arange(len(self.train_dataset))
-        unimportant = self._sampler.memory.unimportant(self.importance.prune_mass)
-        return (self._gathered(unimportant.float()) == 0).nonzero().flatten()
+        return (~unimportant(self.importances, self.importance.prune_mass)).nonzero().flatten()
 
-    def _gathered(self, values: Tensor) -> Tensor:
-        """From `[examples of this rank]` to those of all."""
+    def _of_all_examples(self, name: str, mine: Tensor) -> Tensor:
+        """A column that the examples of this process have, with what was last gathered of the others."""
         shard = self._sampler.shard
         if shard.index is None:
-            return values.clone()
-        whole = torch.zeros(shard.length, dtype=values.dtype).index_copy_(0, shard.index, values)
-        return self._sum_over_processes(whole.to(self.accelerator.device)).cpu()
+            return mine.clone()
+        unknown = torch.nan if mine.is_floating_point() else 0
+        whole = self._gathered.get(name, torch.full((shard.length,), unknown)).to(mine.dtype, copy=True)
+        return whole.index_copy_(0, shard.index, mine)
+
+    def _gather(self) -> None:
+        """Get the columns of all processes, where all of them are: importances to each, the others to the first."""
+        shard, columns = self._sampler.shard, self._columns()
+        if shard.index is None:
+            return
+        whole = torch.zeros(len(columns), shard.length)
+        whole[:, shard.index] = torch.stack([column.float() for column in columns.values()])
+        whole = self._sum_over_processes(whole.to(self.accelerator.device)).cpu()
+        self._gathered = dict(zip(columns, whole, strict=True))
+        if not self.is_world_process_zero():
+            self._gathered = {"importance": self._gathered["importance"].clone()}
+
+    def _columns(self) -> dict[str, Tensor]:
+        """Of the examples of this process."""
+        sampler = self._sampler
+        record = {} if sampler.record is None else sampler.record.columns()
+        return {**record, "importance": sampler.importance, "pruned": sampler.pruned}
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
@@ -295,6 +402,7 @@ class ImportanceTrainerMixin(ReportMixin):
 
         In one tensor, `[1, batch]` or `[5, batch]`: the importances, and what is to be taken down.
         """
+        self._measured = draw
         rows = measured.importance.float()[None]
         if self.importance.record:
             rows = torch.cat([rows, measured.seen])
@@ -313,12 +421,27 @@ class ImportanceTrainerMixin(ReportMixin):
         if self._sampler is None:
             return
         state = {
+            "settings": self._settings(),
+            "data": self._fingerprint(),
             "sampler": self._sampler.state_dict(),
             "effective": None if self._effective is None else self._effective.state_dict(),
+            "objective": self._get_objective().state_dict(),
             "logged_until": self._logged_until,
         }
         save_state(output_dir, self.args.process_index, self.args.world_size, state)
+        self._gather()
         self.accelerator.wait_for_everyone()
+
+    def _settings(self) -> dict[str, Any]:
+        """That a resumed training must share with the one that it resumes."""
+        settings = asdict(self.importance) | {"seed": seed_of(self.importance, self.args)}
+        settings["budget"] = 1.0 if self.importance.budget == "auto" else self.importance.budget
+        return {name: value for name, value in settings.items() if name != "record"}
+
+    def _fingerprint(self) -> dict[str, Any]:
+        if self._data_are is None:
+            self._data_are = fingerprint(self.train_dataset, {*LABEL_COLUMNS, *self.label_names})
+        return self._data_are
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also our state: here the sampler exists, and nothing was drawn."""
@@ -329,13 +452,17 @@ class ImportanceTrainerMixin(ReportMixin):
         done = self.state.global_step
         skip = done % self._steps_per_epoch * accumulation  # by `Trainer`, after this
         states = load_states(checkpoint)
-        dropped = resume(self._sampler, states, self.args.process_index, skip)
+        rank, data = self.args.process_index, self._fingerprint()
+        with reading(checkpoint):
+            dropped = resume(self._sampler, states, rank, skip, data, self._settings())
+            if dropped is None:
+                logged = states[rank]["logged_until"]
+                self._logged_until = {name: read_number(logged, name) for name in logged}
+                self._get_objective().load_state_dict(states[rank]["objective"])
+            if self._effective is not None:
+                self._resume_effective(states, done, exactly=dropped is None)
         if dropped:
             logger.warning(f"{checkpoint} {dropped}")
-        else:
-            self._logged_until = states[self.args.process_index]["logged_until"]
-        if self._effective is not None:
-            self._resume_effective(states, done, exactly=dropped is None)
 
     def _resume_effective(self, states: list[dict[str, Any]], done: int, exactly: bool) -> None:
         rank = self.args.process_index if exactly else 0
@@ -357,51 +484,13 @@ class ImportanceTrainerMixin(ReportMixin):
         logger.warning(f"No checkpoint in {self.args.output_dir} was written to its end: training starts anew.")
         return False
 
-    # ---- what is refused ---------------------------------------------------------------------------------------------
 
-    def _refuse_unsupported(self) -> None:
-        if not isinstance(self.importance, ImportanceConfig):
-            raise TypeError(f"importance must be an ImportanceConfig, but is {type(self.importance).__name__}.")
-        if not isinstance(self.report_examples_to_hub, bool):
-            raise TypeError(f"report_examples_to_hub must be True or False, but is {self.report_examples_to_hub!r}.")
-        if self.importance.budget == "auto" and self.train_dataset is not None:
-            refuse_schedule(self.args, self.lr_scheduler, self.is_deepspeed_enabled)
-        if self.compute_loss_func is not None:
-            raise ValueError(
-                "compute_loss_func returns one number for the batch, which cannot be weighted per example: pass "
-                "per_example_loss_func=f with f(outputs, labels) -> Tensor[batch] instead."
-            )
-        if self.args.train_sampling_strategy != "random":
-            raise ValueError(
-                f"train_sampling_strategy must be 'random', but is {self.args.train_sampling_strategy!r}: importance "
-                "sampling decides the order itself. Leave it out, or use Trainer."
-            )
-        if max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size()) > 1:
-            raise ValueError(
-                "parallelism_config has tensor, context or sequence parallelism, in which several processes share a "
-                "batch: ImportanceTrainer only supports data parallelism (DDP, FSDP, ZeRO)."
-            )
-        if self.args.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "accelerator_config.dispatch_batches must not be True: only whole batches carry their draw."
-            )
-        if not (self.per_example_loss_func is None or callable(self.per_example_loss_func)):
-            raise TypeError(
-                "per_example_loss_func must be a function f(outputs, labels) -> Tensor[batch], but is "
-                f"{type(self.per_example_loss_func).__name__}."
-            )
-        data = self.train_dataset
-        if data is None:
-            return
-        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-            raise ValueError(
-                f"train_dataset must have a length and be indexed by position, but {type(data).__name__} is a stream, "
-                "and importance sampling comes back to examples: load it without streaming, or use Trainer."
-            )
-        if len(data) < self.args.world_size:
-            raise ValueError(
-                f"train_dataset must have an example for each of {self.args.world_size} processes, but has {len(data)}."
-            )
+def _tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value) for name, value in inputs.items() if isinstance(value, Tensor))
+
+
+def _equal(before: Any, now: Tensor) -> bool:
+    return isinstance(before, Tensor) and before.shape == now.shape and torch.equal(before.to(now.device), now)
 
 
 class ImportanceTrainer(ImportanceTrainerMixin, Trainer):

@@ -98,11 +98,15 @@ def collectives(folder):
 
 
 def shown(folder):
-    """The report and the model card, which all processes make together and one writes."""
+    """The report and the model card, for which the first process asks alone, and the last one for importances."""
     run = trained(folder)
-    page = run.importance_report()
-    run.create_model_card()
-    return {"page": None if page is None else str(page), "columns": run._findings().columns, **report(run)}
+    first, last = run.args.process_index == 0, run.args.process_index == run.args.world_size - 1
+    page = run.importance_report() if first else None
+    if first:
+        run.create_model_card()
+    kept = run.kept_indices if last else None
+    columns = run._findings().columns if first else None
+    return {"page": None if page is None else str(page), "columns": columns, "kept": kept, **report(run)}
 
 
 def given(index, weight, ranks=1, rank=0):

@@ -37,7 +37,8 @@ SETTINGS = [
     ("prune_mass", -0.01, ValueError, r"must be in \[0, 1\)"),
     ("record", "yes", TypeError, "must be True or False"),
     ("importance_increment", -1.0, ValueError, "must be at least 0 and finite"),
-    ("seed", -1, ValueError, "must be at least 0"),
+    ("seed", -1, ValueError, r"must be in 0 … 2\^63 − 1, but is -1"),
+    ("seed", 2**63, ValueError, r"must be in 0 … 2\^63 − 1"),
     ("seed", 0.5, TypeError, "must be an int or None"),
     ("seed", True, TypeError, "must be an int or None"),
 ]
@@ -161,10 +162,11 @@ IN_TRAINING = {
         lambda: tiny.bert(problem_type="regression"), tiny.texts(), {"label_smoothing_factor": 0.1},
         "label_smoothing_factor is for single-label classification, not regression",
     ),
-    "tuple": (lambda: Returns(lambda z, y: (z,)), tiny.texts(), {}, "dict with 'logits', but returned tuple"),
+    "tuple": (lambda: Returns(lambda z, y: (z,)), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"),
+    "numbers": (lambda: Returns(lambda z, y: [1.0]), tiny.texts(), {}, "or a tuple that begins so, but returned list"),
     "no logits": (
         lambda: Returns(lambda z, y: {"loss": z.mean(), "logits_per_text": z}), tiny.texts(), {},
-        r"dict with 'logits', but returned the keys \['loss', 'logits_per_text'\].*couple the examples.*use Trainer",
+        r"dict with 'logits', .*but returned the keys \['loss', 'logits_per_text'\].*couple the examples.*use Trainer",
     ),
     "logits of the batch": (
         lambda: Returns(lambda z, y: {"loss": z.mean(), "logits": z.mean(0)}), tiny.texts(), {},
@@ -191,7 +193,7 @@ IN_TRAINING = {
         tiny.bert, tiny.texts(), {"more": {"data_collator": list}},
         "data_collator must return a dict of tensors, but returned list",
     ),
-    "loader": (tiny.bert, tiny.texts(), {"cls": ForeignLoader}, "The batch carries no 'importance_draw'"),
+    "loader": (tiny.bert, tiny.texts(), {"cls": ForeignLoader}, "The batch carries no draw"),
     "last layer of tokens": (
         tiny.token_bert, tiny.token_rows(), {"importance": {"metric": "last_layer_gradient"}, **loss(None)},
         r"needs features \[8, hidden\] at the last layer, not \[8, .*use metric='logit_gradient'",

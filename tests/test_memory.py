@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import tensor
 
-from hf_importance.sampling.memory import ImportanceMemory, mean_importance
+from hf_importance.sampling.memory import ImportanceMemory, mean_importance, unimportant
 
 
 def remembering(importance, **settings):
@@ -130,7 +130,7 @@ def test_increase_leaves_the_unknown_ones():
 
 
 @pytest.mark.parametrize(
-    ("importance", "mass", "unimportant"),
+    ("importance", "mass", "left_out"),
     [
         ([1.0, 2.0, 3.0, 14.0], 0.11, [0]),
         ([1.0, 2.0, 3.0, 14.0], 0.16, [0, 1]),
@@ -150,10 +150,10 @@ def test_increase_leaves_the_unknown_ones():
         ([1.0, 2.0, 3.0, 14.0], 0.0, []),
     ],
 )
-def test_unimportant(importance, mass, unimportant):
+def test_unimportant(importance, mass, left_out):
     memory = remembering(importance)
-    assert memory.unimportant(mass).dtype == torch.bool
-    assert memory.unimportant(mass).nonzero().flatten().tolist() == unimportant
+    assert unimportant(memory.importance, mass).dtype == torch.bool
+    assert unimportant(memory.importance, mass).nonzero().flatten().tolist() == left_out
     assert same(memory.importance, tensor(importance)), "nothing is changed"
 
 
@@ -161,7 +161,7 @@ def test_unimportant(importance, mass, unimportant):
 def test_what_is_unimportant_holds_less_than_that_share(seed):
     memory = remembering((torch.rand(200, generator=torch.Generator().manual_seed(seed)) ** 3).tolist())
     for mass in (0.01, 0.1, 0.3):
-        found, q = memory.unimportant(mass), memory.importance.double()
+        found, q = unimportant(memory.importance, mass), memory.importance.double()
         assert q[found].sum() < mass * q.sum()
         assert q[found].max() < q[~found].min(), "the smallest ones"
         next_one = q[~found].min()

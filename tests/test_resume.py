@@ -2,13 +2,20 @@
 
 import json
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
+import datasets
+import numpy
 import pytest
 import tiny
 import torch
+from test_trainer import WithoutConfig
 from tiny import Recorder
 
+from hf_importance import ImportanceConfig
 from hf_importance.checkpoint import load_states, newest_complete, save_state
+from hf_importance.fingerprint import differences, fingerprint
 from hf_importance.sampling.rates import rates
 
 MODEL = {"dropout": 0.1}
@@ -253,8 +260,8 @@ def test_state_is_plain_and_small(tmp_path):
     assert sampler["memory"]["importance"].dtype == torch.float32
     visits = sampler["visits"]
     assert visits["index"].untyped_storage().nbytes() == 4 * len(visits["index"]), "not what it is a view of"
-    assert {"format", "sampler", "effective"} <= set(state)
-    assert state["format"] == 4
+    assert {"format", "rank", "ranks", "settings", "data", "sampler", "effective", "objective"} <= set(state)
+    assert state["format"] == 5
     assert state["effective"]["progress"]["value"] >= 4
     path = next((tmp_path / "checkpoint-4").glob("importance_*.pt"))
     assert path.stat().st_size < 40_000
@@ -324,6 +331,311 @@ def test_missing_rank(tmp_path):
     save_state(tmp_path, 1, 2, {"sampler": {}})
     with pytest.raises(ValueError, match=r"importance_00000_of_00002.pt cannot be read"):
         load_states(tmp_path)
+
+
+def damage(change):
+    """A change of the state in the file of a checkpoint."""
+
+    def apply(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return apply
+
+
+def short(*path):
+    """Half of a tensor, by its place in the state."""
+
+    def change(state):
+        *parents, name = path
+        for parent in parents:
+            state = state[parent]
+        state[name] = state[name][: len(state[name]) // 2]
+
+    return damage(change)
+
+
+def put(value, *path):
+    def change(state):
+        *parents, name = path
+        for parent in parents:
+            state = state[parent]
+        state[name] = value
+
+    return damage(change)
+
+
+def cut(share):
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def rename(name):
+    return lambda path: path.rename(path.with_name(name))
+
+
+def beside(name):
+    return lambda path: path.with_name(name).write_bytes(path.read_bytes())
+
+
+ALL = torch.arange(40)
+DAMAGE = {
+    "nothing left": cut(0.0), "cut early": cut(0.1), "cut in the middle": cut(0.5), "cut at the end": cut(0.98),
+    "renamed to another rank": rename("importance_00001_of_00002.pt"),
+    "renamed to more ranks": rename("importance_00000_of_00002.pt"),
+    "renamed to no name of ours": rename("importance_final.pt"),
+    "another file": beside("importance_00000_of_00003.pt"),
+    "a copy": beside("importance_copy.pt"),
+    "another rank's": put(1, "rank"),
+    "without a sampler": damage(lambda state: state.pop("sampler")),
+    "without settings": damage(lambda state: state.pop("settings")),
+    "a list of settings": put([1], "settings"),
+    "without what was learnt": damage(lambda state: state.pop("effective")),
+    "without the memory": damage(lambda state: state["sampler"].pop("memory")),
+    "importances cut": short("sampler", "memory", "importance"),
+    "one importance": put(torch.ones(1), "sampler", "memory", "importance"),
+    "importances of another type": put(ALL, "sampler", "memory", "importance"),
+    "importances in a list": put(ALL.tolist(), "sampler", "memory", "importance"),
+    "record cut": short("sampler", "record", "visits"),
+    "one loss": put(torch.ones(1), "sampler", "record", "total_loss"),
+    "rates cut": put(torch.ones(99), "sampler", "visits", "rate"),
+    "visits of nobody": put(torch.full((3,), 40, dtype=torch.int32), "sampler", "visits", "index"),
+    "visits below 0": put(torch.full((3,), -1, dtype=torch.int32), "sampler", "visits", "index"),
+    "credits cut": put(torch.zeros(20), "sampler", "visits", "credit"),
+    "passes in words": put("two", "sampler", "visits", "passes"),
+    "no floor": put(None, "sampler", "visits", "floor"),
+    "evidence cut": short("sampler", "visits", "guard", "second_moments"),
+    "moments cut": short("sampler", "moments"),
+    "draws of nobody": put([(3, [99], [1.0], [1.0])], "sampler", "outstanding"),
+    "draws without weights": put([(3, [1, 2], [1.0, 1.0], [])], "sampler", "outstanding"),
+    "a draw in words": put(["draw"], "sampler", "outstanding"),
+    "progress in words": put("all", "effective", "progress", "value"),
+    "progress cut": short("effective", "progress", "sums"),
+    "gradients of another kind": put(torch.ones(3, 3), "effective", "gradients", "last"),
+    "what was measured until then, cut": short("effective", "measured_until"),
+    "sums that are due, cut": put(torch.ones(1), "effective", "pending"),
+    "a forecast in words": put("soon", "effective", "forecast"),
+    "an objective without its parts": put({}, "objective"),
+    "an objective in words": put("yes", "objective", "looked"),
+    "less than no draws": put(-1, "sampler", "draws"),
+    "less than no passes": put(-3, "sampler", "visits", "passes"),
+    "a distribution of two numbers": put([(1.0, torch.ones(2))], "sampler", "record", "distributions"),
+    "logs in words": put({"visits": "many"}, "logged_until"),
+    "a name of too many ranks": rename("importance_99999_of_99999999999.pt"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return straight(tmp_path_factory.mktemp("whole"), max_steps=8)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_no_damage_is_loaded(tmp_path, whole, case):
+    """It says which checkpoint, what is wrong, and the way out; and nothing is drawn."""
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-7", tmp_path / "checkpoint-7")
+    (path,) = (tmp_path / "checkpoint-7").glob("importance_*.pt")
+    DAMAGE[case](path)
+    with pytest.raises(
+        ValueError, match=r"(cannot be read|cannot be used) .*\(.+\)\. Resume from another checkpoint, or "
+    ):
+        resumed(tmp_path, 7, max_steps=8)
+    for left in (tmp_path / "checkpoint-7").glob("importance_*.pt"):  # what the message says
+        left.unlink()
+    assert resumed(tmp_path, 7, max_steps=8).state.global_step == 8
+
+
+def test_control_the_checkpoint_itself_is_loaded(tmp_path, whole):
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-7", tmp_path / "checkpoint-7")
+    assert same_training(resumed(tmp_path, 7, max_steps=8), whole)
+
+
+# ---- other data, other settings --------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    """Reads each example with its own noise, as random augmentation does."""
+
+    def __init__(self, rows, generator=None):
+        self.rows, self.generator = rows, generator
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        mask = torch.rand(tiny.LENGTH, generator=self.generator) < 0.9
+        return {**self.rows[i], "attention_mask": mask.long()}
+
+
+def as_dataset(rows):
+    return datasets.Dataset.from_list([{k: torch.as_tensor(v).tolist() for k, v in row.items()} for row in rows])
+
+
+def shuffled(rows):
+    return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(3)).tolist()]
+
+
+def relabelled(rows):
+    return [{**row, "labels": (row["labels"] + (i == 20)) % tiny.CLASSES} for i, row in enumerate(rows)]
+
+
+def rewritten(rows):
+    return [{**row, "input_ids": row["input_ids"].flip(0)} for row in rows]
+
+
+KINDS = {"rows": list, "torch": Rows, "datasets": as_dataset}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", [shuffled, relabelled, rewritten])
+def test_importances_are_not_given_to_other_data(tmp_path, warnings_of, kind, change):
+    make = KINDS[kind]
+    first = straight(tmp_path, data=make(tiny.texts()))
+    (state,) = load_states(tmp_path / "checkpoint-14")
+    again = resumed(tmp_path, 14, data=make(change(tiny.texts())))
+    names = {"shuffled": "input_ids, labels differ", "relabelled": "labels differs", "rewritten": "input_ids differs"}
+    assert f"other training data ({names[change.__name__]}): importances start unknown" in warnings_of[0]
+    seen = again._sampler.record.columns()["visits"]
+    assert seen.sum() == 8 * len(again.draws) < state["sampler"]["record"]["visits"].sum()
+    assert again.importances.isfinite().sum() == (seen > 0).sum() < first.importances.isfinite().sum()
+
+
+def test_damage_is_not_joined_either(tmp_path, whole):
+    """Where importances and record are kept although settings are others."""
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-7", tmp_path / "checkpoint-7")
+    (path,) = (tmp_path / "checkpoint-7").glob("importance_*.pt")
+    put(torch.ones(1), "sampler", "record", "total_loss")(path)
+    with pytest.raises(ValueError, match=r"cannot be used .*total_loss must be a float32 tensor of shape \[40\]"):
+        resumed(tmp_path, 7, {"weight_exponent": 0.5}, max_steps=8)
+
+
+class Features:
+    """A row that is an object, as some libraries have them."""
+
+    def __init__(self, row):
+        vars(self).update(row)
+
+
+class Epochs(Rows):
+    """Its rows depend on the epoch."""
+
+    def set_epoch(self, epoch):
+        self.rows = [{**row, "input_ids": (row["input_ids"] + epoch) % tiny.WORDS} for row in tiny.texts()]
+
+
+class Broken(Rows):
+    def __getitem__(self, i):
+        raise OSError("the disk is gone")
+
+
+def dotted(rows):
+    return [{**row, "words": numpy.array(["a", None, str(i)], dtype=object)} for i, row in enumerate(rows)]
+
+
+def test_fingerprints():
+    rows = tiny.texts(300)
+    edited = [{**row, "labels": (row["labels"] + (i == 100)) % tiny.CLASSES} for i, row in enumerate(rows)]
+    tokens = [[i % 3, 1, 2] for i in range(300)]
+    others = [[0, 0, 0] if i == 101 else row for i, row in enumerate(tokens)]
+    many = {"text": ["long " * 4000] * 300}  # so that not all rows are read
+    for a, b, what in (
+        (rows, edited, "labels differs"),
+        (list(map(Features, rows)), list(map(Features, edited)), "labels differs"),
+        (*(datasets.Dataset.from_dict({**many, "labels": labels}) for labels in (tokens, others)), "labels differs"),
+        (rows, [{"x": 1}] * 300, r"columns ['attention_mask', 'input_ids', 'labels'], now ['x']"),
+    ):
+        assert differences(fingerprint(a), fingerprint(b)) == what
+        assert differences(fingerprint(a), fingerprint(a)) == ""
+    assert differences(fingerprint(dotted(rows)), fingerprint(dotted(rows))) == "", "of objects only addresses differ"
+    assert fingerprint(Broken(rows)) == {"datasets": None, "columns": {}}
+    assert fingerprint([{"x": torch.eye(3).to_sparse()}]) == {"datasets": None, "columns": {}}
+
+
+def test_fingerprints_leave_generators_alone():
+    data = Rows(tiny.texts(), torch.Generator().manual_seed(1))
+    state = data.generator.get_state()
+    fingerprint(data)
+    assert torch.equal(data.generator.get_state(), state)
+    data[0]
+    assert not torch.equal(data.generator.get_state(), state), "control"
+
+
+def test_data_that_know_their_epoch(tmp_path, warnings_of):
+    straight(tmp_path, data=Epochs(tiny.texts()))
+    resumed(tmp_path, 14, data=Epochs(tiny.texts()))
+    assert warnings_of == []
+
+
+def test_another_loss_is_looked_at_again(tmp_path):
+    """What the first batch has shown holds for the loss that it was looked at with."""
+
+    def resume_with(function):
+        more = {} if function is None else {"per_example_loss_func": function}
+        run = tiny.trainer(tmp_path / "again", WithoutConfig(scale=1.1), tiny.texts(), more=more, max_steps=6)
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        return run
+
+    def scaled(outputs, labels):
+        return 1.1 * torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")
+
+    more = {"per_example_loss_func": scaled}
+    tiny.trained(tmp_path, WithoutConfig(scale=1.1), tiny.texts(), more=more, max_steps=5, **SAVING)
+    with pytest.raises(ValueError, match="it has a loss of its own"):
+        resume_with(None)
+    assert resume_with(scaled).state.global_step == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_control_the_same_data_go_on(tmp_path, warnings_of, kind):
+    """Read anew, and by `datasets` under another fingerprint."""
+    make = KINDS[kind]
+    whole = straight(tmp_path, data=make(tiny.texts()))
+    again = resumed(tmp_path, 14, data=make([dict(row) for row in tiny.texts()]))
+    assert warnings_of == []
+    torch.testing.assert_close(again.importances, whole.importances, rtol=0.5, atol=0.5)
+    assert again._sampler.record.columns()["visits"].sum() == whole._sampler.record.columns()["visits"].sum()
+
+
+def test_noise_of_its_own_is_not_taken_for_other_data(tmp_path, warnings_of):
+    straight(tmp_path, data=Rows(tiny.texts(), torch.Generator().manual_seed(1)))
+    resumed(tmp_path, 7, data=Rows(tiny.texts(), torch.Generator().manual_seed(2)))
+    assert warnings_of == []
+
+
+OTHER = {
+    "memory_momentum": 0.5, "uniform_fraction": 0.6, "weight_exponent": 0.5, "prune_mass": 0.1,
+    "importance_increment": 0.01, "budget": 0.8, "seed": 5, "sampling": "replacement",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_new_settings_hold(tmp_path, warnings_of, name):
+    """With the importances that there are."""
+    straight(tmp_path, tiny.FIXED)
+    (state,) = load_states(tmp_path / "checkpoint-7")
+    again = resumed(tmp_path, 7, {**tiny.FIXED, name: OTHER[name]})
+    before = {**asdict(ImportanceConfig(**tiny.FIXED)), "seed": 42}[name]
+    assert f"was written with {name}={before!r} (now {OTHER[name]!r}): the importances are kept" in warnings_of[0]
+    assert set(again.draws[0].rate) != {1.0}, "what was learnt is used"
+    visits = state["sampler"]["record"]["visits"].sum()
+    assert again._sampler.record.columns()["visits"].sum() == visits + sum(len(draw.index) for draw in again.draws)
+    if name == "uniform_fraction":
+        assert max(again.draws[0].weight) <= 1 / 0.6 + 1e-6
+        assert again._sampler.visits.floor >= 0.6
+
+
+def test_another_measure_starts_afresh(tmp_path, warnings_of):
+    straight(tmp_path, tiny.FIXED)
+    again = resumed(tmp_path, 7, {**tiny.FIXED, "metric": "loss"})
+    assert "metric='logit_gradient' (now 'loss'), another measure: importances start unknown" in warnings_of[0]
+    assert set(again.draws[0].rate) == {1.0}
+
+
+def test_record_may_be_switched_off(tmp_path, warnings_of):
+    whole = straight(tmp_path)
+    again = resumed(tmp_path, 7, {"record": False})
+    assert warnings_of == []
+    assert tiny.difference(whole, again) == 0.0
 
 
 def test_other_number_of_examples(tmp_path, warnings_of):
@@ -463,7 +775,7 @@ class Faulty(torch.utils.data.Dataset):
 def test_exception_inside_the_data_keeps_the_last_checkpoint(tmp_path):
     whole = straight(tmp_path)
     (tmp_path / "second").mkdir()
-    run = tiny.trainer(tmp_path / "second", tiny.bert(**MODEL), Faulty(fails_at=75), Recorder, **SAVING)
+    run = tiny.trainer(tmp_path / "second", tiny.bert(**MODEL), Faulty(fails_at=2 * 40 + 75), Recorder, **SAVING)
     with pytest.raises(OSError, match="the disk is gone"):
         run.train()
     assert run.importances.isfinite().any()

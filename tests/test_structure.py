@@ -10,8 +10,14 @@ import pytest
 import hf_importance
 
 ORDER = [
-    "functional",
+    "state",
+    "randomness",
     "record",
+    "losses.per_example",
+    "losses.heads",
+    "losses.first_batch",
+    "losses.last_layer",
+    "losses.objective",
     "sampling.draw",
     "sampling.rates",
     "sampling.memory",
@@ -20,11 +26,13 @@ ORDER = [
     "sampling.replacement",
     "sampling.progress",
     "sampling.sampler",
-    "checkpoint",
     "data",
+    "fingerprint",
+    "checkpoint",
     "config",
-    "objective",
+    "loader",
     "schedule",
+    "support",
     "report.findings",
     "report.plots",
     "report.page",
@@ -33,9 +41,10 @@ ORDER = [
     "trainer",
     "__init__",
 ]
-FOLDERS = ("sampling", "report")
-ONLY_TORCH = {"functional", "record", "checkpoint", "data", "objective", "report.findings"}
-ONLY_TORCH |= {module for module in ORDER if module.startswith("sampling.")}
+FOLDERS = ("losses", "sampling", "report")
+ONLY_TORCH = {"state", "randomness", "record", "fingerprint", "checkpoint", "data", "report.findings"}
+ONLY_TORCH |= {module for module in ORDER if module.startswith(("losses.", "sampling."))}
+TORCH = ("torch", "numpy")
 PACKAGE = Path(hf_importance.__file__).parent
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 MODULES = sorted(FILES.keys() - {f"{folder}.__init__" for folder in FOLDERS})  # which only say what is in a folder
@@ -48,8 +57,8 @@ def imported(source):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            ours = node.module == "hf_importance"
-            names = [f"hf_importance.{alias.name}" for alias in node.names] if ours else [node.module]
+            ours = node.module in ("hf_importance", *(f"hf_importance.{folder}" for folder in FOLDERS))
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if ours else [node.module]
         else:
             continue
         for name in names:
@@ -61,7 +70,7 @@ def faults(module, source):
         if name.startswith("hf_importance."):
             if ORDER.index(name.removeprefix("hf_importance.")) >= ORDER.index(module):
                 yield f"{module} imports {name}, which stands above it"
-        elif module in ONLY_TORCH and name != "torch" and name not in sys.stdlib_module_names:
+        elif module in ONLY_TORCH and name not in TORCH and name not in sys.stdlib_module_names:
             yield f"{module} imports {name}"
 
 
@@ -79,7 +88,8 @@ def test_imports_go_downward(module):
         ("sampling.sampler", "from hf_importance.schedule import follow"),
         ("sampling.progress", "import transformers"),
         ("data", "import transformers"),
-        ("objective", "from transformers.utils import logging"),
+        ("losses.objective", "from transformers.utils import logging"),
+        ("losses.heads", "from hf_importance.losses import objective"),
     ],
 )
 def test_faults_are_found(module, source):

@@ -1,7 +1,10 @@
 """Every kind of head: the steps of `Trainer` where nothing is preferred, and the importances of the oracle."""
 
+import collections
 import copy
+import random
 
+import numpy
 import oracles
 import peft
 import pytest
@@ -11,6 +14,7 @@ import transformers as hf
 from torch import nn
 
 from hf_importance import ImportanceConfig, ImportanceTrainer, ImportanceTrainerMixin
+from hf_importance.losses.objective import Measured
 from hf_importance.sampling.segments import SegmentedVisits
 
 V, T, N = tiny.WORDS, tiny.LENGTH, 24
@@ -82,7 +86,103 @@ SPANS = {
 CHOICES = {"input_ids": words(3, T), "labels": lambda i, _: i % 3}
 SOUNDS = {"input_values": lambda _, generator: torch.randn(400, generator=generator), "labels": lambda i, _: i % 3}
 
+WHISPER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": V}
+WHISPER |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8}
+WHISPER |= {"max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1}
+WHISPER |= {"eos_token_id": 2, "decoder_start_token_id": 3, "dropout": 0.0, "init_std": 0.3}
+RECORDINGS = {
+    "input_features": lambda _, generator: torch.randn(8, 40, generator=generator),
+    "labels": lambda i, generator: torch.randint(5, V, (6,), generator=generator).index_fill(
+        0, torch.arange(i % 4), -100
+    ),
+}
+SEGFORMER = {"num_labels": 5, "hidden_sizes": [8, 8], "depths": [1, 1], "num_attention_heads": [1, 1]}
+SEGFORMER |= {"num_encoder_blocks": 2, "sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2]}
+SEGFORMER |= {"mlp_ratios": [2, 2], "decoder_hidden_size": 8, "drop_path_rate": 0.0, "classifier_dropout_prob": 0.0}
+
+
+def mask(i, generator):
+    """Of different numbers of pixels that count."""
+    return torch.randint(0, 5, (16, 16), generator=generator).index_fill(0, torch.arange(i % 5), 255)
+
+
+PICTURES = {"pixel_values": lambda _, generator: torch.randn(3, 16, 16, generator=generator), "labels": mask}
+
+
+class Segmenter(nn.Module):
+    """Logits of half the size of the mask, which the loss enlarges."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 5, 2, stride=2)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.layer(pixel_values)
+        if labels is None:
+            return {"logits": logits}
+        large = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        return {"loss": nn.functional.cross_entropy(large, labels, ignore_index=255), "logits": logits}
+
+
+class Net(nn.Module):
+    """What people write themselves, with outputs as `Trainer` takes them."""
+
+    def __init__(self, outputs=tiny.CLASSES):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(tiny.LENGTH, outputs)
+
+    def logits(self, input_ids):
+        return self.layer(input_ids / tiny.WORDS)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.logits(input_ids)
+        return (logits,) if labels is None else (nn.functional.cross_entropy(logits, labels), logits)
+
+
+class BareLogits(Net):
+    def forward(self, input_ids, labels=None):
+        logits = self.logits(input_ids)
+        return logits if labels is None else (nn.functional.cross_entropy(logits, labels), logits)
+
+
+class NeedsLabels(Net):
+    def forward(self, input_ids, labels):
+        logits = self.logits(input_ids)
+        return nn.functional.cross_entropy(logits, labels), logits
+
+
+class OneNumber(Net):
+    """Regression with logits `[batch]`."""
+
+    def forward(self, input_ids, labels=None):
+        value = self.logits(input_ids).squeeze(-1)
+        return {"logits": value} if labels is None else {"loss": (value - labels).square().mean(), "logits": value}
+
+
 HEADS = {
+    "whisper, which makes its decoder inputs": (
+        lambda: made(hf.WhisperForConditionalGeneration, hf.WhisperConfig, **WHISPER), lambda _: numbered(**RECORDINGS)
+    ),
+    "segformer": (
+        lambda: made(hf.SegformerForSemanticSegmentation, hf.SegformerConfig, **SEGFORMER),
+        lambda _: numbered(**PICTURES),
+    ),
+    "masks": (Segmenter, lambda _: numbered(**PICTURES)),
+    "BERT with tuples": (lambda: tiny.opinionated_bert(return_dict=False), tiny.texts),
+    "questions with tuples": (
+        lambda: tiny.bert(num_labels=2, cls=hf.BertForQuestionAnswering, return_dict=False),
+        lambda _: numbered(**SPANS),
+    ),
+    "a tuple": (Net, tiny.texts),
+    "logits and nothing else": (BareLogits, tiny.texts),
+    "labels that must be given": (NeedsLabels, tiny.texts),
+    "one number": (lambda: OneNumber(1), lambda n: tiny.texts(n, "regression")),
+    "labels that are missing": (
+        tiny.opinionated_bert,
+        lambda n: [{**row, "labels": row["labels"] if i % 3 else -100} for i, row in enumerate(tiny.texts(n))],
+    ),
     "token classification": (tiny.token_bert, tiny.token_rows),
     "masked language model": (lambda: tiny.bert(cls=hf.BertForMaskedLM), lambda n: tiny.token_rows(n, V)),
     "llama": (llama, lambda _: texts()),
@@ -107,7 +207,7 @@ HEADS = {
 def collated(data):
     return (
         {"data_collator": tiny.pad}
-        if isinstance(data[0].get("labels"), torch.Tensor) and data[0]["labels"].dim()
+        if isinstance(data[0].get("labels"), torch.Tensor) and data[0]["labels"].dim() == 1 and "input_ids" in data[0]
         else {}
     )
 
@@ -125,8 +225,8 @@ def test_uniform_step_is_that_of_trainer(tmp_path, head):
     ours = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, **settings)
     assert tiny.difference(ours, plain) < 1e-6
     assert tiny.logged(ours, "train_loss") == pytest.approx(tiny.logged(plain, "train_loss"), rel=1e-5)
-    unwrapped = [getattr(run.model, "config", None) for run in (ours, plain)]
-    assert unwrapped[0].problem_type == unwrapped[1].problem_type
+    unwrapped = [getattr(getattr(run.model, "config", None), "problem_type", None) for run in (ours, plain)]
+    assert unwrapped[0] == unwrapped[1]
     before = tiny.trainer(tmp_path, model, data, **settings)
     assert tiny.difference(ours, before) > 1e-4, "control: the step is large"
 
@@ -178,7 +278,36 @@ def class_oracle(model, row):
     return oracles.gradient_norm(oracles.cross_entropy, model(**given).logits[0], row["labels"])
 
 
+def mask_oracle(model, row):
+    logits = model(row["pixel_values"][None])["logits"]
+    large = nn.functional.interpolate(logits, size=(16, 16), mode="bilinear", align_corners=False)[0]
+    label = row["labels"].flatten()
+    return oracles.gradient_norm(oracles.cross_entropy, large.flatten(1).T, label.masked_fill(label == 255, -100))
+
+
+def tuple_oracle(model, row):
+    labels = torch.as_tensor(row["labels"])[None]
+    logits = model(row["input_ids"][None], labels=labels)[1]
+    return oracles.gradient_norm(oracles.cross_entropy, logits[0], row["labels"])
+
+
+def number_oracle(model, row):
+    value = model(row["input_ids"][None])["logits"]
+    return oracles.gradient_norm(oracles.squared_error, value, torch.tensor([row["labels"]]))
+
+
+def whisper_oracle(model, row):
+    outputs = model(input_features=row["input_features"][None], labels=row["labels"][None])
+    return oracles.gradient_norm(oracles.cross_entropy, outputs.logits[0], row["labels"])
+
+
 ORACLES = {
+    "whisper, which makes its decoder inputs": whisper_oracle,
+    "masks": mask_oracle,
+    "BERT with tuples": tuple_oracle,
+    "a tuple": tuple_oracle,
+    "labels that must be given": tuple_oracle,
+    "one number": number_oracle,
     "token classification": token_oracle(False),
     "masked language model": token_oracle(False),
     "llama": token_oracle(True),
@@ -317,3 +446,269 @@ def test_masks_of_a_collator_are_not_disturbed(tmp_path):
     kept = [run.model.bert.embeddings.word_embeddings.weight for run in runs]
     assert torch.equal(kept[0] == tiny.bert(cls=hf.BertForMaskedLM).bert.embeddings.word_embeddings.weight,
                        kept[1] == tiny.bert(cls=hf.BertForMaskedLM).bert.embeddings.word_embeddings.weight)  # fmt: skip
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def labelled(make, n=40):
+    return [{**row, "labels": make(row["labels"])} for row in tiny.texts(n)]
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_integers_of_any_type_are_classes(tmp_path, kind):
+    usual = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts())
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), labelled(lambda y: torch.tensor(y, dtype=kind)))
+    assert tiny.difference(run, usual) == 0.0
+    assert torch.equal(run.importances, usual.importances)
+
+
+def test_truth_values_are_classes(tmp_path):
+    model = tiny.bert(num_labels=2, initializer_range=0.7)
+    usual = tiny.trained(tmp_path, model, labelled(lambda y: y % 2))
+    run = tiny.trained(tmp_path, model, labelled(lambda y: torch.tensor(y % 2 == 1)))
+    assert tiny.difference(run, usual) == 0.0
+    assert tiny.difference(run, tiny.trained(tmp_path, model, labelled(lambda y: y // 2))) > 1e-3, "control"
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float64])
+def test_several_labels_of_any_type(tmp_path, kind):
+    rows = tiny.texts(task="multi")
+    usual = tiny.trained(tmp_path, tiny.opinionated_bert(), rows)
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), [{**row, "labels": row["labels"].to(kind)} for row in rows])
+    assert tiny.difference(run, usual) == 0.0
+
+
+def test_the_mean_is_over_what_has_a_loss(tmp_path):
+    """Four of five examples without a label: the steps of `Trainer`, where nothing is preferred, in every batch."""
+    rows = [{**row, "labels": row["labels"] if i % 5 == 0 else -100} for i, row in enumerate(tiny.texts())]
+    settings = {
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "learning_rate": 1.0,
+        "per_device_train_batch_size": 20,
+        "seed": 3,
+    }
+    plain = tiny.trained(tmp_path, tiny.opinionated_bert(), rows, tiny.Plain, **settings)
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), rows, importance={"metric": "uniform"}, **settings)
+    assert tiny.difference(run, plain) < 1e-5
+    assert tiny.difference(run, tiny.trainer(tmp_path, tiny.opinionated_bert(), rows)) > 1e-2, "control"
+
+
+def test_a_batch_without_a_label_teaches_nothing(tmp_path):
+    """Where the mean of `Trainer` is 0/0."""
+    rows = [{**row, "labels": -100} for row in tiny.texts()]
+    run = tiny.trained(tmp_path, tiny.bert(), rows, max_steps=2)
+    assert tiny.difference(run, tiny.trainer(tmp_path, tiny.bert(), rows)) == 0.0
+    assert tiny.logged(run, "train_loss") == [0.0]
+
+
+@pytest.mark.parametrize("counted", [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+def test_weighted_mean(counted):
+    """Σ wℓ / B over the weighted share Σ wc / Σ w of those that have a loss; to the bit Σ wℓ / B where all have one."""
+    weight, counted = torch.tensor([0.3, 1.7, 2.9, 0.1]), torch.tensor(counted)
+    losses = counted * torch.tensor([1.0, 2.0, 0.5, 4.0])
+    found = Measured(losses, losses, losses, 0.25, None, counted).weighted_mean(weight) - 0.25
+    share = (weight * counted).sum() / weight.sum()
+    expected = (weight * losses).mean() / share if share else torch.tensor(0.0)
+    assert found.item() == pytest.approx(expected.item())
+    if counted.all():
+        assert found == Measured(losses, losses, losses, 0.25, None).weighted_mean(weight) - 0.25
+
+
+# ---- losses of the user's own ----------------------------------------------------------------------------------------
+
+
+class AutoEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(tiny.LENGTH, tiny.LENGTH)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return {"loss": nn.functional.mse_loss(y, x), "reconstruction": y}
+
+
+def reconstruction_error(outputs, inputs):
+    return (outputs["reconstruction"] - inputs["x"]).square().mean(1)
+
+
+def test_models_without_labels(tmp_path):
+    data = [{"x": row["input_ids"] / tiny.WORDS} for row in tiny.texts()]
+    more = {"per_example_loss_func": reconstruction_error, "eval_dataset": data}
+    settings = {"learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0}
+    plain = tiny.trained(tmp_path, AutoEncoder(), data, tiny.Plain, **settings)
+    run = tiny.trained(tmp_path, AutoEncoder(), data, importance={"metric": "uniform"}, more=more, **settings)
+    assert tiny.difference(run, plain) < 1e-6
+    inputs = torch.stack([row["x"] for row in data])
+    expected = reconstruction_error(run.model(inputs), {"x": inputs}).mean().item()
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    found = tiny.trained(tmp_path, AutoEncoder(), data, importance=tiny.EVEN, more=more, learning_rate=0.0)
+    difference = AutoEncoder()(inputs)["reconstruction"] - inputs
+    torch.testing.assert_close(found.importances, 2 / tiny.LENGTH * difference.norm(dim=1), rtol=1e-4, atol=1e-6)
+
+
+def masked_error(outputs, labels):
+    """Of patches, as ViTMAE has them."""
+    patches = nn.functional.unfold(labels, 8, stride=8).transpose(1, 2)
+    return ((outputs["logits"].sum(2) - patches.sum(2)).square() * outputs["mask"]).sum(1) / outputs["mask"].sum(1)
+
+
+def test_labels_that_are_the_inputs(tmp_path):
+    """As transformers' script for masked images has them: the model still gets them."""
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    settings |= {f"decoder_{name}": value for name, value in settings.items()}
+    model = made(hf.ViTMAEForPreTraining, hf.ViTMAEConfig, image_size=16, patch_size=8, **settings)
+    data = numbered(pixel_values=lambda _, generator: torch.randn(3, 16, 16, generator=generator))
+    more = {"per_example_loss_func": masked_error, "eval_dataset": data}
+    run = tiny.trained(tmp_path, model, data, more=more, label_names=["pixel_values"])
+    assert run.importances.isfinite().all()
+    assert run.evaluate()["eval_loss"] > 0
+    with pytest.raises(ValueError, match="Pass per_example_loss_func"):
+        tiny.trained(tmp_path, model, data, label_names=["pixel_values"])
+
+
+class Contrastive(Net):
+    """Logits `[batch, batch]`: similarities to the other examples."""
+
+    def forward(self, input_ids, labels=None):
+        features = 3 * self.logits(input_ids)
+        return {"logits_per_text": features @ features.T}
+
+
+def test_losses_that_the_model_couples_are_refused(tmp_path):
+    def contrast(outputs, labels):
+        target = torch.arange(len(labels))
+        return nn.functional.cross_entropy(outputs["logits_per_text"], target, reduction="none")
+
+    more = {"per_example_loss_func": contrast}
+    with pytest.raises(ValueError, match=r"must not couple .* the first loss changes with the other examples"):
+        tiny.trained(tmp_path, Contrastive(), tiny.texts(), more=more)
+
+
+Output = collections.namedtuple("Output", ["logits", "features"])
+
+
+class Named(Net):
+    def forward(self, input_ids):
+        logits = self.logits(input_ids)
+        return Output(logits, logits.square())
+
+
+def named_loss(outputs, labels):
+    return nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+
+def test_labels_that_only_the_loss_function_knows(tmp_path):
+    """Evaluated where there are some, predicted where there are none; outputs are named tuples."""
+    more = {"per_example_loss_func": named_loss, "eval_dataset": tiny.texts()}
+    run = tiny.trained(tmp_path, Named(), tiny.texts(), more=more)
+    assert run.evaluate()["eval_loss"] > 0
+    run.model.forward = lambda input_ids: {"logits": run.model.logits(input_ids)}  # `Trainer` detaches no named tuples
+    without = [{"input_ids": row["input_ids"]} for row in tiny.texts()]
+    assert run.predict(without).predictions.shape == (40, tiny.CLASSES)
+
+
+class ManyClasses(Segmenter):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 300, 2, stride=2)
+
+
+def test_class_255_of_many_is_a_class(tmp_path):
+    """Left out it would have no gradient: all its pixels then were ignored, as with few classes."""
+
+    def bias(model):
+        data = numbered(**{**PICTURES, "labels": lambda *_: torch.full((16, 16), 255)})
+        run = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, learning_rate=0.1, max_steps=2)
+        return (run.model.layer.bias - model.layer.bias).abs().max()
+
+    class Unknown255(ManyClasses):
+        def forward(self, pixel_values, labels=None):
+            logits = self.layer(pixel_values)
+            large = nn.functional.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
+            outputs = {"logits": logits}
+            return outputs if labels is None else {"loss": nn.functional.cross_entropy(large, labels), **outputs}
+
+    assert bias(Unknown255()) > 0.05
+
+
+YOLOS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+YOLOS |= {"image_size": [32, 32], "patch_size": 16, "num_detection_tokens": 3, "num_labels": 3}
+
+
+def detection_loss(outputs, labels):
+    """Of the first query: class and box."""
+    classes = torch.cat([label["class_labels"] for label in labels])
+    boxes = torch.cat([label["boxes"] for label in labels])
+    losses = nn.functional.cross_entropy(outputs["logits"][:, 0], classes, reduction="none")
+    return losses + 5 * (outputs["pred_boxes"][:, 0] - boxes).abs().sum(1)
+
+
+def test_detection(tmp_path):
+    """Labels that are lists of dicts; the importance is the gradient with respect to classes and boxes."""
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "pixel_values": torch.randn(3, 32, 32, generator=generator),
+            "labels": {"class_labels": torch.tensor([i % 3]), "boxes": torch.rand(1, 4, generator=generator)},
+        }
+        for i in range(16)
+    ]
+
+    def collate(rows):
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "labels": [row["labels"] for row in rows],
+        }
+
+    model = made(hf.YolosForObjectDetection, hf.YolosConfig, **YOLOS)
+    settings = {"remove_unused_columns": False, "num_train_epochs": 1}
+    more = {"per_example_loss_func": detection_loss, "data_collator": collate, "eval_dataset": data}
+    run = tiny.trained(tmp_path, model, data, importance=tiny.EVEN, more=more, learning_rate=0.0, **settings)
+    assert run.evaluate()["eval_loss"] > 0
+
+    def oracle(row):
+        outputs = run.model.eval()(row["pixel_values"][None])
+        leaves = [outputs[name].detach().requires_grad_() for name in ("logits", "pred_boxes")]
+        loss = detection_loss({"logits": leaves[0], "pred_boxes": leaves[1]}, [row["labels"]])
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss.sum(), leaves)]).norm()
+
+    expected = torch.stack([oracle(row) for row in data])
+    torch.testing.assert_close(run.importances, expected, rtol=1e-4, atol=1e-6)
+    assert (expected > 7.5).all(), "control: boxes are in it, of which alone it would be 10"
+    del more["per_example_loss_func"]
+    with pytest.raises(ValueError, match=r"labels must be a tensor, but is a list of dict.*per_example_loss_func"):
+        tiny.trained(tmp_path, model, data, more=more, **settings)
+
+
+# ---- the look at the first batch -------------------------------------------------------------------------------------
+
+
+class Remembers(Net):
+    """Counts its forward passes in a buffer and beside it, and adds noise of the global generators, always."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, input_ids, labels=None):
+        self.passes = self.passes + 1
+        self.calls += 1
+        noise = torch.randn(input_ids.shape) + float(numpy.random.randn()) + random.gauss(0, 1)
+        return super().forward(input_ids + noise, labels)
+
+
+def test_looking_at_the_first_batch_leaves_no_trace(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6}
+    plain = tiny.trained(tmp_path / "plain", Remembers(), tiny.texts(), tiny.Plain, **settings)
+    run = tiny.trained(tmp_path / "ours", Remembers(), tiny.texts(), importance={"metric": "uniform"}, **settings)
+    assert tiny.difference(run, plain) < 1e-6
+    assert run.model.passes == plain.model.passes == 6
+    assert run.model.calls == 6 + 2, "control: it has looked"
+    again = tiny.trainer(tmp_path / "again", Remembers(), tiny.texts(), importance={"metric": "uniform"}, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-4"))
+    assert again.model.calls == 2, "a resumed training does not look again"
+    assert tiny.difference(again, run) == 0.0

@@ -130,8 +130,9 @@ class Recorder(ImportanceTrainer):
         self.draws = []
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.draws.append(inputs["importance_draw"])
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.draws.append(self._measured)
+        return loss
 
 
 def arguments(tmp_path, **changes):

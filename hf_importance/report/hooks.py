@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers.utils import logging
 
 from hf_importance.report.findings import Findings
@@ -56,12 +54,12 @@ class ReportMixin:
         return logs
 
     def _summarise(self) -> None:
-        """Say what was won: of the first process's part of the data, so that nothing is sent."""
+        """Say what was won."""
         if self._effective is not None and self._effective.progress.finished:
             steps, planned = self.state.global_step, self._effective.progress.steps
             self._say(f"Importance sampling: ended after {steps:,} of {planned:,} steps ({steps / planned:.0%}).")
         if self._sampler is not None and self._sampler.record is not None and self.is_world_process_zero():
-            self._say(self._findings_of(lambda values: values).summary())
+            self._say(self._findings().summary())
 
     def _say(self, line: str) -> None:
         if self.is_world_process_zero():
@@ -78,7 +76,7 @@ class ReportMixin:
         `label`, `prediction` and its `probability` (as seen at the last visit, in training mode), `loss` (then),
         `mean_loss` (over the visits after the first), `suspect`, `importance`, `visits`, `pruned`; null where unknown.
 
-        With several processes a collective; the first one writes.
+        With several processes the first one writes, and what it writes is as `importances`.
 
         Args:
             output_dir: by default `_importance_report` in `args.output_dir`, which pushing to the Hub leaves out.
@@ -98,10 +96,9 @@ class ReportMixin:
         examples = self.train_dataset if examples is None else examples
         self._refuse_report(folder, examples, number)
         self._examples_to_show = examples
-        findings = self._findings()
         if not self.is_world_process_zero():
             return None
-        return self._write_report(folder, findings, examples, number)
+        return self._write_report(folder, self._findings(), examples, number)
 
     def _write_report(self, folder: Path, findings: Findings, examples: Any, number: int) -> Path:
         try:
@@ -132,16 +129,12 @@ class ReportMixin:
             )
 
     def _findings(self) -> Findings:
-        """Of all processes: a collective."""
-        return self._findings_of(self._gathered)
-
-    def _findings_of(self, gathered: Callable[[Tensor], Tensor]) -> Findings:
+        """Of the examples of all processes, in the first of them."""
         sampler = self._sampler
-        columns = {**sampler.record.columns(), "importance": sampler.importance, "pruned": sampler.pruned.float()}
-        columns = {name: gathered(column) for name, column in columns.items()}
+        columns = {name: self._of_all_examples(name, column) for name, column in self._columns().items()}
         config = getattr(self.model, "config", None)
         return Findings(
-            columns={**columns, "pruned": columns["pruned"] > 0},
+            columns=columns,
             distributions=sampler.record.distributions,
             history=self.state.log_history,
             label_names=getattr(config, "id2label", None) or {},
@@ -159,13 +152,11 @@ class ReportMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, with tags and a section of ours, its plots, and the importances as a table.
 
-        With several processes a collective. Training examples are among the files only if `report_examples_to_hub`.
+        Training examples are among the files only if `report_examples_to_hub`.
         """
-        trained = self._sampler is not None and self._sampler.record is not None
-        findings = self._findings_to_push or (self._findings() if trained else None)
         super().create_model_card(*args, **kwargs)
-        if findings is not None and self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
+        if self._sampler is not None and self._sampler.record is not None and self.is_world_process_zero():
+            folder, findings = Path(self.args.output_dir), self._findings()
             extend_card(folder / "README.md", findings, self._write_for_hub(folder / FOLDER, findings))
 
     def _write_for_hub(self, folder: Path, findings: Findings) -> dict[str, str]:
@@ -188,13 +179,8 @@ class ReportMixin:
         Raises:
             PushError: if it fails. Everything is still in `args.output_dir`, and the message says how to try again.
         """
-        if self._sampler is not None and self._sampler.record is not None:
-            self._findings_to_push = self._findings()  # by all processes; the card is made by one
-        try:
-            with pushing(self._repository(), self.args.output_dir):
-                return super().push_to_hub(*args, **kwargs)
-        finally:
-            self._findings_to_push = None
+        with pushing(self._repository(), self.args.output_dir):
+            return super().push_to_hub(*args, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.init_hf_repo`, which `--push_to_hub` has called before anything is trained."""

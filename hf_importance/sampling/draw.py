@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class Draw:
     index: list[int]
     rate: list[float]
     weight: list[float]
+
+    def to(self, *_: Any, **__: Any) -> Draw:
+        """Stays where it is when a batch is sent to a device."""
+        return self
 
 
 SKIPPED = Draw(-1, [], [], [])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_importance.sampling.rates import second_moments
+from hf_importance.state import read_tensor
 
 _FLOORS = 8
 """Steps from the lowest floor to 1 to choose from."""
@@ -50,4 +51,5 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
-        self._second_moments = state["second_moments"].clone()
+        shape = self._second_moments.shape
+        self._second_moments = read_tensor(state, "second_moments", shape, torch.float64).clone()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_importance.state import read_tensor
+
 CHUNK = 2**20
 """Examples at a time, where all of them are gone through."""
 
@@ -86,20 +88,6 @@ class ImportanceMemory:
         """Of all examples, so that going through them takes little memory."""
         return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))
 
-    def unimportant(self, mass: float) -> Tensor:
-        """Which examples together hold less than this share of the importance of all; bool `[examples]`.
-
-        The smallest ones, of equal ones the first; no unknown ones, and none that is as important as the mean: where
-        all are equally important there is nothing to leave out.
-        """
-        found = torch.zeros(len(self), dtype=torch.bool)
-        if mass > 0:
-            importance, order = self.importance.sort(stable=True)  # NaN comes last
-            small = importance < importance.nanmean(dtype=torch.float64)
-            cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
-            found[order[small & (cumulated < mass * cumulated[-1])]] = True
-        return found
-
     def least_variance_ratio(self) -> float:
         """The least [`rates.variance_ratio`] that importances like these allow: (mean q)² / mean q² = 1/(1 + CV²).
 
@@ -122,7 +110,7 @@ class ImportanceMemory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
-        self.importance.copy_(state["importance"])
+        self.importance.copy_(read_tensor(state, "importance", [len(self)], torch.float32))
         self.known = int(self.importance.isfinite().sum())
 
 
@@ -134,6 +122,24 @@ def _turns(index: Tensor) -> Iterator[Tensor]:
     turn = place - place.where(first, 0).cummax(0).values
     for number in range(int(turn.max()) + 1 if len(index) else 0):
         yield (turn == number).nonzero().flatten()
+
+
+def unimportant(importance: Tensor, mass: float) -> Tensor:
+    """Which examples together hold less than this share of the importance of all; bool `[examples]`.
+
+    The smallest ones, of equal ones the first; no unknown ones, and none that is as important as the mean: where all
+    are equally important there is nothing to leave out.
+
+    >>> unimportant(torch.tensor([3.0, 0.1, torch.nan, 1.0]), mass=0.1).tolist()
+    [False, True, False, False]
+    """
+    found = torch.zeros(len(importance), dtype=torch.bool)
+    if mass > 0:
+        importance, order = importance.sort(stable=True)  # NaN comes last
+        small = importance < importance.nanmean(dtype=torch.float64)
+        cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
+        found[order[small & (cumulated < mass * cumulated[-1])]] = True
+    return found
 
 
 def mean_importance(memory: ImportanceMemory, fresh: float = math.nan, pruned: Tensor | None = None) -> float:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_importance.state import read_number, read_tensor
+
 _MOST_ELEMENTS = 2**17
 """Of the gradient that are looked at."""
 _MOST_TENSORS = 32
@@ -111,10 +113,11 @@ class EffectiveVisits:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where [`state_dict`] was taken; also with steps of another size: as many epochs were learnt."""
-        self.value = state["value"]
-        if state["steps_per_epoch"] != self.steps_per_epoch:
-            self.value *= self.steps_per_epoch / state["steps_per_epoch"]
-        self.gain, self._sums = state["gain"], state["sums"].clone()
+        self.value, self.gain = read_number(state, "value", least=0), read_number(state, "gain", least=0)
+        steps_per_epoch = read_number(state, "steps_per_epoch", int, 1)
+        if steps_per_epoch != self.steps_per_epoch:
+            self.value *= self.steps_per_epoch / steps_per_epoch
+        self._sums = read_tensor(state, "sums", [4], torch.float64).clone()
 
 
 class GradientSample:
@@ -166,8 +169,9 @@ class GradientSample:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
         device = self._parameters[0].device if self._parameters else torch.device("cpu")
-        for name in ("last", "sums"):
-            setattr(self, f"_{name}", None if state[name] is None else state[name].to(device))
+        for name, size in (("last", None), ("sums", 2)):
+            value = read_tensor(state, name, [size], torch.float32, optional=True)
+            setattr(self, f"_{name}", None if value is None else value.to(device))
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance
+from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance, unimportant
 from hf_importance.sampling.rates import unnormalised_rates
+from hf_importance.state import read_number, read_tensor
 
 _MOST_CANDIDATES = 2**16
 """At a time: bounds the memory where one rate is far above the others."""
-_COUNTERS = ("passes", "visits", "mean", "total", "largest", "drawable")
+_COUNTERS = ("passes", "visits", "mean", "total", "largest")
 
 
 class IndependentVisits:
@@ -96,8 +97,8 @@ class IndependentVisits:
         if self.passes:
             if self._increment:
                 self.memory.increase(self._increment)
-            unimportant = self.memory.unimportant(self._prune_mass)
-            self.pruned = unimportant if unimportant.any() else None
+            pruned = unimportant(self.memory.importance, self._prune_mass)
+            self.pruned = pruned if pruned.any() else None
         self._measure()
         self._rng.manual_seed(self._seed + self.passes * self._stride)
         self.passes += 1
@@ -127,11 +128,13 @@ class IndependentVisits:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
-        self.passes, self.pruned = state["passes"], state["pruned"]
-        for name in ("visits", "mean", "total", "largest", "drawable"):
-            setattr(self, f"_{name}", state[name])
+        self.passes = read_number(state, "passes", int, 0)
+        self.pruned = read_tensor(state, "pruned", [len(self.memory)], torch.bool, optional=True)
+        for name in ("visits", "mean", "total", "largest"):
+            setattr(self, f"_{name}", read_number(state, name, least=0))
         self._kept = None if self.pruned is None else (~self.pruned).nonzero().flatten()
-        self._rng.set_state(state["rng"])
+        self._drawable = len(self.memory) if self._kept is None else len(self._kept)
+        self._rng.set_state(read_tensor(state, "rng", self._rng.get_state().shape, torch.uint8))
 
     def restart(self, passes: int) -> None:
         """Begin a new pass, with what the memory has, where it is not possible to go on exactly."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 from typing import Any
@@ -19,6 +19,7 @@ from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import weights
 from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.segments import SegmentedVisits
+from hf_importance.state import read_number, read_tensor
 
 _MOST_WAITING = 64
 """Batches that wait to be remembered, all at once, which costs hardly more than one."""
@@ -108,6 +109,10 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def use(self, draw: Draw) -> None:
         """The training step takes this draw."""
         self._outstanding.pop(draw.number, None)
+
+    def is_outstanding(self, draw: Draw) -> bool:
+        """Whether it was drawn, and no training step has taken it."""
+        return draw.number in self._outstanding
 
     def end(self) -> None:
         """There is nothing left to train: draw no more."""
@@ -253,10 +258,23 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self.visits.load_state_dict(state["visits"])
         if self._record is not None and state["record"] is not None:
             self._record.load_state_dict(state["record"])
-        self._draws, self._lags, self._moments = state["draws"], state["lags"], state["moments"]
-        self._outstanding = {draw[0]: Draw(*draw) for draw in state["outstanding"]}
-        self._measured = deque(_Measured(Draw(*draw), rows, None) for draw, rows in state["measured"])
+        self._draws, self._lags = read_number(state, "draws", int, 0), read_number(state, "lags", bool)
+        self._moments = read_tensor(state, "moments", [len(_SUMS)], torch.float64)
+        draws = [self._read_draw(draw) for draw in state["outstanding"]]
+        self._outstanding = {draw.number: draw for draw in draws}
+        self._measured = deque(self._read_measured(*measured) for measured in state["measured"])
         self._replays, self._skip = True, skip
+
+    def _read_draw(self, values: Sequence[Any]) -> Draw:
+        draw = Draw(*values)
+        lengths = {len(draw.index), len(draw.rate), len(draw.weight)}
+        if len(lengths) > 1 or not all(0 <= i < self.shard.length for i in draw.index):
+            raise ValueError(f"a draw must be of examples in 0 … {self.shard.length - 1}, with a rate and weight each")
+        return draw
+
+    def _read_measured(self, values: Sequence[Any], rows: Tensor) -> _Measured:
+        draw = self._read_draw(values)
+        return _Measured(draw, read_tensor({"rows": rows}, "rows", [None, len(draw.index)], torch.float32), None)
 
     def restart(
         self, importance: Tensor, passes: int = 0, skip: int = 0, record: Mapping[str, Any] | None = None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_importance.sampling.guard import Guard
-from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance
+from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance, unimportant
 from hf_importance.sampling.rates import unnormalised_rates
+from hf_importance.state import read_number, read_tensor
 
 SEGMENTS = 8
 """Of a pass, which is as many visits as there are examples."""
@@ -136,8 +137,8 @@ class SegmentedVisits:
         if self.passes:
             if self._increment:
                 self.memory.increase(self._increment)
-            unimportant = self.memory.unimportant(self._prune_mass)
-            self.pruned = unimportant if unimportant.any() else None
+            pruned = unimportant(self.memory.importance, self._prune_mass)
+            self.pruned = pruned if pruned.any() else None
         # the seed is that of accelerate's sampler in this epoch: the same permutations
         rng = torch.Generator().manual_seed(self._seed + self.passes * self._stride)
         self._order = torch.randperm(len(self.memory), generator=rng, dtype=self._kind)
@@ -199,9 +200,16 @@ class SegmentedVisits:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
-        self.passes, self.floor, self.pruned = state["passes"], state["floor"], state["pruned"]
-        for name in ("segment", "fresh", "fresh_sum", "fresh_count", "mean", "order", "credit", "index", "rate"):
-            setattr(self, f"_{name}", _copy(state[name]) if name == "credit" else state[name])
+        length = len(self.memory)
+        self.passes, self.floor = read_number(state, "passes", int, 0), read_number(state, "floor", least=0)
+        self.pruned = read_tensor(state, "pruned", [length], torch.bool, optional=True)
+        self._segment = read_number(state, "segment", int, 0) % self._segments
+        for name in ("fresh", "fresh_sum", "fresh_count", "mean"):
+            setattr(self, f"_{name}", read_number(state, name))
+        self._order = read_tensor(state, "order", [length], self._kind, below=length, optional=True)
+        self._credit = _copy(read_tensor(state, "credit", [length], torch.float32, optional=True))
+        self._index = read_tensor(state, "index", [None], self._kind, below=length)
+        self._rate = read_tensor(state, "rate", [len(self._index)], torch.float32)
         if self._guard is not None:
             self._guard.load_state_dict(state["guard"])
 

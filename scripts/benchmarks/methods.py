@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from benchmarks.tasks import Columns, Rows, Task, collate
 from hf_importance import ImportanceConfig, ImportanceTrainer
-from hf_importance.functional import (
+from hf_importance.losses.per_example import (
     cross_entropy,
     cross_entropy_importance,
     squared_error,

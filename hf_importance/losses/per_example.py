@@ -52,6 +52,30 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     return _per_example(losses).sum(1)
 
 
+def pixel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each image, summed over its pixels (semantic segmentation).
+
+    Args:
+        logits: `[batch, classes, height, width]`.
+        labels: classes `[batch, height, width]` in 0 … classes − 1, or -100 where there is no loss.
+        label_smoothing: as for [`cross_entropy`].
+
+    Returns:
+        `[batch]`, ≥ 0.
+
+    >>> pixel_cross_entropy(torch.zeros(1, 4, 1, 2), torch.tensor([[[3, -100]]]))
+    tensor([1.3863])
+    """
+    losses = F.cross_entropy(
+        _at_least_float32(logits),
+        labels,
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    return _per_example(losses).sum(1)
+
+
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy of each example, averaged over its labels (multi-label classification).
 
@@ -112,6 +136,22 @@ def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: fl
     return _per_example(squares.view(logits.shape[:-1])).sum(1).sqrt()
 
 
+@torch.no_grad()
+def pixel_cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Root of the sum of ‖p − t‖² over the pixels. Arguments as for [`pixel_cross_entropy`].
+
+    Returns:
+        `[batch]`, ≥ 0.
+
+    >>> pixel_cross_entropy_importance(torch.zeros(1, 2, 1, 2), torch.tensor([[[1, -100]]]))
+    tensor([0.7071])
+    """
+    squares = _at_least_float32(logits.new_zeros(len(logits)))
+    for i, (image, label) in enumerate(zip(logits.flatten(2), labels.flatten(1), strict=True)):
+        squares[i] = _squared_distance(image.T, label, label_smoothing).sum()  # one at a time: no copy of all logits
+    return squares.sqrt()
+
+
 def _squared_distance(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """‖p − t‖² of each position `[positions]`, 0 where it has no loss."""
     gradient = _at_least_float32(logits).softmax(-1)
@@ -163,7 +203,7 @@ def autograd_importance(losses: Tensor, *logits: Tensor) -> Tensor:
 
     Args:
         losses: `[batch]`, computed from `logits`; its graph is kept for the training step.
-        *logits: `[batch, …]` each, part of that graph. Nothing before them is differentiated.
+        *logits: `[batch, …]` each; at least one is part of that graph. Nothing before them is differentiated.
 
     Returns:
         `[batch]`, ≥ 0.
@@ -172,8 +212,10 @@ def autograd_importance(losses: Tensor, *logits: Tensor) -> Tensor:
     >>> autograd_importance(0.5 * logits.square().sum(1), logits)
     tensor([5.])
     """
-    gradients = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
-    return torch.cat([_per_example(_at_least_float32(gradient)) for gradient in gradients], 1).norm(dim=1)
+    known = [z for z in logits if z.requires_grad]
+    gradients = torch.autograd.grad(losses.sum(), known, retain_graph=True, allow_unused=True)
+    gradients = [_per_example(_at_least_float32(gradient)) for gradient in gradients if gradient is not None]
+    return torch.cat(gradients, 1).norm(dim=1)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import tensor
 
-from hf_importance import functional as F
+from hf_importance.losses import per_example as F
 
 CLASSES, BATCH, TOKENS = 5, 7, 6
 
@@ -27,6 +27,15 @@ def distributions(*shape):
     return found / found.sum(-1, keepdim=True)
 
 
+def pixel_oracle(logits, labels, *more):
+    return oracles.cross_entropy(logits.flatten(1).T, labels.flatten(), *more)
+
+
+def masks(batch, _, height):
+    """Labels for logits `[batch, classes, height, 4]`."""
+    return classes(batch, height, 4, ignored=0.4)
+
+
 CASES = {  # name: loss, importance, oracle, logits, labels, further arguments
     "hard": (F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, CLASSES), classes, ()),
     "smoothed": (F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, CLASSES), classes, (0.2,)),
@@ -44,6 +53,12 @@ CASES = {  # name: loss, importance, oracle, logits, labels, further arguments
     ),
     "soft tokens": (
         F.cross_entropy, F.cross_entropy_importance, oracles.cross_entropy, (BATCH, TOKENS, CLASSES), distributions, ()
+    ),
+    "pixels": (
+        F.pixel_cross_entropy, F.pixel_cross_entropy_importance, pixel_oracle, (BATCH, CLASSES, 3, 4), masks, ()
+    ),
+    "smoothed pixels": (
+        F.pixel_cross_entropy, F.pixel_cross_entropy_importance, pixel_oracle, (BATCH, CLASSES, 3, 4), masks, (0.2,)
     ),
     "multi-label": (
         F.binary_cross_entropy, F.binary_cross_entropy_importance, oracles.binary_cross_entropy, (BATCH, CLASSES),

@@ -1,0 +1,359 @@
+"""The loss that training minimises, and the importances that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_importance.losses import heads, per_example
+from hf_importance.losses.first_batch import (
+    copies_of_the_first,
+    looking,
+    needs,
+    refuse_another_loss,
+    refuse_coupled,
+    refuse_coupled_by_model,
+    same,
+    takes,
+)
+from hf_importance.losses.heads import Labels, PerExampleLoss, Terms
+from hf_importance.losses.last_layer import LastLayer
+from hf_importance.record import SEEN
+from hf_importance.state import read_number
+
+_ADDED = ("aux_loss", "z_loss")
+_MASK_IGNORES = 255
+
+
+@dataclass
+class Measured:
+    """What one batch gives.
+
+    Args:
+        losses: `[batch]`, with gradient.
+        importance: `[batch]`, without.
+        seen: float32 `[4, batch]`, without: the rows that `record.SEEN` names.
+        added: what the model adds to its loss by itself, with gradient; 0 for most.
+        outputs: of the model.
+        counted: `[batch]`, how much of a loss each example has; None: all have one.
+    """
+
+    losses: Tensor
+    importance: Tensor
+    seen: Tensor
+    added: Tensor | float
+    outputs: Any
+    counted: Tensor | None = None
+
+    def weighted_mean(self, weight: Tensor) -> Tensor:
+        """The loss of the batch: the mean of weight · loss over the examples that have a loss, and what is added.
+
+        Where some have none, it is divided by the weighted share of those that have one: the ratio estimator, which is
+        the mean of `Trainer` where all weights are 1.
+
+        Args:
+            weight: `[batch]`.
+        """
+        loss = (weight * self.losses).mean()
+        if self.counted is not None:
+            share = (weight * self.counted).sum() / weight.sum()
+            loss = loss / share.clamp(min=torch.finfo(share.dtype).tiny)
+        return loss + self.added
+
+
+class Objective:
+    """The loss that training minimises, example by example, and the importance that goes with it.
+
+    The loss is computed outside the model, from its logits. Which one it is follows from the labels and the outputs, by
+    the rules of the heads of transformers: cross-entropy, binary cross-entropy or squared error of an example
+    (`config.problem_type`, else the number of logits and the type of the labels); cross-entropy of its tokens, which
+    causal language models shift by one, or of its pixels; of the start and the end of a span; or
+    `per_example_loss_func`. The first batch is also given to the model with its labels, to compare with the loss that
+    it would have trained with.
+
+    The loss of an example is the sum over its tokens or pixels, divided by the constant n̄, their mean number per
+    example: to divide by those of the batch would be biased, as they depend on which examples are drawn.
+
+    Args:
+        model: unwrapped.
+        metric: see `ImportanceConfig`.
+        label_smoothing: as in `TrainingArguments.label_smoothing_factor`; for cross-entropy.
+        per_example_loss_func: see `ImportanceTrainerMixin`.
+        causal: whether tokens are predicted from those before them; the first batch may show that it is otherwise.
+        mean_over_examples: from the name of a label and a count over it, `[batch, …] → [batch]`, to the mean of that
+            count over the training data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        metric: str = "logit_gradient",
+        label_smoothing: float = 0.0,
+        per_example_loss_func: PerExampleLoss | None = None,
+        causal: bool = False,
+        mean_over_examples: Callable[[str, Callable[[Tensor], Tensor]], float] | None = None,
+    ) -> None:
+        self._model = model
+        self._config = getattr(model, "config", None)
+        self._metric = metric
+        self._label_smoothing = label_smoothing
+        self._per_example_loss_func = per_example_loss_func
+        self._shifts = causal
+        self._mean_over_examples = mean_over_examples
+        self._mean_count: float | None = None
+        self._last_layer: LastLayer | None = None
+        self._looked = False
+        self._adds = False
+        self._needs: bool | None = None
+        self._classes = 0  # of masks
+
+    def close(self) -> None:
+        """Leave the model as it was found."""
+        if self._last_layer is not None:
+            self._last_layer.remove()
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], labels: Labels, batch: int) -> Measured:
+        """Forward the batch through `model`, the wrapped one, and measure.
+
+        Args:
+            model: see above.
+            inputs: of it, without the labels.
+            labels: by name; none where the model has none, which takes a `per_example_loss_func`.
+            batch: number of examples.
+
+        Raises:
+            ValueError: if losses per example cannot be had, or are not those of the model.
+        """
+        labels = heads.whole_numbers(labels)
+        if self._metric == "last_layer_gradient" and self._last_layer is None:
+            self._last_layer = LastLayer(self._model)
+        if not self._looked:
+            self._look(inputs, labels, batch)
+            self._looked = True
+        outputs, gave = self._forward(model, inputs, labels)
+        terms = self._terms(outputs, gave, inputs, labels, batch)
+        added = heads.loss_of(outputs) - terms.mean() if self._adds else 0.0
+        losses = terms.losses / self._positions_per_example(*labels) if terms.are_sums else terms.losses
+        seen = _seen(losses, outputs, gave, labels)
+        return Measured(
+            losses, self._importance(terms), seen, added, outputs, None if terms.are_sums else terms.counted
+        )
+
+    def evaluate(self, model: nn.Module, inputs: dict[str, Any], labels: Labels) -> tuple[Tensor, Any]:
+        """The mean of the losses of `per_example_loss_func`, and the outputs; a tuple begins with that loss."""
+        labels = heads.whole_numbers(labels)
+        outputs, gave = self._forward(model, inputs, labels)
+        loss = self._per_example_loss_func(outputs, _as_argument(inputs, labels)).mean()
+        if isinstance(outputs, Mapping):
+            return loss, outputs
+        rest = (outputs,) if isinstance(outputs, Tensor) else outputs[int(gave) :]
+        return loss, (loss, *rest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the first batch and the data have shown, so that a resumed training does not look again."""
+        return {
+            "loss": self._loss_it_is,
+            "looked": self._looked,
+            "shifts": self._shifts,
+            "adds": self._adds,
+            "mean_count": self._mean_count,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where [`state_dict`] was taken; with another model or loss look at the first batch again."""
+        looked, shifts, adds = (read_number(state, name, bool) for name in ("looked", "shifts", "adds"))
+        mean_count = None if state["mean_count"] is None else read_number(state, "mean_count", least=0)
+        if state["loss"] == self._loss_it_is:
+            self._looked, self._shifts, self._adds, self._mean_count = looked, shifts, adds, mean_count
+
+    @property
+    def _loss_it_is(self) -> list[Any]:
+        """What must be the same for the first batch to have shown the same."""
+        function = self._per_example_loss_func
+        name = None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
+        return [type(self._model).__name__, self._label_smoothing, name]
+
+    # ---- the forward pass --------------------------------------------------------------------------------------------
+
+    def _forward(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Labels, give: bool = False
+    ) -> tuple[Any, bool]:
+        """The outputs, and whether the model was given the labels: where it adds to its loss, or cannot do without."""
+        if {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs) or not self._decodes(labels):
+            must = self._needs_labels(labels)
+        elif hasattr(self._model, "prepare_decoder_input_ids_from_labels"):
+            inputs = {**inputs, "decoder_input_ids": self._model.prepare_decoder_input_ids_from_labels(**labels)}
+            must = False
+        else:  # it makes them of the labels by itself
+            must = True
+        gives = give or must or self._adds
+        return (model(**{**inputs, **labels}) if gives else model(**inputs)), gives
+
+    def _needs_labels(self, labels: Labels) -> bool:
+        if self._needs is None:  # which takes as long as a small layer
+            self._needs = needs(self._model, labels)
+        return self._needs
+
+    def _decodes(self, labels: Labels) -> bool:
+        """Whether it is an encoder-decoder, which is to write its labels."""
+        if not getattr(self._config, "is_encoder_decoder", False) or set(labels) != {"labels"}:
+            return False
+        return isinstance(labels["labels"], Tensor) and labels["labels"].dim() > 1
+
+    # ---- which loss it is --------------------------------------------------------------------------------------------
+
+    def _terms(self, outputs: Any, gave: bool, inputs: dict[str, Any], labels: Labels, batch: int) -> Terms:
+        if self._per_example_loss_func is not None:
+            return heads.custom(self._per_example_loss_func, outputs, _as_argument(inputs, labels), batch, gave)
+        if set(heads.SPAN) <= set(labels):
+            return heads.span(*heads.logits_of(outputs, batch, gave, span=True), labels)
+        (logits,) = heads.logits_of(outputs, batch, gave)
+        target = self._target(logits, labels)
+        try:
+            if _is_mask(logits, target):
+                return heads.pixels(logits, target, self._label_smoothing)
+            if target.dim() == 2 and logits.dim() == 3 and not target.is_floating_point():
+                return heads.tokens(logits, target, self._shifts, self._label_smoothing)
+            return heads.classification(logits, target, self._problem_type, self._label_smoothing)
+        except (IndexError, RuntimeError) as error:
+            heads.refuse_out_of_range(logits, target)
+            shapes = f"{list(target.shape)} ({target.dtype}) do not fit logits {list(logits.shape)}"
+            raise ValueError(f"Labels {shapes} ({error}). {heads.HINT}") from error
+
+    def _target(self, logits: Tensor, labels: Labels) -> Tensor:
+        """The labels as a loss of these logits takes them."""
+        ((name, target),) = list(labels.items())[:1]
+        if not isinstance(target, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor, but is {_kind(target)}, of which no usual loss can be made. {heads.HINT}"
+            )
+        if _is_mask(logits, target):
+            self._classes = logits.shape[1]
+            return self._with_ignored(target)
+        return heads.read_labels(target, logits, self._problem_type)
+
+    def _with_ignored(self, mask: Tensor) -> Tensor:
+        usual = _MASK_IGNORES if self._classes <= _MASK_IGNORES else per_example.IGNORE_INDEX
+        ignored = getattr(self._config, "semantic_loss_ignore_index", usual)
+        return mask.masked_fill(mask == ignored, per_example.IGNORE_INDEX)
+
+    @property
+    def _problem_type(self) -> str | None:
+        return getattr(self._config, "problem_type", None)
+
+    def _positions_per_example(self, name: str) -> float:
+        if self._mean_count is None:
+            self._mean_count = self._mean_over_examples(name, self._count)
+        return self._mean_count
+
+    def _count(self, labels: Tensor) -> Tensor:
+        """`[batch]`, of tokens or pixels as they come from the data."""
+        labels = labels.long()
+        return heads.count(heads.predicted(labels, self._shifts) if labels.dim() == 2 else self._with_ignored(labels))
+
+    def _importance(self, terms: Terms) -> Tensor:
+        if self._metric == "uniform":
+            return torch.ones_like(terms.losses, requires_grad=False)
+        if self._metric == "loss":
+            return terms.losses.detach().clamp(min=0)
+        importance = terms.importance().detach()
+        return importance if self._last_layer is None else self._last_layer.importance(importance)
+
+    # ---- the first batch ---------------------------------------------------------------------------------------------
+
+    def _look(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
+        """Compare with the loss of the model, which also tells whether it shifts its labels, and adds to its loss."""
+        with looking(self._model):
+            outputs, gave = self._forward(self._model, inputs, labels)
+        if self._per_example_loss_func is not None:
+            losses = refuse_coupled(outputs, lambda o: self._terms(o, gave, inputs, labels, batch), batch, gave)
+            refuse_coupled_by_model(losses, self._losses_of_copies(inputs, labels, batch))
+            return
+        logits = heads.decision_of(outputs, gave)
+        if logits is not None and len(labels) == 1:
+            heads.refuse_out_of_range(logits, self._target(logits, labels))  # before a GPU fails at them
+        self._terms(outputs, gave, inputs, labels, batch)
+        if self._label_smoothing:  # then `Trainer` takes the logits, whatever the loss of the model is
+            return
+        self._compare(inputs, self._as_read(outputs, gave, labels, batch), batch)
+
+    def _losses_of_copies(self, inputs: dict[str, Any], labels: Labels, batch: int) -> Tensor:
+        """`[batch]`, of a batch that is the first example again and again."""
+        inputs, labels = copies_of_the_first(inputs, batch), copies_of_the_first(labels, batch)
+        with looking(self._model):
+            outputs, _ = self._forward(self._model, inputs, labels)
+            return self._per_example_loss_func(outputs, _as_argument(inputs, labels))
+
+    def _as_read(self, outputs: Any, gave: bool, labels: Labels, batch: int) -> Labels:
+        """Several truth values of an example as floating-point numbers, which models want; all else as it is."""
+        if len(labels) > 1:
+            return labels
+        (logits,) = heads.logits_of(outputs, batch, gave)
+        return {name: heads.read_labels(target, logits, self._problem_type) for name, target in labels.items()}
+
+    def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
+        if not takes(self._model, labels):
+            raise ValueError(f"The model takes no {list(labels)}, so that its loss is unknown. {heads.HINT}")
+        try:
+            with looking(self._model):
+                outputs, _ = self._forward(self._model, inputs, labels, give=True)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"The model cannot compute its own loss for these labels ({error}). {heads.HINT}"
+            ) from error
+        theirs = heads.loss_of(outputs)
+        if theirs is None:
+            raise ValueError(f"The model returned no 'loss' for its labels, so that its loss is unknown. {heads.HINT}")
+        by_rule = self._terms(outputs, True, inputs, labels, batch)
+        if isinstance(outputs, Mapping):
+            self._adds = any(key.endswith(_ADDED) and isinstance(value, Tensor) for key, value in outputs.items())
+        if self._adds:  # then the loss is not to be compared
+            return
+        if by_rule.are_sums and not same(theirs, by_rule.mean()):
+            self._shifts = not self._shifts
+        refuse_another_loss(theirs, self._terms(outputs, True, inputs, labels, batch).mean())
+
+
+@torch.no_grad()
+def _seen(losses: Tensor, outputs: Any, gave: bool, labels: Labels) -> Tensor:
+    """The decision of the model, where it takes one per example: a class and its probability, or a number."""
+    seen = losses.new_full((len(SEEN), len(losses)), torch.nan, dtype=torch.float32)
+    label, loss, prediction, probability = seen  # views
+    loss.copy_(losses)
+    target = next(iter(labels.values())) if len(labels) == 1 else None
+    logits = heads.decision_of(outputs, gave)
+    if not isinstance(target, Tensor) or logits is None or target.numel() != len(losses):
+        return seen
+    target = target.flatten()
+    if logits.numel() == len(losses):
+        label.copy_(target)
+        prediction.copy_(logits.flatten())
+    elif logits.dim() == 2 and not target.is_floating_point():
+        ignored = target == per_example.IGNORE_INDEX
+        highest, number = logits.float().softmax(-1).max(-1)
+        label.copy_(target).masked_fill_(ignored, torch.nan)
+        prediction.copy_(number)
+        probability.copy_(highest).masked_fill_(ignored, torch.nan)
+    return seen
+
+
+def _as_argument(inputs: dict[str, Any], labels: Labels) -> Any:
+    """What `per_example_loss_func` gets: the labels, a dict of several, or the inputs if there are none."""
+    if not labels:
+        return inputs
+    return next(iter(labels.values())) if len(labels) == 1 else labels
+
+
+def _is_mask(logits: Tensor, labels: Tensor) -> bool:
+    usual = labels.shape == logits.shape[:-1]  # the classes come last, as of pairs of words
+    return logits.dim() == 4 and labels.dim() == 3 and not labels.is_floating_point() and not usual
+
+
+def _kind(value: Any) -> str:
+    """What it is, with what is in it."""
+    name = type(value).__name__
+    return f"a {name} of {type(value[0]).__name__}" if isinstance(value, (list, tuple)) and value else f"a {name}"

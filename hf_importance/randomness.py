@@ -1,0 +1,73 @@
+"""Random numbers that training does not miss."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+
+@contextmanager
+def own_randomness(
+    seed: int | None = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = ()
+) -> Iterator[None]:
+    """Whatever is drawn inside, from the generators of Python, NumPy and torch, outside nothing has been drawn.
+
+    Args:
+        seed: that the global generators have inside; None leaves them as they are.
+        devices: GPUs whose generators are kept as well as that of the CPU.
+        owners: data sets and collators that may have generators of their own, which are kept, too.
+    """
+    python, arrays = random.getstate(), numpy.random.get_state()
+    restore = [undo for owner in owners for undo in _restoring(owner)]
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+        if seed is not None:
+            random.seed(seed)
+            numpy.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+            for undo in restore:
+                undo()
+
+
+def _restoring(owner: Any, depth: int = 3) -> Iterator[Callable[[], None]]:
+    """For each generator that an object has, or an object in it: what puts it back; also one that is yet to be made."""
+    attributes = getattr(owner, "__dict__", {})
+    for name, value in list(attributes.items()):
+        undo = _restoring_generator(value)
+        if undo is not None:
+            yield undo
+        elif value is None:
+            yield lambda name=name: _forget_generator(attributes, name)
+        elif depth and not isinstance(value, (type, nn.Module)):
+            yield from _restoring(value, depth - 1)
+
+
+def _restoring_generator(value: Any) -> Callable[[], None] | None:
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, random.Random):
+        python = value.getstate()
+        return lambda: value.setstate(python)
+    if isinstance(value, numpy.random.RandomState):
+        arrays = value.get_state()
+        return lambda: value.set_state(arrays)
+    if isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", bits)
+    return None
+
+
+def _forget_generator(attributes: dict[str, Any], name: str) -> None:
+    if _restoring_generator(attributes.get(name)) is not None:
+        attributes[name] = None

@@ -1,0 +1,295 @@
+"""What is refused: the reason, and the way out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+import transformers
+from accelerate.data_loader import SeedableRandomSampler
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import SchedulerType
+
+from hf_importance.config import ImportanceConfig
+from hf_importance.schedule import ALL_STEPS
+
+_PRIVATE_HOOKS = ("_inner_training_loop", "_save_rng_state", "_load_optimizer_and_scheduler", "_finish_current_push")
+_LARGEST_SEED = 2**63 - 1
+_BY_RESULTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+_LOSS_FUNCTION = "pass per_example_loss_func=f with f(outputs, labels) -> Tensor[batch], and take the override out"
+_HOOKS = {
+    "compute_loss": "To add to the loss, begin with loss, outputs = super().compute_loss(model, inputs, True, ...). "
+    f"For a loss of your own (class weights, distillation) {_LOSS_FUNCTION}.",
+    "training_step": f"Call it there. For a loss of your own {_LOSS_FUNCTION}.",
+    "_get_train_sampler": "It decides which examples are drawn, which importance sampling does itself: take it out, or "
+    "use Trainer. Rare classes are drawn more by themselves, if they are hard; their share in the loss is for "
+    "per_example_loss_func.",
+    "get_train_dataloader": "Change the data set or the collator instead, or use Trainer.",
+    "get_batch_samples": "Call it there, and change what it returns.",
+    "_inner_training_loop": "Call it there.",
+    "_save_rng_state": "Call it there, or checkpoints lose the importances.",
+    "_load_optimizer_and_scheduler": "Call it there, or resuming loses the importances.",
+}
+"""What importance sampling lives in, and what to do where a class overrides it without calling it."""
+
+
+def refuse_version(trainer: type = Trainer) -> None:
+    """Refuse a version of transformers in which a private method that we override would never be called.
+
+    Raises:
+        ImportError: if it is no more.
+    """
+    missing = [name for name in _PRIVATE_HOOKS if not hasattr(trainer, name)]
+    if missing:
+        raise ImportError(
+            f"hf_importance overrides Trainer.{missing[0]}, which transformers {transformers.__version__} does not "
+            "have: install a version of transformers that has it (5.23 does), or a newer hf_importance."
+        )
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def refuse_arguments(trainer: Any) -> None:
+    """Refuse arguments of an `ImportanceTrainer` that are no values of theirs.
+
+    Raises:
+        TypeError: for what is of the wrong type.
+        ValueError: for a seed out of range.
+    """
+    args = trainer.args
+    if not isinstance(trainer.importance, ImportanceConfig):
+        raise TypeError(f"importance must be an ImportanceConfig, but is {type(trainer.importance).__name__}.")
+    if not isinstance(trainer.report_examples_to_hub, bool):
+        raise TypeError(f"report_examples_to_hub must be True or False, but is {trainer.report_examples_to_hub!r}.")
+    if not (trainer.per_example_loss_func is None or callable(trainer.per_example_loss_func)):
+        raise TypeError(
+            "per_example_loss_func must be a function f(outputs, labels) -> Tensor[batch], but is "
+            f"{type(trainer.per_example_loss_func).__name__}."
+        )
+    seed = seed_of(trainer.importance, args)
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ValueError(f"data_seed must be in 0 … 2^63 − 1, but is {seed}.")
+
+
+def refuse_training(trainer: Any) -> None:
+    """Refuse what an `ImportanceTrainer` that has training data cannot train with; others may evaluate with it.
+
+    Raises:
+        ValueError: for what is not supported.
+    """
+    args = trainer.args
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func returns one number for the batch, which cannot be weighted per example: pass "
+            "per_example_loss_func=f with f(outputs, labels) -> Tensor[batch] instead."
+        )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy must be 'random', but is {args.train_sampling_strategy!r}: importance "
+            "sampling decides the order itself. Leave it out, or use Trainer."
+        )
+    if max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
+        raise ValueError(
+            "parallelism_config has tensor, context or sequence parallelism, in which several processes share a "
+            "batch: ImportanceTrainer only supports data parallelism (DDP, FSDP, ZeRO)."
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError("accelerator_config.dispatch_batches must not be True: only whole batches carry their draw.")
+    if trainer.label_smoother is not None and type(trainer.label_smoother) is not LabelSmoother:
+        raise ValueError(
+            f"label_smoother must be that of label_smoothing_factor, but is {type(trainer.label_smoother).__name__}, "
+            "of which losses per example are not known: pass per_example_loss_func instead."
+        )
+    _refuse_data(trainer.train_dataset, args.world_size)
+    if trainer.importance.budget == "auto":
+        made_by_us = getattr(trainer, "_created_lr_scheduler", False)  # in a training before
+        refuse_schedule(args, None if made_by_us else trainer.lr_scheduler, trainer.is_deepspeed_enabled)
+
+
+def seed_of(importance: ImportanceConfig, args: TrainingArguments) -> int:
+    """The seed of the sampler."""
+    return next(seed for seed in (importance.seed, args.data_seed, args.seed) if seed is not None)
+
+
+def _refuse_data(data: Any, ranks: int) -> None:
+    stream = isinstance(data, IterableDataset)
+    if stream or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise ValueError(
+            f"train_dataset must have a length and be indexed by position, but {type(data).__name__} is a stream, "
+            "and importance sampling comes back to examples: load it without streaming, or use Trainer."
+        )
+    if len(data) < ranks:
+        raise ValueError(f"train_dataset must have an example for each of {ranks} processes, but has {len(data)}.")
+
+
+def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deepspeed: bool) -> None:
+    """Refuse a schedule that is known not to follow before training begins.
+
+    Raises:
+        ValueError: where the learning rate cannot follow what was learnt.
+    """
+    found = None
+    if args.lr_scheduler_type in _BY_RESULTS:
+        found = f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}"
+    elif scheduler is not None:
+        found = f"the schedule {type(scheduler).__name__} in optimizers"
+    elif deepspeed:
+        found = "a schedule that DeepSpeed runs"
+    if found is not None:
+        raise ValueError(
+            f"With budget='auto' the learning rate follows what was learnt, which {found} cannot. {ALL_STEPS} Or use "
+            "a schedule by steps, as lr_scheduler_type='linear'."
+        )
+
+
+# ---- what users have written -----------------------------------------------------------------------------------------
+
+
+def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
+    """Refuse classes of users that would be silently ignored, or would switch importance sampling off.
+
+    An override that calls `super()` is honoured. Whether one does can only be seen at the first step, which
+    [`TrainingWatch`] is for; here those are refused that surely do not.
+
+    Args:
+        cls: of the trainer.
+        mixin: ours among its bases; what comes after it is called by it, if at all.
+        has_loss_function: whether there is a `per_example_loss_func`.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    theirs = list(_theirs(cls, mixin))
+    for owner, is_before in theirs:
+        for name, way_out in _HOOKS.items():
+            counts = is_before or name == "_get_train_sampler"
+            if counts and name in vars(owner) and _surely_ends_in(owner, name, [other for other, _ in theirs]):
+                raise ValueError(
+                    f"{owner.__name__}.{name} does not call super().{name}(), in which importance sampling lives. "
+                    f"{way_out}"
+                )
+        if not is_before and "compute_loss" in vars(owner) and not has_loss_function:
+            raise ValueError(
+                f"{owner.__name__}.compute_loss comes after {mixin.__name__} among the bases of {cls.__name__}, so "
+                f"that training would never call it. If it calls super().compute_loss(), name {owner.__name__} first: "
+                f"class {cls.__name__}({owner.__name__}, ImportanceTrainer). If it computes a loss of its own, pass "
+                "per_example_loss_func=f with f(outputs, labels) -> Tensor[batch], which then takes its place."
+            )
+
+
+class TrainingWatch(TrainerCallback):
+    """Watches a training from within: it stops where nothing is measured, before anything is learnt from it.
+
+    It comes before the callbacks of users, who get a loader to look at instead of that of the training loop.
+
+    Args:
+        trainer: an `ImportanceTrainer`.
+        mixin: ours among its bases.
+    """
+
+    def __init__(self, trainer: Any, mixin: type) -> None:
+        self._trainer, self._mixin = trainer, mixin
+        self._unmeasured = 0  # steps in a row
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the other callbacks a loader of their own."""
+        self._unmeasured = 0
+        self._trainer.callback_handler.train_dataloader = self._trainer.loader_to_look_at()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the optimizer takes a step: the first one must be measured, and of two later ones one."""
+        self._unmeasured = 0 if self._trainer.has_measured() else self._unmeasured + 1
+        if self._unmeasured and (state.global_step == 0 or self._unmeasured > 1):
+            raise unmeasured(type(self._trainer), self._mixin)
+
+
+def unmeasured(cls: type, mixin: type) -> ValueError:
+    """The error of a step in which no importance was measured."""
+    hooks = ("compute_loss", "training_step", "get_batch_samples", "get_train_dataloader")
+    found = [f"{owner.__name__}.{name}" for owner, _ in _theirs(cls, mixin) for name in hooks if name in vars(owner)]
+    return ValueError(
+        f"No importance was measured in this step, so that examples cannot be drawn by it: "
+        f"{' or '.join(found) or 'a method of the trainer that was replaced'} does not come to the method of "
+        f"ImportanceTrainer. Call super() there in every step. For a loss of your own {_LOSS_FUNCTION}."
+    )
+
+
+def _theirs(cls: type, mixin: type) -> Iterator[tuple[type, bool]]:
+    """Classes that users have written, and whether they come before ours."""
+    order = cls.__mro__
+    for place, owner in enumerate(order):
+        if owner.__module__.split(".")[0] not in ("transformers", "hf_importance", "builtins"):
+            yield owner, place < order.index(mixin)
+
+
+def _surely_ends_in(owner: type, name: str, classes: list[type]) -> bool:
+    """Whether a method cannot call the one that it overrides: nothing that it may call names what it would need."""
+    override = _function(vars(owner)[name])
+    if override is None or "super" in _names(override):
+        return False
+    helpers = [_function(member) for other in classes for member in vars(other).values() if member is not override]
+    return not any(name in _names(function) for function in [override, *helpers] if function is not None)
+
+
+def _function(member: Any) -> FunctionType | None:
+    function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
+    return function if isinstance(function, FunctionType) else None
+
+
+def _names(function: FunctionType, depth: int = 3) -> set[str]:
+    """All names in a function, and in the functions that it calls by name or has around it."""
+    names = _names_in(function.__code__)
+    around = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+    called = [function.__globals__.get(name) for name in function.__code__.co_names]
+    for other in (*around, *called):
+        other = _function(other)
+        if other is not None and depth:
+            names |= {other.__name__} | _names(other, depth - 1)
+    return names
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is None
+    except ValueError:
+        return True
+
+
+def refuse_loader(loader: Any, cls: type, batch_size: int, drop_last: bool, length: int) -> None:
+    """Refuse a loader of the training data, as the classes after ours made it, that could not be taken over as it is.
+
+    Raises:
+        ValueError: if it draws or iterates in a way of its own.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    batches = getattr(batches, "batch_sampler", batches)  # of the shards of accelerate
+    sampler = getattr(batches, "sampler", None)
+    usual = type(sampler) in (RandomSampler, SeedableRandomSampler) and not sampler.replacement
+    if not isinstance(loader, DataLoader) or type(batches) is not BatchSampler or not usual:
+        found = f"draws by {type(sampler or batches).__name__}"
+    elif len(sampler) != length or len(loader.dataset) != length:
+        found = f"draws {len(sampler)} of {len(loader.dataset)} examples, where train_dataset has {length}"
+    elif (batches.batch_size, batches.drop_last) != (batch_size, drop_last):
+        found = f"has batches of {batches.batch_size} (drop_last={batches.drop_last}), not those of TrainingArguments"
+    elif type(loader).__iter__.__module__.split(".")[0] not in ("torch", "accelerate"):
+        found = f"iterates by {type(loader).__name__}.__iter__"
+    else:
+        return
+    hooks = ("_get_train_sampler", "get_train_dataloader")
+    theirs = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("transformers", "hf_importance")]
+    owners = [f"{owner.__name__}.{hook}" for owner in theirs for hook in hooks if hook in vars(owner)]
+    raise ValueError(
+        f"{' or '.join(owners) or 'The loader of the training data'} {found}, which importance sampling would replace: "
+        "change the data set, the collator or TrainingArguments instead, or use Trainer."
+    )
