@@ -136,7 +136,7 @@ class ImportanceTrainerMixin(ReportMixin):
             return self._loop_loader
         base = self._base_loader()
         if not self._loop_wants_loader:
-            return PreviewLoader(base, self._new_sampler(), self.args.device)
+            return PreviewLoader(base, self._new_sampler(records=False), self.args.device)
         self._drawn, self._logged_until = [], {}
         self._sampler = self._new_sampler(self._sampler)
         self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
@@ -153,7 +153,7 @@ class ImportanceTrainerMixin(ReportMixin):
                 "ImportanceTrainer: it must be asked for anew in each training, by super().get_train_dataloader()."
             )
         self._loop_wants_loader, self._loop_loader = False, None
-        return PreviewLoader(self._base_loader(), self._new_sampler(), self.args.device)
+        return PreviewLoader(self._base_loader(), self._new_sampler(records=False), self.args.device)
 
     def _base_loader(self) -> DataLoader:
         """That of `Trainer`, whose data, collator and settings ours have."""
@@ -163,14 +163,16 @@ class ImportanceTrainerMixin(ReportMixin):
         refuse_loader(base, type(self), self._train_batch_size, args.dataloader_drop_last, len(self.train_dataset))
         return base
 
-    def _new_sampler(self, before: ImportanceBatchSampler | None = None) -> ImportanceBatchSampler:
+    def _new_sampler(
+        self, before: ImportanceBatchSampler | None = None, records: bool = True
+    ) -> ImportanceBatchSampler:
         """With what was learnt `before`, by an attempt of `auto_find_batch_size`."""
         config, args = self.importance, self.args
         seed = seed_of(config, args)
         shard = Shard.of(len(self.train_dataset), args.process_index, args.world_size, seed)
         if before is None:
             memory = ImportanceMemory(len(shard), config.memory_momentum)
-            record = VisitRecord(len(shard)) if config.record else None
+            record = VisitRecord(len(shard)) if config.record and records else None
         else:
             memory, record = before.memory, before.record
         sampler = ImportanceBatchSampler(
