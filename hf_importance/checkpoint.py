@@ -18,7 +18,7 @@ from hf_importance.record import join
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.state import read_number, read_tensor
 
-_FORMAT = 5
+_FORMAT = 6
 _FILES = "importance_*.pt"
 _ADVICE = (
     "Resume from another checkpoint, or remove its importance_*.pt to go on with the model as it is and importances "

@@ -1,5 +1,6 @@
 """Slow and obvious: one example at a time, in float64, by autograd; one visit at a time."""
 
+import itertools
 import math
 
 import torch
@@ -70,6 +71,32 @@ def second_moments(remembered, mean, measured, rate, fractions, max_rate=math.in
             for k, f in enumerate(fractions):
                 found[k] += now**2 / r / unnormalised_rate(before, mean, f, max_rate)
     return found
+
+
+def expected_costs(remembered, mean, measured, rate, cost, fractions, max_rate=math.inf):
+    """Σ (1/r) c r_f, of the visits that tell something."""
+    found = [0.0] * len(fractions)
+    for before, now, r, c in zip(remembered, measured, rate, cost, strict=True):
+        if math.isfinite(before) and math.isfinite(now):
+            for k, f in enumerate(fractions):
+                found[k] += c / r * unnormalised_rate(before, mean, f, max_rate)
+    return found
+
+
+def moments_of_batches(gradients, cost, rate, batch):
+    """Over every batch that can be drawn, examples independently with p = r / N.
+
+    Returns:
+        The expected gradient estimate, the variance of it, and the expected cost of a batch.
+    """
+    n, mean, square, spent = len(rate), torch.zeros_like(gradients[0]), 0.0, 0.0
+    for drawn in itertools.product(range(n), repeat=batch):
+        probability = math.prod(rate[i] / n for i in drawn)
+        estimate = sum(gradients[i] / rate[i] for i in drawn) / batch
+        mean = mean + probability * estimate
+        square += probability * estimate.square().sum().item()
+        spent += probability * sum(cost[i] for i in drawn)
+    return mean, square - mean.square().sum().item(), spent
 
 
 # ---- memory and visits -----------------------------------------------------------------------------------------------

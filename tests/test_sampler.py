@@ -481,6 +481,7 @@ def test_moments_are_the_sums_of_the_visits():
             "importance": sum(x / r for r, x in known),
             "uniform": sum(x * x / r for r, x in known),
             "ours": sum(x * x / r for r, x in known),  # (r^−½)² = 1/r
+            "cost": 6.0,
         },
         rel=1e-12,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.sampling.rates import second_moments
+from hf_importance.sampling.rates import expected_costs, second_moments
 from hf_importance.state import read_tensor
 
 _FLOORS = 8
@@ -26,6 +26,10 @@ class Guard:
     estimate would be with another floor ([`rates.second_moments`]). Where importances tell nothing that is 1, uniform
     sampling.
 
+    Where visits cost differently, estimates are compared at equal cost: a visit of a given floor has the second moment
+    M and costs C, so that n of them have M/n and cost n C, and M C is what counts. But M itself must not be above that
+    of uniform sampling, or a step would teach less than a uniform one, and training take more of them than was asked.
+
     Args:
         uniform_fraction: the lowest floor, in [0, 1].
     """
@@ -33,23 +37,39 @@ class Guard:
     def __init__(self, uniform_fraction: float) -> None:
         self._floors = torch.linspace(uniform_fraction, 1.0, _FLOORS + 1, dtype=torch.float64)
         self._second_moments = torch.zeros_like(self._floors)
+        self._costs = torch.zeros_like(self._floors)  # 0: all visits cost the same
 
-    def learn(self, remembered: Tensor, mean: float, measured: Tensor, rate: Tensor, max_rate: float) -> None:
-        """Take in some visits: arguments of [`rates.second_moments`]. In any division the same, to the bit."""
+    def learn(
+        self,
+        remembered: Tensor,
+        mean: float,
+        measured: Tensor,
+        rate: Tensor,
+        max_rate: float,
+        cost: Tensor | None = None,
+    ) -> None:
+        """Take in some visits: arguments of [`rates.expected_costs`]. In any division the same, to the bit."""
         terms = second_moments(remembered, mean, measured, rate, self._floors, max_rate)
         self._second_moments = torch.cat([self._second_moments[None], terms]).cumsum(0)[-1]
+        if cost is not None:
+            terms = expected_costs(remembered, mean, measured, rate, cost, self._floors, max_rate)
+            self._costs = torch.cat([self._costs[None], terms]).cumsum(0)[-1]
 
     def floor(self) -> float:
         """For the next segment."""
-        enough = self._second_moments <= _GOOD_ENOUGH * self._second_moments.min()
+        teaches = self._second_moments <= _GOOD_ENOUGH * self._second_moments[-1]
+        spent = self._second_moments * self._costs if self._costs.any() else self._second_moments
+        enough = teaches & (spent <= _GOOD_ENOUGH * spent[teaches].min())
         self._second_moments *= _FORGET
+        self._costs *= _FORGET
         return self._floors[enough][0].item()  # the lowest where nothing is known: all are 0
 
     def state_dict(self) -> dict[str, Any]:
         """The evidence so far."""
-        return {"second_moments": self._second_moments.clone()}
+        return {"second_moments": self._second_moments.clone(), "costs": self._costs.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
         shape = self._second_moments.shape
         self._second_moments = read_tensor(state, "second_moments", shape, torch.float64).clone()
+        self._costs = read_tensor(state, "costs", shape, torch.float64).clone()

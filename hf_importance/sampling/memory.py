@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_importance.sampling.rates import per_cost
 from hf_importance.state import read_tensor
 
 CHUNK = 2**20
@@ -25,12 +26,14 @@ class Update:
         before: float32 `[changes]`, NaN where the example was unknown.
         after: likewise.
         change: int64 `[visits]`: the change that each visit was part of.
+        cost: float32 `[changes]`, c of the examples; None where all cost the same.
     """
 
     index: Tensor
     before: Tensor
     after: Tensor
     change: Tensor
+    cost: Tensor | None = None
 
 
 class ImportanceMemory:
@@ -39,6 +42,8 @@ class ImportanceMemory:
     Args:
         length: number of examples.
         momentum: share of the old importance in the new one, in [0, 1); α of Salaün et al. 2023.
+        cost: c float32 `[examples]` of a visit of each, see [`rates.relative_costs`]; None: all cost the same.
+        tokens: float32 `[examples]`, how many of each have a loss, where its loss is a sum over them; else None.
 
     >>> memory = ImportanceMemory(3, momentum=0.0)
     >>> _ = memory.update(torch.tensor([0, 2]), torch.tensor([0.5, 1.5]))
@@ -46,9 +51,12 @@ class ImportanceMemory:
     tensor([0.5000,    nan, 1.5000])
     """
 
-    def __init__(self, length: int, momentum: float = 0.2) -> None:
+    def __init__(
+        self, length: int, momentum: float = 0.2, cost: Tensor | None = None, tokens: Tensor | None = None
+    ) -> None:
         self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
         self.momentum = momentum
+        self.cost, self.tokens = cost, tokens
         self.known = 0
 
     def __len__(self) -> int:
@@ -78,7 +86,18 @@ class ImportanceMemory:
             after[turn] = new.masked_fill_(~new.isfinite(), torch.nan)
             self.importance[index[turn]] = new
             self.known += int(unknown.sum()) - int(new.isnan().sum())
-        return Update(index, before, after, change)
+        return Update(index, before, after, change, None if self.cost is None else self.cost[index])
+
+    def per_cost(self, index: Tensor | slice) -> Tensor:
+        """What the rates of some examples are proportional to, see [`rates.per_cost`]; not to be changed."""
+        return per_cost(self.importance[index], None if self.cost is None else self.cost[index])
+
+    def unimportant(self, mass: float) -> Tensor:
+        """See [`unimportant`]. Of losses that are sums it goes by the root mean square over their n tokens, q/√n.
+
+        Else short texts would be left out, however hard they are, and nothing makes up for what is left out.
+        """
+        return unimportant(per_cost(self.importance, self.tokens), mass)
 
     def increase(self, increment: float) -> None:
         """Add ε to every known importance: no example is forgotten (Salaün et al. 2023, the end of their epochs)."""
@@ -91,18 +110,24 @@ class ImportanceMemory:
     def least_variance_ratio(self) -> float:
         """The least [`rates.variance_ratio`] that importances like these allow: (mean q)² / mean q² = 1/(1 + CV²).
 
-        It is reached where every visit finds what was remembered. 1 where all are alike, or nothing is known.
+        It is reached where every visit finds what was remembered. 1 where all are alike, or nothing is known. With
+        costs it is (mean q√c)² / (mean q² · mean c), and 1 where all q/√c are alike.
 
         >>> memory = ImportanceMemory(2)
         >>> _ = memory.update(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
         >>> memory.least_variance_ratio()
         0.8
         """
-        total, squares = 0.0, 0.0
+        total, squares, cost = 0.0, 0.0, 0.0
         for chunk in self.chunks():
             known = self.importance[chunk].nan_to_num(nan=0.0).double()
-            total, squares = total + known.sum().item(), squares + known.square().sum().item()
-        return total**2 / (self.known * squares) if squares else 1.0
+            squares += known.square().sum().item()
+            if self.cost is not None:
+                costs = self.cost[chunk].double()
+                known *= costs.sqrt()
+                cost += costs[self.importance[chunk].isfinite()].sum().item()
+            total += known.sum().item()
+        return total**2 / ((self.known if self.cost is None else cost) * squares) if squares else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changed, as tensors and plain values."""
@@ -143,7 +168,7 @@ def unimportant(importance: Tensor, mass: float) -> Tensor:
 
 
 def mean_importance(memory: ImportanceMemory, fresh: float = math.nan, pruned: Tensor | None = None) -> float:
-    """Mean over the examples that are not pruned, those unknown counted as `fresh`; NaN where nothing is known.
+    """Mean importance (per cost) of those that are not pruned, those unknown counted as `fresh`; NaN: nothing is known.
 
     Args:
         memory: of the examples.
@@ -152,7 +177,7 @@ def mean_importance(memory: ImportanceMemory, fresh: float = math.nan, pruned: T
     """
     total, counted = 0.0, 0
     for chunk in memory.chunks():
-        values = memory.importance[chunk].nan_to_num(nan=fresh)
+        values = memory.per_cost(chunk).nan_to_num(nan=fresh)
         if pruned is not None:
             values.masked_fill_(pruned[chunk], torch.nan)
         total += values.nansum(dtype=torch.float64).item()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance, unimportant
-from hf_importance.sampling.rates import unnormalised_rates
+from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance
+from hf_importance.sampling.rates import per_cost, unnormalised_rates
 from hf_importance.state import read_number, read_tensor
 
 _MOST_CANDIDATES = 2**16
@@ -23,7 +23,7 @@ class IndependentVisits:
 
     A candidate is taken uniformly and accepted with probability r / r_max, so that a draw costs the same for any n. The
     mean importance is that of the start of the pass; the sum of the rates follows every update by its difference.
-    Unknown importances count as the mean.
+    Unknown importances count as the mean. Where visits cost differently, "importance" is q/√c here, see [`rates`].
 
     Args:
         memory: of the examples. It is read at every draw.
@@ -80,12 +80,12 @@ class IndependentVisits:
 
     def rates(self, index: Tensor | slice = slice(None)) -> Tensor:
         """float64 `[visits]`: the rates of some examples, by default of all; their mean over the drawable ones is 1."""
-        rate = self._unnormalised(self.memory.importance[index]).double() / (self._total / self._drawable)
+        rate = self._unnormalised(self.memory.per_cost(index)).double() / (self._total / self._drawable)
         return rate if self.pruned is None else rate.masked_fill_(self.pruned[index], 0.0)
 
     def learn(self, update: Update, measured: Tensor, rate: Tensor) -> None:
         """The memory has changed."""
-        before, after = self._unnormalised(update.before).double(), self._unnormalised(update.after).double()
+        before, after = (self._unnormalised(per_cost(q, update.cost)).double() for q in (update.before, update.after))
         change = (
             after - before if self.pruned is None else (after - before).masked_fill_(self.pruned[update.index], 0.0)
         )
@@ -97,7 +97,7 @@ class IndependentVisits:
         if self.passes:
             if self._increment:
                 self.memory.increase(self._increment)
-            pruned = unimportant(self.memory.importance, self._prune_mass)
+            pruned = self.memory.unimportant(self._prune_mass)
             self.pruned = pruned if pruned.any() else None
         self._measure()
         self._rng.manual_seed(self._seed + self.passes * self._stride)
@@ -110,7 +110,7 @@ class IndependentVisits:
         self._mean = mean_importance(self.memory, pruned=self.pruned)
         self._total, self._largest = 0.0, 0.0
         for part in self.memory.chunks():
-            rate = self._unnormalised(self.memory.importance[part])
+            rate = self._unnormalised(self.memory.per_cost(part))
             rate = rate if self.pruned is None else rate.masked_fill_(self.pruned[part], 0.0)
             self._total += rate.sum(dtype=torch.float64).item()
             self._largest = max(self._largest, rate.max().item())

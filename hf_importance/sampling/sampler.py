@@ -23,7 +23,7 @@ from hf_importance.state import read_number, read_tensor
 
 _MOST_WAITING = 64
 """Batches that wait to be remembered, all at once, which costs hardly more than one."""
-_SUMS = ("visits", "weight", "weight_square", "inverse_rate", "importance", "uniform", "ours")
+_SUMS = ("visits", "weight", "weight_square", "inverse_rate", "importance", "uniform", "ours", "cost")
 
 
 @dataclass
@@ -173,16 +173,17 @@ class ImportanceBatchSampler(Sampler[Draw]):
         batch = torch.arange(len(draws)).repeat_interleave(torch.tensor([len(draw.index) for draw in draws]))
         update = self._memory.update(index, importance, batch)
         self.visits.learn(update, importance, rate)
-        self._sum_up(importance.double(), rate, weight / self.shard.weight)
+        cost = torch.ones_like(rate) if self._memory.cost is None else self._memory.cost[index].double()
+        self._sum_up(importance.double(), rate, weight / self.shard.weight, cost)
         if self._record is not None and len(rows) > 1:
             self._record.update(index, rows[1:])
 
-    def _sum_up(self, importance: Tensor, rate: Tensor, weight: Tensor) -> None:
+    def _sum_up(self, importance: Tensor, rate: Tensor, weight: Tensor, cost: Tensor) -> None:
         """The sums that [`take_moments`] gives; of visits one after the other, so that they are the same to the bit."""
         squares = importance.square()
         told = [1 / rate, importance / rate, squares / rate, weight.square() * squares]
         told = [term.where(importance.isfinite(), 0.0) for term in told]
-        terms = torch.stack([torch.ones_like(rate), weight, weight.square(), *told], 1)
+        terms = torch.stack([torch.ones_like(rate), weight, weight.square(), *told, cost], 1)
         self._moments = torch.cat([self._moments[None], terms]).cumsum(0)[-1]
 
     @property
@@ -191,7 +192,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
 
         `visits`; `weight` Σ w and `weight_square` Σ w²; of those whose importance is known `inverse_rate` Σ 1/r,
         `importance` Σ q/r, and the second moments of the gradient estimate as it is drawn, `ours` Σ w² q², and as
-        uniform sampling would draw it, `uniform` Σ q²/r.
+        uniform sampling would draw it, `uniform` Σ q²/r. `cost` Σ c, where uniform sampling has the number of visits.
         """
         return dict(zip(_SUMS, self._moments.tolist(), strict=True))
 

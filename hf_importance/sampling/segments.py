@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_importance.sampling.guard import Guard
-from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance, unimportant
-from hf_importance.sampling.rates import unnormalised_rates
+from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance
+from hf_importance.sampling.rates import per_cost, unnormalised_rates
 from hf_importance.state import read_number, read_tensor
 
 SEGMENTS = 8
@@ -35,6 +35,8 @@ class SegmentedVisits:
 
     Examples that nobody has seen have the mean importance of those that were seen for the first time lately, so that
     the first pass learns from itself. Visits show whether importances hold, see [`Guard`].
+
+    Where visits cost differently, "importance" is q/√c in all of that, see [`rates`].
 
     Args:
         memory: of the examples. It is read where a segment is planned.
@@ -70,7 +72,7 @@ class SegmentedVisits:
         self._seed, self._stride = seed, stride
         self._guard = Guard(uniform_fraction) if guard else None
         self._fresh, self._fresh_sum, self._fresh_count = math.nan, 0.0, 0.0
-        self._mean = math.nan  # importance, when the segment was planned
+        self._mean = math.nan  # importance (per cost), when the segment was planned
         self._kind = torch.int32 if len(memory) < 2**31 else torch.int64
         self._order: Tensor | None = None  # of this pass, as long as its rates have not differed
         self._credit: Tensor | None = None  # float32 [examples], from then on
@@ -97,13 +99,15 @@ class SegmentedVisits:
 
     def learn(self, update: Update, measured: Tensor, rate: Tensor) -> None:
         """What visits have shown: the change of the memory; `[visits]` each, what was measured and the rates drawn."""
-        before = update.before[update.change]
+        cost = None if update.cost is None else update.cost[update.change]
+        before = per_cost(update.before[update.change], cost)
         first = (before.isnan() & measured.isfinite()).double()
-        sums = torch.stack([first * measured.double().nan_to_num(0.0, 0.0, 0.0), first], 1)
+        new = per_cost(measured.double(), cost).nan_to_num(0.0, 0.0, 0.0)
+        sums = torch.stack([first * new, first], 1)
         start = torch.tensor([[self._fresh_sum, self._fresh_count]], dtype=torch.float64)
         self._fresh_sum, self._fresh_count = torch.cat([start, sums]).cumsum(0)[-1].tolist()
         if self._guard is not None:
-            self._guard.learn(before, self._mean, measured, rate, _LARGEST_RATE)
+            self._guard.learn(before, self._mean, measured, rate, _LARGEST_RATE, cost)
 
     # ---- planning: O(examples), once per segment ---------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class SegmentedVisits:
         if self.passes:
             if self._increment:
                 self.memory.increase(self._increment)
-            pruned = unimportant(self.memory.importance, self._prune_mass)
+            pruned = self.memory.unimportant(self._prune_mass)
             self.pruned = pruned if pruned.any() else None
         # the seed is that of accelerate's sampler in this epoch: the same permutations
         rng = torch.Generator().manual_seed(self._seed + self.passes * self._stride)
@@ -153,7 +157,7 @@ class SegmentedVisits:
         return torch.empty(len(place)).scatter_(0, self._order.long(), start.float().clamp_(max=_BELOW_ONE))
 
     def _unnormalised(self, part: slice) -> Tensor:
-        rate = unnormalised_rates(self.memory.importance[part], self._mean, self.floor, _LARGEST_RATE, self._fresh)
+        rate = unnormalised_rates(self.memory.per_cost(part), self._mean, self.floor, _LARGEST_RATE, self._fresh)
         return rate if self.pruned is None else rate.masked_fill_(self.pruned[part], 0.0)
 
     def _measure_rates(self) -> tuple[float, float, float]:
