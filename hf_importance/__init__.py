@@ -9,6 +9,7 @@ To read the code, go upward, as the imports do:
 - `sampling`: which examples come next, with what weight, and when enough was learnt.
 - `data`: carries that with the batch.
 - `fingerprint`: by what training data are told.
+- `lengths`: how long texts are, which is what they cost.
 - `checkpoint`: files of an interrupted training.
 - `config`: all settings.
 - `loader`: of the training loop, and one to look at.

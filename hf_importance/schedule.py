@@ -122,7 +122,8 @@ class EffectiveEpochs(TrainerCallback):
         if least > _ALIKE:
             return (
                 f"Importance sampling has little to gain here so far (step {step:,}): importances are alike, and the "
-                f"gradient estimate is at best {least:.2f} of that of uniform sampling. Unless they differ more as the "
+                f"gradient estimate is at best {least:.2f} of that of uniform sampling"
+                f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless they differ more as the "
                 f"model learns, training will take about all of its {steps:,} steps."
             )
         end = min(steps, round(step + self.progress.left()))

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import SchedulerType
 
 from hf_importance.config import ImportanceConfig
+from hf_importance.lengths import name_of_tokens, refuse_unknown_lengths
 from hf_importance.schedule import ALL_STEPS
 
 _PRIVATE_HOOKS = ("_inner_training_loop", "_save_rng_state", "_load_optimizer_and_scheduler", "_finish_current_push")
@@ -36,6 +37,11 @@ _HOOKS = {
     "_load_optimizer_and_scheduler": "Call it there, or resuming loses the importances.",
 }
 """What importance sampling lives in, and what to do where a class overrides it without calling it."""
+_STRATEGIES = {
+    "sequential": "examples that are drawn by importance have no order to be kept. Leave it out",
+    "batch_rebalance": "it makes batches of different numbers of examples and deals them out to the processes, while "
+    "each process draws batches of one size from a part of the data of its own. Take 'group_by_length'",
+}
 
 
 def refuse_version(trainer: type = Trainer) -> None:
@@ -89,10 +95,10 @@ def refuse_training(trainer: Any) -> None:
             "compute_loss_func returns one number for the batch, which cannot be weighted per example: pass "
             "per_example_loss_func=f with f(outputs, labels) -> Tensor[batch] instead."
         )
-    if args.train_sampling_strategy != "random":
+    if args.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError(
-            f"train_sampling_strategy must be 'random', but is {args.train_sampling_strategy!r}: importance "
-            "sampling decides the order itself. Leave it out, or use Trainer."
+            "train_sampling_strategy must be 'random' or 'group_by_length', but is "
+            f"{args.train_sampling_strategy!r}: {_STRATEGIES[args.train_sampling_strategy]}, or use Trainer."
         )
     if max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
         raise ValueError(
@@ -107,6 +113,8 @@ def refuse_training(trainer: Any) -> None:
             "of which losses per example are not known: pass per_example_loss_func instead."
         )
     _refuse_data(trainer.train_dataset, args.world_size)
+    if args.train_sampling_strategy == "group_by_length":
+        refuse_unknown_lengths(trainer.train_dataset, args.length_column_name, name_of_tokens(trainer.processing_class))
     if trainer.importance.budget == "auto":
         made_by_us = getattr(trainer, "_created_lr_scheduler", False)  # in a training before
         refuse_schedule(args, None if made_by_us else trainer.lr_scheduler, trainer.is_deepspeed_enabled)

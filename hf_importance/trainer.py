@@ -20,6 +20,7 @@ from hf_importance.checkpoint import load_states, newest_complete, reading, resu
 from hf_importance.config import ImportanceConfig
 from hf_importance.data import DRAW_KEY, LABEL_COLUMNS, mean_over_examples, refuse_texts_as_labels
 from hf_importance.fingerprint import fingerprint
+from hf_importance.lengths import Lengths, has_token_losses, labels_of, length_name, lengths_of, name_of_tokens
 from hf_importance.loader import PreviewLoader, training_loader
 from hf_importance.losses.heads import Labels, PerExampleLoss
 from hf_importance.losses.objective import Measured, Objective
@@ -28,6 +29,7 @@ from hf_importance.record import VisitRecord
 from hf_importance.report.hooks import ReportMixin
 from hf_importance.sampling.draw import Draw, Shard
 from hf_importance.sampling.memory import ImportanceMemory, unimportant
+from hf_importance.sampling.rates import per_cost
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow
 from hf_importance.state import read_number
@@ -122,6 +124,7 @@ class ImportanceTrainerMixin(ReportMixin):
         self._draw: Draw | None = None  # of the batch that is trained on
         self._measured: Draw | None = None  # last
         self._data_are: dict[str, Any] | None = None  # their fingerprint
+        self._lengths: Lengths | None = None
         self._logged_until: dict[str, float] = {}
 
     # ---- the training data -------------------------------------------------------------------------------------------
@@ -157,11 +160,40 @@ class ImportanceTrainerMixin(ReportMixin):
 
     def _base_loader(self) -> DataLoader:
         """That of `Trainer`, whose data, collator and settings ours have."""
-        base = super().get_train_dataloader()
-        loaders, args = self.accelerator._dataloaders, self.args
+        args, loaders = self.args, self.accelerator._dataloaders
+        strategy, args.train_sampling_strategy = args.train_sampling_strategy, "random"  # lengths are counted by us
+        try:
+            base = super().get_train_dataloader()
+        finally:
+            args.train_sampling_strategy = strategy
         loaders[:] = [loader for loader in loaders if loader is not base]
         refuse_loader(base, type(self), self._train_batch_size, args.dataloader_drop_last, len(self.train_dataset))
+        if self._lengths is None:
+            self._lengths = self._find_lengths(base)
         return base
+
+    @property
+    def _groups_by_length(self) -> bool:
+        return self.args.train_sampling_strategy == "group_by_length"
+
+    def _find_lengths(self, base: DataLoader) -> Lengths:
+        """Where visits cost by the length of their text: those of losses per token, and where texts are grouped by it.
+
+        Other texts are padded to the longest of their batch, whose length says little of theirs.
+        """
+        args, data = self.args, self.train_dataset
+        writes = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        names = self.label_names or ["labels"]
+        of_tokens = self.per_example_loss_func is None and has_token_losses(
+            base.dataset, base.collate_fn, names, writes
+        )
+        columns = args.length_column_name, name_of_tokens(self.processing_class)
+        if not (self._groups_by_length or (of_tokens and length_name(data, *columns) is not None)):
+            return Lengths()
+        quiet = args.disable_tqdm or not self.is_world_process_zero()
+        length = lengths_of(data, *columns, quiet)
+        counts = of_tokens and self.importance.prune_mass
+        return Lengths(length, labels_of(data, length, names[0], quiet) if counts else None)
 
     def _new_sampler(
         self, before: ImportanceBatchSampler | None = None, records: bool = True
@@ -171,10 +203,14 @@ class ImportanceTrainerMixin(ReportMixin):
         seed = seed_of(config, args)
         shard = Shard.of(len(self.train_dataset), args.process_index, args.world_size, seed)
         if before is None:
-            memory = ImportanceMemory(len(shard), config.memory_momentum)
+            cost = None if config.metric == "uniform" else self._lengths.cost(shard)
+            memory = ImportanceMemory(len(shard), config.memory_momentum, cost, self._lengths.tokens_of(shard))
             record = VisitRecord(len(shard)) if config.record and records else None
         else:
             memory, record = before.memory, before.record
+        groups = None
+        if self._groups_by_length:
+            groups = self._lengths.groups(shard, self._train_batch_size, args.gradient_accumulation_steps)
         sampler = ImportanceBatchSampler(
             memory,
             self._train_batch_size,
@@ -186,6 +222,7 @@ class ImportanceTrainerMixin(ReportMixin):
             drop_last=args.dataloader_drop_last,
             seed=seed,
             record=record,
+            groups=groups,
             uniform_fraction=config.uniform_fraction,
             prune_mass=config.prune_mass,
             increment=config.importance_increment,
@@ -365,9 +402,11 @@ class ImportanceTrainerMixin(ReportMixin):
     def kept_indices(self) -> Tensor:
         """int64 `[kept]`, ascending: examples of `train_dataset` to go on with, as for `dataset.select`.
 
-        All but those that together hold less than `prune_mass` of the importance, as `importances` gives it.
+        All but those that together hold less than `prune_mass` of the importance, as `importances` gives it; of losses
+        that are sums over tokens as it is for each of these.
         """
-        return (~unimportant(self.importances, self.importance.prune_mass)).nonzero().flatten()
+        tokens = None if self._lengths is None or self._lengths.tokens is None else self._lengths.tokens.float()
+        return (~unimportant(per_cost(self.importances, tokens), self.importance.prune_mass)).nonzero().flatten()
 
     def _of_all_examples(self, name: str, mine: Tensor) -> Tensor:
         """A column that the examples of this process have, with what was last gathered of the others."""

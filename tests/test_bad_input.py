@@ -65,7 +65,7 @@ class WithoutLength(torch.utils.data.Dataset):
 
 AT_CONSTRUCTION = {
     "compute_loss_func": ({"more": {"compute_loss_func": max}}, ValueError, "pass per_example_loss_func"),
-    "order": ({"train_sampling_strategy": "group_by_length"}, ValueError, "train_sampling_strategy must be 'random'"),
+    "order": ({"train_sampling_strategy": "sequential"}, ValueError, "train_sampling_strategy must be 'random' or"),
     "dispatch": ({"accelerator_config": {"dispatch_batches": True}}, ValueError, "dispatch_batches must not be True"),
     "config": ({"more": {"importance": {"budget": 1.0}}}, TypeError, "must be an ImportanceConfig, but is dict"),
     "whom to show": (

@@ -105,11 +105,17 @@ class Findings:
         if sample_size is not None:
             figures["effective sample size"] = f"{sample_size:.3f} of the visits"
         if variance_ratio is not None:
-            figures["second moment of the gradient"] = f"{variance_ratio:.3f} of that of uniform sampling"
+            figures["second moment of the gradient"] = f"{variance_ratio:.3f} of that of {self._rival}"
+            if (cost := self.mean_logged("cost")) is not None:
+                figures["tokens per visit"] = f"{cost:.3f} of those of uniform sampling"
         if self.decides:
             number = int(self.columns["suspect"].sum())
             figures["suspected label errors"] = f"{number:,} ({number / len(self):.1%})"
         return figures
+
+    @property
+    def _rival(self) -> str:
+        return "uniform sampling at equal cost" if self.logged("cost")[1] else "uniform sampling"
 
     def summary(self) -> str:
         """One line."""
@@ -117,7 +123,7 @@ class Findings:
         parts = [
             f"{self.visits:,} visits of {len(self):,} examples",
             f"90 % of them to {self.busy:.0%} of the examples",
-            *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} of that of uniform sampling"]),
+            *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} of that of {self._rival}"]),
             f"up to {self.pruned:.0%} pruned at a time",
         ]
         return "Importance sampling: " + ", ".join(parts) + "."

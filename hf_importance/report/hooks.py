@@ -30,6 +30,8 @@ class ReportMixin:
             logs["train_samples_per_second"] *= self.state.max_steps / progress.steps  # not all of them were made
             logs["train_effective_epochs"] = min(progress.value, progress.steps) / progress.steps_per_epoch
             logs["train_share_of_steps"] = self.state.global_step / progress.steps
+            if (tokens := self._share_of_tokens()) is not None:
+                logs["train_share_of_tokens"] = tokens
         super().log(logs, *args, **kwargs)
 
     def _measurements(self) -> dict[str, float]:
@@ -48,16 +50,36 @@ class ReportMixin:
             logs["importance/effective_sample_size"] = new["weight"] ** 2 / (new["weight_square"] * new["visits"])
         if new["uniform"]:
             logs["importance/mean"] = new["importance"] / new["inverse_rate"]
-            logs["importance/variance_ratio"] = new["ours"] / new["uniform"]
+            cost = new["cost"] / new["visits"]
+            logs["importance/variance_ratio"] = new["ours"] / new["uniform"] * cost
+            if self._lengths.length is not None:
+                logs["importance/cost"] = cost
         if self._effective is not None:
             logs["importance/effective_epoch"] = self._effective.progress.epochs
         return logs
+
+    def _share_of_tokens(self) -> float | None:
+        """That the steps so far have cost, of those that uniform sampling has in all its steps; None: lengths unknown.
+
+        With several processes it is that of this one, whose examples are a random part of the data.
+        """
+        if self._sampler is None or self._lengths.length is None:
+            return None
+        self._sampler.flush(everything=True)
+        moments = self._sampler.moments
+        if not moments["visits"]:
+            return None
+        return self.state.global_step / self._effective.progress.steps * moments["cost"] / moments["visits"]
 
     def _summarise(self) -> None:
         """Say what was won."""
         if self._effective is not None and self._effective.progress.finished:
             steps, planned = self.state.global_step, self._effective.progress.steps
-            self._say(f"Importance sampling: ended after {steps:,} of {planned:,} steps ({steps / planned:.0%}).")
+            tokens = self._share_of_tokens()
+            self._say(
+                f"Importance sampling: ended after {steps:,} of {planned:,} steps ({steps / planned:.0%})"
+                f"{'' if tokens is None else f', with {tokens:.0%} of the tokens'}."
+            )
         if self._sampler is not None and self._sampler.record is not None and self.is_world_process_zero():
             self._say(self._findings().summary())
 

@@ -7,6 +7,13 @@ proportion to 1/(1 + φ), and with uniform sampling the noise would be 1/ρ as l
 That is the gain ratio of AdaScale SGD (Johnson et al., ICML 2020), with importance sampling in the place of
 larger batches; as there, the schedule of the learning rate follows what was gained, and the learning rate is raised.
 By how much is the square-root rule, that of Adam with larger batches (Malladi et al. 2022, arXiv 2205.10287).
+
+Where visits cost differently, that stays what ends training: what a step teaches depends on its gradient, and not on
+what it costs. A visit costs κ = E[r c]/E[c] of a uniform one on average. So what n uniform steps teach is learnt in
+n/gain steps, at κ/gain of their cost: both are told. Where noise rules, gain = 1/ρ and κ/gain = ρ κ, variance × cost,
+which rates ∝ q/√c make least ([`rates`]). To count 1/(ρ κ) instead would take cheap steps (κ < 1) for much learnt, and
+end early with less; and dear ones (κ > 1) would count for less than they teach. That no step counts less than one is no
+gift either: the guard takes no rates with ρ above 1 for the sake of cost.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 
 from hf_importance.record import VisitRecord, part
 from hf_importance.sampling.draw import SKIPPED, Draw, Shard
+from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import weights
 from hf_importance.sampling.replacement import IndependentVisits
@@ -51,6 +52,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         drop_last: leave out a last batch that is smaller.
         seed: of its own generators. No global generator is touched.
         record: what is taken down beside the importances, None for nothing.
+        groups: that put visits of about the same length together; None: they come as planned.
         **rates: `uniform_fraction`, `prune_mass`, `increment`, `guard`: see [`SegmentedVisits`].
     """
 
@@ -67,6 +69,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         drop_last: bool = False,
         seed: int = 0,
         record: VisitRecord | None = None,
+        groups: LengthGroups | None = None,
         **rates: Any,
     ) -> None:
         self.batch_size = batch_size
@@ -75,11 +78,11 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self.visits_per_epoch = math.ceil(max(1, round(budget * self.shard.length)) / self.shard.ranks)
         rates |= {"seed": seed + rank, "stride": self.shard.ranks}
         self.visits = (
-            SegmentedVisits(memory, batch_size, **rates)
+            SegmentedVisits(memory, batch_size if groups is None else groups.size, **rates)
             if sampling == "reshuffled"
             else IndependentVisits(memory, **rates)
         )
-        self._memory, self._record = memory, record
+        self._memory, self._record, self._groups = memory, record, groups
         self._weight_exponent = weight_exponent
         self._draws = 0
         self._outstanding: dict[int, Draw] = {}  # drawn, and not yet used
@@ -119,23 +122,39 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._ended = True
 
     def _draw(self, size: int) -> Draw:
-        indices, rates = [], []
-        missing = size
-        while missing:
-            if not self.visits.planned:  # the memory is read
-                self.flush()
-                if self.visits.begins_pass and self.visits.passes and self._record is not None:
-                    self._record.keep_distribution(self._memory.importance)
-            index, rate = self.visits.next(missing)
-            indices.append(index)
-            rates.append(rate.double())
-            missing -= len(index)
-        index, rate = torch.cat(indices), torch.cat(rates)
+        index, rate = self._next_grouped(size) if self._groups is not None else self._next(size)
         weight = self.shard.weight * weights(rate, self._weight_exponent)
         draw = Draw(self._draws, self.shard.positions(index).tolist(), rate.tolist(), weight.tolist())
         self._outstanding[draw.number] = draw
         self._draws += 1
         return draw
+
+    def _next(self, size: int) -> tuple[Tensor, Tensor]:
+        """So many visits: int64 and float64 `[size]`, their examples and rates."""
+        indices, rates = [], []
+        missing = size
+        while missing:
+            index, rate = self._next_planned(missing)
+            indices.append(index)
+            rates.append(rate.double())
+            missing -= len(index)
+        return torch.cat(indices), torch.cat(rates)
+
+    def _next_grouped(self, size: int) -> tuple[Tensor, Tensor]:
+        """Likewise, out of groups of all that is planned."""
+        while len(self._groups) < size:
+            planned = [self._next_planned(self._groups.size)]
+            while self.visits.planned:
+                planned.append(self._next_planned(self._groups.size))
+            self._groups.add(*map(torch.cat, zip(*planned, strict=True)))
+        return self._groups.take(size)
+
+    def _next_planned(self, most: int) -> tuple[Tensor, Tensor]:
+        if not self.visits.planned:  # the memory is read
+            self.flush()
+            if self.visits.begins_pass and self.visits.passes and self._record is not None:
+                self._record.keep_distribution(self._memory.importance)
+        return self.visits.next(most)
 
     # ---- what was measured -------------------------------------------------------------------------------------------
 
@@ -229,6 +248,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         return {
             "memory": self._memory.state_dict(),
             "visits": self.visits.state_dict(),
+            "groups": None if self._groups is None else self._groups.state_dict(),
             "record": None if self._record is None else self._record.state_dict(),
             "shard": self.shard.index,
             "length": self.shard.length,
@@ -245,8 +265,9 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Whether [`state_dict`] was taken of a sampler of the same examples in batches of the same size."""
         theirs, mine = state["shard"], self.shard.index
         same = theirs is mine if theirs is None or mine is None else torch.equal(theirs, mine)
-        settings = self.shard.length, self.batch_size, type(self.visits).__name__
-        return same and (state["length"], state["batch_size"], state["sampling"]) == settings
+        settings = self.shard.length, self.batch_size, type(self.visits).__name__, self._groups is None
+        theirs = state["length"], state["batch_size"], state["sampling"], state["groups"] is None
+        return same and theirs == settings
 
     def load_state_dict(self, state: Mapping[str, Any], skip: int = 0) -> None:
         """Go on exactly where [`state_dict`] was taken.
@@ -257,6 +278,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """
         self._memory.load_state_dict(state["memory"])
         self.visits.load_state_dict(state["visits"])
+        if self._groups is not None:
+            self._groups.load_state_dict(state["groups"])
         if self._record is not None and state["record"] is not None:
             self._record.load_state_dict(state["record"])
         self._draws, self._lags = read_number(state, "draws", int, 0), read_number(state, "lags", bool)
