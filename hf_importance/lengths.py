@@ -29,17 +29,16 @@ class Lengths:
     """How long the training texts are, as far as it matters.
 
     Args:
-        length: int64 `[examples]`, where visits cost by it; else None.
-        tokens: int64 `[examples]`, how many have a loss, where the loss of an example is a sum over them; else None.
+        length: int32 `[examples]`, where visits cost by it; else None.
+        tokens: int32 `[examples]`, how many have a loss, where the loss of an example is a sum over them; else None.
     """
 
     length: Tensor | None = None
     tokens: Tensor | None = None
 
     def cost(self, shard: Shard) -> Tensor | None:
-        """Of a visit of each example of a shard, relative to the mean of all; None where all cost the same."""
-        cost = None if self.length is None else relative_costs(self.length)
-        return _part(cost, shard)
+        """Of a visit of each example of a shard, relative to their mean; None where all cost the same."""
+        return None if self.length is None else relative_costs(_part(self.length, shard))
 
     def tokens_of(self, shard: Shard) -> Tensor | None:
         """float32 `[examples of the shard]`."""
@@ -56,16 +55,16 @@ def name_of_tokens(processing_class: Any) -> str:
 
 
 def length_name(dataset: Any, column: str, tokens: str = "input_ids") -> str | None:
-    """What tells the lengths of the examples: `column`, which has them, else `tokens`, whose length they are.
+    """What tells the lengths of the examples: `column`, if it has numbers, else `tokens`, whose length they are.
 
     None where the first example has neither.
     """
-    if _is_stored(dataset, column):
-        return column
     with own_randomness():
         first = dataset[0]
-    found = (name for name in (column, tokens) if isinstance(first, Mapping) and first.get(name) is not None)
-    return next(found, None)
+        stored = dataset.with_format(None)[0] if _is_stored(dataset, column) else first
+    if isinstance(stored, Mapping) and hasattr(stored.get(column), "__int__"):
+        return column
+    return tokens if isinstance(first, Mapping) and hasattr(first.get(tokens), "__len__") else None
 
 
 def refuse_unknown_lengths(dataset: Any, column: str, tokens: str) -> None:
@@ -86,7 +85,7 @@ def refuse_unknown_lengths(dataset: Any, column: str, tokens: str) -> None:
 
 
 def lengths_of(dataset: Any, column: str, tokens: str = "input_ids", quiet: bool = False) -> Tensor:
-    """int64 `[examples]`, at least 1.
+    """int32 `[examples]`, at least 1.
 
     Args:
         dataset: that [`refuse_unknown_lengths`] accepts.
@@ -95,7 +94,7 @@ def lengths_of(dataset: Any, column: str, tokens: str = "input_ids", quiet: bool
         quiet: show no progress bar.
 
     >>> lengths_of([{"input_ids": [5, 6]}, {"input_ids": [7]}], "length")
-    tensor([2, 1])
+    tensor([2, 1], dtype=torch.int32)
     """
     if length_name(dataset, column, tokens) == column:
         return _values(dataset, column, int, _numbers, quiet).clamp(min=1)
@@ -103,10 +102,10 @@ def lengths_of(dataset: Any, column: str, tokens: str = "input_ids", quiet: bool
 
 
 def labels_of(dataset: Any, lengths: Tensor, label: str = "labels", quiet: bool = False) -> Tensor:
-    """int64 `[examples]`, at least 1: how many tokens have a loss; all of them where examples have no labels for each.
+    """int32 `[examples]`, at least 1: how many tokens have a loss; all of them where examples have no labels for each.
 
-    >>> labels_of([{"labels": [-100, 6, 7]}, {"labels": [5]}], torch.tensor([3, 1]))
-    tensor([2, 1])
+    >>> labels_of([{"labels": [-100, 6, 7]}, {"labels": [5]}], lengths=torch.tensor([3, 1]))
+    tensor([2, 1], dtype=torch.int32)
     """
     with own_randomness():
         first = dataset[0]
@@ -150,10 +149,10 @@ def _values(
             table, pieces = dataset.with_format("arrow"), []
             for start in range(0, len(dataset), _PIECE):
                 column = table[start : start + _PIECE].column(name).combine_chunks()
-                pieces.append(of_column(column))
+                pieces.append(of_column(column).int())
                 progress.update(len(column))
             return torch.cat(pieces)
-        values = torch.empty(len(dataset), dtype=torch.int64)
+        values = torch.empty(len(dataset), dtype=torch.int32)
         for i in range(len(dataset)):
             values[i] = of_row(dataset[i][name])
             progress.update()

@@ -27,6 +27,10 @@ BACKEND = "gloo" if "RANK" in os.environ else None
 EXAMPLES = 41  # 21 + 20, or 11 + 10 + 10 + 10
 EARLY = {"per_device_train_batch_size": 2, "learning_rate": 2e-2, "num_train_epochs": 10}
 REPLACEMENT = {"sampling": "replacement"}
+GROUPED = {
+    "train_sampling_strategy": "group_by_length",
+    "data": [{**row, "length": 1 + i % 7} for i, row in enumerate(tiny.texts(EXAMPLES))],
+}
 
 
 def parameters(run):
@@ -175,6 +179,7 @@ def main(folder):
             "resumed": resumed(folder / "resumed", 7, dataloader_num_workers=2, importance=REPLACEMENT),
             "resumed, fixed": resumed(folder / "resumed-fixed", 7, importance=tiny.FIXED),
             "resumed, early": resumed(folder / "resumed-early", 60, **EARLY),
+            "resumed, grouped": resumed(folder / "resumed-grouped", 7, **GROUPED),
             "from one": from_other_ranks(folder),
             "classes": one_step(folder / "classes", 6, 2, "classes", ranks, rank),
             "tokens": one_step(folder / "tokens", 6, 2, "tokens", ranks, rank),

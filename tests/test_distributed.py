@@ -155,7 +155,9 @@ def test_nothing_more_is_sent_than_by_trainer(ranks_of, launcher):
         assert segments == {"4": 8}.get(launcher, 4)
 
 
-@pytest.mark.parametrize(("run", "step"), [("resumed", 7), ("resumed, fixed", 7), ("resumed, early", 60)])
+@pytest.mark.parametrize(
+    ("run", "step"), [("resumed", 7), ("resumed, fixed", 7), ("resumed, early", 60), ("resumed, grouped", 7)]
+)
 def test_resumed_is_straight(ranks_of, run, step):
     for result in ranks_of("2"):
         whole, again = result[run]["whole"], result[run]["again"]

@@ -286,6 +286,9 @@ def test_lengths_of_anything():
     assert lengths_of(counted, "length").tolist() == [10, 20, 30, 1]
     assert lengths_of(counted.to_list(), "length").tolist() == [10, 20, 30, 1]
     assert lengths_of(counted, "another").tolist() == [3, 5, 1, 8], "control"
+    named = table.add_column("length", ["long", "12", "short", "long"])
+    for data in (named, named.to_list()):
+        assert lengths_of(data, "length").tolist() == [3, 5, 1, 8], "of another meaning"
 
 
 def test_lengths_of_what_a_transform_makes():

@@ -23,7 +23,7 @@ class LengthGroups:
     runs out early if it does. Visits that fill no batch wait until more are planned, and then come first.
 
     Args:
-        length: int64 `[examples]`, of those that are visited.
+        length: `[examples]`, of those that are visited.
         batch_size: visits of a batch.
         batches: of a step.
         examples: of all processes, by whose number mega-batches of small data are as large as those of transformers.
