@@ -11,6 +11,7 @@ from torch import tensor
 from hf_importance.sampling import rates as R
 from hf_importance.sampling.guard import Guard
 from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.progress import gain
 from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SegmentedVisits
@@ -82,6 +83,34 @@ def test_no_rates_have_less_variance_at_equal_cost(seed, batch):
     arguments = q[visits], with_floor[visits], R.weights(with_floor)[visits]
     assert R.variance_ratio(*arguments, cost[visits]).item() == pytest.approx(ratio, rel=1e-4)
     assert R.variance_ratio(*arguments).item() != pytest.approx(ratio, rel=1e-2), "control: of a visit"
+
+
+@pytest.mark.parametrize("kind", ["dear", "cheap"])
+def test_what_a_step_teaches_does_not_depend_on_what_it_costs(kind):
+    """Of a quadratic loss: with the best learning rate a step gains |g|⁴ / E|estimate|², over all batches, exactly.
+
+    Against that of uniform sampling it is the gain of effective visits, by the variance ratio of a visit; not by that
+    at equal cost, which would end training early where visits are cheap.
+    """
+    noise = lognormal(5, 3)[:, None] * torch.randn(5, 4, generator=torch.Generator().manual_seed(2)).double()
+    gradients = noise - noise.mean(0) + 0.1  # whose mean is small beside them, as of single examples
+    q = gradients.norm(dim=1)
+    cost = q**1.5 if kind == "dear" else q**-0.5
+    cost = cost / cost.mean()
+    rate, even = R.rates(R.per_cost(q, cost), 0.3), [1.0] * 5
+
+    def square(rates):
+        mean, variance, spent = oracles.moments_of_batches(gradients, cost.tolist(), rates, 3)
+        return variance + mean.square().sum().item(), spent / 3
+
+    (ours, kappa), (uniform, one) = square(rate.tolist()), square(even)
+    assert one == pytest.approx(1.0)
+    assert (kappa > 1.05) if kind == "dear" else (kappa < 0.95), "premise"
+    signal = gradients.mean(0).square().sum().item() / ours
+    ratio = (q.square() / rate).mean().item() / q.square().mean().item()
+    assert ratio < 0.95, "premise"
+    assert gain(ratio, signal) == pytest.approx(uniform / ours, rel=0.02)
+    assert gain(ratio * kappa, signal) != pytest.approx(uniform / ours, rel=0.04), "control"
 
 
 @pytest.mark.parametrize("seed", range(3))
