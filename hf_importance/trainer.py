@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers.utils import logging
 
 from hf_importance.checkpoint import load_states, newest_complete, reading, resume, save_state
 from hf_importance.config import ImportanceConfig
-from hf_importance.data import DRAW_KEY, LABEL_COLUMNS, mean_over_examples, refuse_texts_as_labels
+from hf_importance.data import DRAW_KEY, LABEL_COLUMNS, refuse_texts_as_labels
 from hf_importance.fingerprint import fingerprint
 from hf_importance.lengths import Lengths, has_token_losses, labels_of, length_name, lengths_of, name_of_tokens
 from hf_importance.loader import PreviewLoader, training_loader
@@ -115,11 +114,11 @@ class ImportanceTrainerMixin(ReportMixin):
         self._examples_to_show: Any = None
         self._sampler: ImportanceBatchSampler | None = None
         self._objective: Objective | None = None
-        self._mean_over_examples: Callable[..., float] | None = None
         self._loop_wants_loader = False
         self._loop_loader: DataLoader | None = None
         self._trained: nn.Module | None = None  # what the step is given
         self._drawn: list[tuple[dict[str, Any], Draw]] = []  # batches of this step
+        self._positions: Tensor | None = None  # weighted, of this step, that have a loss
         self._gathered: dict[str, Tensor] = {}  # columns of the examples of all processes
         self._draw: Draw | None = None  # of the batch that is trained on
         self._measured: Draw | None = None  # last
@@ -142,7 +141,6 @@ class ImportanceTrainerMixin(ReportMixin):
             return PreviewLoader(base, self._new_sampler(records=False), self.args.device)
         self._drawn, self._logged_until = [], {}
         self._sampler = self._new_sampler(self._sampler)
-        self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
         if self.args.save_strategy != "no":
             self._fingerprint()  # before anything changes the data set, as by `set_epoch`
         self._loop_loader = training_loader(base, self._sampler, self.accelerator)
@@ -279,7 +277,7 @@ class ImportanceTrainerMixin(ReportMixin):
     ) -> tuple[list, Tensor | int | None]:
         """As `Trainer.get_batch_samples`; takes the draws out of the batches before anything else looks at them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._drawn = [(batch, batch.pop(DRAW_KEY)) for batch in batches if DRAW_KEY in batch]
+        self._drawn, self._positions = [(batch, batch.pop(DRAW_KEY)) for batch in batches if DRAW_KEY in batch], None
         if len(self._drawn) < len(batches):
             raise ValueError(
                 "The batch carries no draw: training data must come from get_train_dataloader() of "
@@ -342,9 +340,29 @@ class ImportanceTrainerMixin(ReportMixin):
             if model is self._trained and self._measured is not self._draw:  # not of a teacher, nor a second time
                 self._send(self._draw, measured)
             weight = torch.tensor(self._draw.weight, dtype=measured.losses.dtype)
-            loss = measured.weighted_mean(weight.to(measured.losses.device, non_blocking=True))
+            positions = self._positions_of_step(next(iter(labels))) if measured.are_sums else None
+            weight = weight.to(measured.losses.device, non_blocking=True)
+            self.loss_is_scaled_for_ga = positions is not None
+            share = 1 / len(self._drawn) if self.loss_is_scaled_for_ga else 1.0
+            loss = measured.weighted_mean(weight, positions, share)
             outputs = measured.outputs
         return (loss, outputs) if return_outputs else loss
+
+    def _positions_of_step(self, label: str) -> Tensor | None:
+        """Σ w n over the batches of this step, of all processes: weighted tokens or pixels that have a loss.
+
+        None where each batch is divided by its own: of a single one, or where a label is missing.
+        """
+        processes = self.args.world_size if self.args.average_tokens_across_devices else 1
+        if len(self._drawn) * processes == 1 or not all(isinstance(b.get(label), Tensor) for b, _ in self._drawn):
+            return None
+        if self._positions is None:
+            weights = [torch.tensor(draw.weight) for _, draw in self._drawn]
+            counts = [self._get_objective().count(batch[label]) for batch, _ in self._drawn]
+            total = sum((w.to(n.device, non_blocking=True) * n).sum() for w, n in zip(weights, counts, strict=True))
+            total = total if processes == 1 else self._sum_over_processes(total.to(self.args.device)) / processes
+            self._positions = total.clamp(min=torch.finfo(total.dtype).tiny)
+        return self._positions
 
     def _get_objective(self) -> Objective:
         """Made when it is wanted first: by then the engine has wrapped the model."""
@@ -362,7 +380,6 @@ class ImportanceTrainerMixin(ReportMixin):
             smoothing,
             self.per_example_loss_func,
             causal or (not smoothing and self._loss_shifts_labels),  # with smoothing `Trainer` only knows the former
-            mean_over_examples=self._mean_over_examples,
         )
 
     def _pop_labels(self, inputs: dict[str, Any]) -> Labels:

@@ -341,30 +341,50 @@ def test_positions_beyond_the_text_are_ignored(tmp_path):
 
 
 def test_weights_multiply_the_losses_of_tokens(tmp_path, monkeypatch):
-    """(1/B) Σ wᵢ Σₜ ℓᵢₜ / n̄ with n̄ over all data, by hand."""
+    """Σ wᵢ Σₜ ℓᵢₜ / Σ wᵢ nᵢ over the accumulated batch, by hand."""
     data, model = tiny.token_rows(N), tiny.token_bert()
     rates = torch.linspace(0.5, 1.5, N)
     monkeypatch.setattr(SegmentedVisits, "_unnormalised", lambda self, part: rates[part])
     settings = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0, "max_steps": 1}
-    run = tiny.trained(tmp_path, model, data, more={"data_collator": tiny.pad}, **settings)
-    drawn = run.importances.isfinite().nonzero().flatten().tolist()
-    visits = next(iter(tiny.trainer(tmp_path, model, data).get_train_dataloader().batch_sampler))
-    assert sorted(set(visits.index)) == drawn
-    assert visits.weight == pytest.approx((1 / rates[visits.index]).tolist())
-    mean = sum(int((row["labels"] != -100).sum()) for row in data) / N
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    run = tiny.trained(tmp_path, model, data, tiny.Recorder, more={"data_collator": tiny.pad}, **settings)
+    visits = [visit for draw in run.draws for visit in zip(draw.index, draw.weight, strict=True)]
+    assert [weight for _, weight in visits] == pytest.approx([1 / float(rates[i]) for i, _ in visits])
 
-    def stepped(weights):
+    def stepped(loss_weight, count_weight):
         by_hand = copy.deepcopy(model)
-        loss = 0.0
-        for i, weight in zip(visits.index, weights, strict=True):
+        loss, counted = 0.0, 0.0
+        for i, weight in visits:
             logits = by_hand(data[i]["input_ids"][None]).logits[0]
-            loss += weight * nn.functional.cross_entropy(logits, data[i]["labels"], reduction="sum") / mean / 8
-        loss.backward()
+            losses = nn.functional.cross_entropy(logits, data[i]["labels"], reduction="sum")
+            loss += loss_weight(weight) * losses
+            counted += count_weight(weight) * int((data[i]["labels"] != -100).sum())
+        (loss / counted).backward()
         pairs = zip(run.model.parameters(), by_hand.parameters(), strict=True)
         return max((p - (q - (0 if q.grad is None else q.grad))).abs().max().item() for p, q in pairs)
 
-    assert stepped(visits.weight) < 1e-6
-    assert stepped([1.0] * 8) > 1e-3, "control"
+    assert stepped(lambda w: w, lambda w: w) < 1e-6
+    assert stepped(lambda w: 1.0, lambda w: 1.0) > 1e-3, "control"
+    assert stepped(lambda w: w, lambda w: 1.0) > 1e-3, "control: unweighted tokens, which are biased"
+
+
+EVERY_STEP = ["token classification", "t5", "mixtral, which adds a loss", "segformer", "llama"]
+
+
+@pytest.mark.parametrize(("head", "accumulation"), [*((head, 1) for head in EVERY_STEP), ("llama", 3)])
+def test_every_step_is_that_of_trainer(tmp_path, head, accumulation):
+    """Of texts of different lengths in small batches, where all weights are 1: losses and gradients.
+
+    With accumulation only heads like that of Llama divide by the tokens of all batches in `Trainer`.
+    """
+    model, data = HEADS[head][0](), HEADS[head][1](N)
+    settings = {"more": collated(data), "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "logging_steps": 1}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation, "num_train_epochs": 1}
+    plain = tiny.trained(tmp_path, model, data, tiny.Plain if accumulation == 1 else hf.Trainer, **settings)
+    ours = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, **settings)
+    assert tiny.difference(ours, plain) < 1e-5
+    assert tiny.logged(ours, "loss") == pytest.approx(tiny.logged(plain, "loss"), rel=1e-4)
+    assert tiny.difference(ours, tiny.trainer(tmp_path, model, data, **settings)) > 1e-4, "control"
 
 
 def test_an_added_loss_is_kept(tmp_path):
@@ -414,7 +434,7 @@ def vars_of(arguments):
 
 
 def test_masks_of_a_collator_are_not_disturbed(tmp_path):
-    """The mean number of tokens is taken from the data without taking a random number from training."""
+    """An example is looked at for its labels without taking a random number from training."""
     masked = []
 
     def collate(rows):
@@ -442,7 +462,7 @@ def test_masks_of_a_collator_are_not_disturbed(tmp_path):
             )
         )
         runs[-1].train()
-    assert masked.count(1) == N + 1, "the mean was taken of every example, and one was looked at for its labels"
+    assert masked.count(1) == 1
     kept = [run.model.bert.embeddings.word_embeddings.weight for run in runs]
     assert torch.equal(kept[0] == tiny.bert(cls=hf.BertForMaskedLM).bert.embeddings.word_embeddings.weight,
                        kept[1] == tiny.bert(cls=hf.BertForMaskedLM).bert.embeddings.word_embeddings.weight)  # fmt: skip

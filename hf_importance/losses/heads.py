@@ -95,10 +95,11 @@ def tokens(logits: Tensor, labels: Tensor, shifts: bool, smoothing: float = 0.0)
         smoothing: of labels.
     """
     virtual = logits.shape[1] - labels.shape[1]
+    counted = count(predicted(labels, shifts))  # as `Trainer` counts, which knows of no virtual tokens
     labels = predicted(F.pad(labels, (virtual, 0), value=per_example.IGNORE_INDEX), shifts)
-    losses, counted = per_example.cross_entropy(logits, labels, smoothing), count(labels)
+    losses = per_example.cross_entropy(logits, labels, smoothing)
     importance = partial(per_example.cross_entropy_importance, logits, labels, smoothing)
-    return Terms(losses, importance, lambda: losses.sum() / counted.sum(), counted, are_sums=True)
+    return Terms(losses, importance, lambda: losses.sum() / count(labels).sum(), counted, are_sums=True)
 
 
 def predicted(labels: Tensor, shifts: bool) -> Tensor:

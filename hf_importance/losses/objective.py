@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ class Measured:
         seen: float32 `[4, batch]`, without: the rows that `record.SEEN` names.
         added: what the model adds to its loss by itself, with gradient; 0 for most.
         outputs: of the model.
-        counted: `[batch]`, how much of a loss each example has; None: all have one.
+        counted: `[batch]`, in how many positions each example has a loss; None: all have one.
+        are_sums: whether losses are sums over these.
     """
 
     losses: Tensor
@@ -48,20 +49,28 @@ class Measured:
     added: Tensor | float
     outputs: Any
     counted: Tensor | None = None
+    are_sums: bool = False
 
-    def weighted_mean(self, weight: Tensor) -> Tensor:
-        """The loss of the batch: the mean of weight · loss over the examples that have a loss, and what is added.
+    def weighted_mean(self, weight: Tensor, positions: Tensor | None = None, share: float = 1.0) -> Tensor:
+        """The loss of the batch: weight · loss over what has a loss, and what the model adds.
 
-        Where some have none, it is divided by the weighted share of those that have one: the ratio estimator, which is
-        the mean of `Trainer` where all weights are 1.
+        Of one loss per example it is the mean; where some have none, over the weighted share of those that have one. Of
+        sums over positions it is Σ w ℓ / Σ w n. Both are ratio estimators, and the mean of `Trainer` where all weights
+        are 1. Their bias under weights is that of a ratio, of the order of 1/batch; to divide by positions without
+        weights would be biased by more, as they depend on which examples are drawn.
 
         Args:
             weight: `[batch]`.
+            positions: Σ w n over all batches of the step; by default over this one.
+            share: of what the model adds that counts: one over those batches.
         """
+        if self.are_sums:
+            own = (weight * self.counted).sum().clamp(min=torch.finfo(weight.dtype).tiny)
+            return (weight * self.losses).sum() / (own if positions is None else positions) + share * self.added
         loss = (weight * self.losses).mean()
         if self.counted is not None:
-            share = (weight * self.counted).sum() / weight.sum()
-            loss = loss / share.clamp(min=torch.finfo(share.dtype).tiny)
+            part = (weight * self.counted).sum() / weight.sum()
+            loss = loss / part.clamp(min=torch.finfo(part.dtype).tiny)
         return loss + self.added
 
 
@@ -75,17 +84,12 @@ class Objective:
     `per_example_loss_func`. The first batch is also given to the model with its labels, to compare with the loss that
     it would have trained with.
 
-    The loss of an example is the sum over its tokens or pixels, divided by the constant n̄, their mean number per
-    example: to divide by those of the batch would be biased, as they depend on which examples are drawn.
-
     Args:
         model: unwrapped.
         metric: see `ImportanceConfig`.
         label_smoothing: as in `TrainingArguments.label_smoothing_factor`; for cross-entropy.
         per_example_loss_func: see `ImportanceTrainerMixin`.
         causal: whether tokens are predicted from those before them; the first batch may show that it is otherwise.
-        mean_over_examples: from the name of a label and a count over it, `[batch, …] → [batch]`, to the mean of that
-            count over the training data.
     """
 
     def __init__(
@@ -95,7 +99,6 @@ class Objective:
         label_smoothing: float = 0.0,
         per_example_loss_func: PerExampleLoss | None = None,
         causal: bool = False,
-        mean_over_examples: Callable[[str, Callable[[Tensor], Tensor]], float] | None = None,
     ) -> None:
         self._model = model
         self._config = getattr(model, "config", None)
@@ -103,8 +106,6 @@ class Objective:
         self._label_smoothing = label_smoothing
         self._per_example_loss_func = per_example_loss_func
         self._shifts = causal
-        self._mean_over_examples = mean_over_examples
-        self._mean_count: float | None = None
         self._last_layer: LastLayer | None = None
         self._looked = False
         self._adds = False
@@ -137,11 +138,9 @@ class Objective:
         outputs, gave = self._forward(model, inputs, labels)
         terms = self._terms(outputs, gave, inputs, labels, batch)
         added = heads.loss_of(outputs) - terms.mean() if self._adds else 0.0
-        losses = terms.losses / self._positions_per_example(*labels) if terms.are_sums else terms.losses
-        seen = _seen(losses, outputs, gave, labels)
-        return Measured(
-            losses, self._importance(terms), seen, added, outputs, None if terms.are_sums else terms.counted
-        )
+        shown = terms.losses / terms.counted.clamp(min=1) if terms.are_sums else terms.losses
+        seen, importance = _seen(shown, outputs, gave, labels), self._importance(terms)
+        return Measured(terms.losses, importance, seen, added, outputs, terms.counted, terms.are_sums)
 
     def evaluate(self, model: nn.Module, inputs: dict[str, Any], labels: Labels) -> tuple[Tensor, Any]:
         """The mean of the losses of `per_example_loss_func`, and the outputs; a tuple begins with that loss."""
@@ -160,15 +159,13 @@ class Objective:
             "looked": self._looked,
             "shifts": self._shifts,
             "adds": self._adds,
-            "mean_count": self._mean_count,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where [`state_dict`] was taken; with another model or loss look at the first batch again."""
         looked, shifts, adds = (read_number(state, name, bool) for name in ("looked", "shifts", "adds"))
-        mean_count = None if state["mean_count"] is None else read_number(state, "mean_count", least=0)
         if state["loss"] == self._loss_it_is:
-            self._looked, self._shifts, self._adds, self._mean_count = looked, shifts, adds, mean_count
+            self._looked, self._shifts, self._adds = looked, shifts, adds
 
     @property
     def _loss_it_is(self) -> list[Any]:
@@ -245,13 +242,8 @@ class Objective:
     def _problem_type(self) -> str | None:
         return getattr(self._config, "problem_type", None)
 
-    def _positions_per_example(self, name: str) -> float:
-        if self._mean_count is None:
-            self._mean_count = self._mean_over_examples(name, self._count)
-        return self._mean_count
-
-    def _count(self, labels: Tensor) -> Tensor:
-        """`[batch]`, of tokens or pixels as they come from the data."""
+    def count(self, labels: Tensor) -> Tensor:
+        """`[batch]`: tokens or pixels that have a loss, of labels as the collator makes them."""
         labels = labels.long()
         return heads.count(heads.predicted(labels, self._shifts) if labels.dim() == 2 else self._with_ignored(labels))
 
