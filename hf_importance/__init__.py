@@ -12,6 +12,8 @@ To read the code, go upward, as the imports do:
 - `lengths`: how long texts are, which is what they cost.
 - `checkpoint`: files of an interrupted training.
 - `config`: all settings.
+- `step`: the batches of a step, and the draws that they came of.
+- `columns`: what is known of each example, of those of all processes.
 - `loader`: of the training loop, and one to look at.
 - `schedule`: the learning rate follows what was learnt, and training ends by it.
 - `support`: what is refused, and the way out.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers.utils.logging import tqdm
 
 from hf_importance.data import ImportanceCollator
@@ -136,6 +137,40 @@ def has_token_losses(
     if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].dim() != 2 or found[0].is_floating_point():
         return False
     return writes or found[0].shape == batch["input_ids"].shape
+
+
+def find_lengths(
+    dataset: Any,
+    base: DataLoader,
+    columns: tuple[str, str],
+    *,
+    labels: Collection[str],
+    writes: bool,
+    grouped: bool,
+    own_loss: bool,
+    prunes: bool,
+    quiet: bool,
+) -> Lengths:
+    """Where visits cost by the length of their text: those of losses per token, and where texts are grouped by it.
+
+    Other texts are padded to the longest of their batch, whose length says little of theirs.
+
+    Args:
+        dataset: the training data.
+        base: the loader of `Trainer`.
+        columns: see [`length_name`].
+        labels: names of the labels.
+        writes: see [`has_token_losses`].
+        grouped: whether texts are grouped by length.
+        own_loss: whether the loss is one of the user's, of which nothing is known.
+        prunes: whether examples are left out, for which tokens are counted.
+        quiet: show no progress bar.
+    """
+    of_tokens = not own_loss and has_token_losses(base.dataset, base.collate_fn, labels, writes)
+    if not (grouped or (of_tokens and length_name(dataset, *columns) is not None)):
+        return Lengths()
+    length = lengths_of(dataset, *columns, quiet)
+    return Lengths(length, labels_of(dataset, length, next(iter(labels)), quiet) if of_tokens and prunes else None)
 
 
 def _values(

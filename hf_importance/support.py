@@ -83,8 +83,12 @@ def refuse_arguments(trainer: Any) -> None:
         raise ValueError(f"data_seed must be in 0 … 2^63 − 1, but is {seed}.")
 
 
-def refuse_training(trainer: Any) -> None:
+def refuse_training(trainer: Any, schedule: LRScheduler | None) -> None:
     """Refuse what an `ImportanceTrainer` that has training data cannot train with; others may evaluate with it.
+
+    Args:
+        trainer: see above.
+        schedule: that was passed in `optimizers`.
 
     Raises:
         ValueError: for what is not supported.
@@ -116,8 +120,7 @@ def refuse_training(trainer: Any) -> None:
     if args.train_sampling_strategy == "group_by_length":
         refuse_unknown_lengths(trainer.train_dataset, args.length_column_name, name_of_tokens(trainer.processing_class))
     if trainer.importance.budget == "auto":
-        made_by_us = getattr(trainer, "_created_lr_scheduler", False)  # in a training before
-        refuse_schedule(args, None if made_by_us else trainer.lr_scheduler, trainer.is_deepspeed_enabled)
+        refuse_schedule(args, schedule, trainer.is_deepspeed_enabled)
 
 
 def seed_of(importance: ImportanceConfig, args: TrainingArguments) -> int:

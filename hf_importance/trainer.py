@@ -16,10 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_importance.checkpoint import load_states, newest_complete, reading, resume, save_state
+from hf_importance.columns import Columns
 from hf_importance.config import ImportanceConfig
-from hf_importance.data import DRAW_KEY, LABEL_COLUMNS, refuse_texts_as_labels
+from hf_importance.data import LABEL_COLUMNS, refuse_texts_as_labels
 from hf_importance.fingerprint import fingerprint
-from hf_importance.lengths import Lengths, has_token_losses, labels_of, length_name, lengths_of, name_of_tokens
+from hf_importance.lengths import Lengths, find_lengths, name_of_tokens
 from hf_importance.loader import PreviewLoader, training_loader
 from hf_importance.losses.heads import Labels, PerExampleLoss
 from hf_importance.losses.objective import Measured, Objective
@@ -32,6 +33,7 @@ from hf_importance.sampling.rates import per_cost
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow
 from hf_importance.state import read_number
+from hf_importance.step import StepDraws
 from hf_importance.support import (
     TrainingWatch,
     refuse_arguments,
@@ -81,6 +83,7 @@ class ImportanceTrainerMixin(ReportMixin):
         self.per_example_loss_func = per_example_loss_func
         self.report_examples_to_hub = report_examples_to_hub
         self.loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch
+        self._schedule_passed = self.lr_scheduler  # in `optimizers`
         self._refuse_unsupported()
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
@@ -97,7 +100,7 @@ class ImportanceTrainerMixin(ReportMixin):
     def _refuse_unsupported(self) -> None:
         refuse_arguments(self)
         if self.train_dataset is not None:
-            refuse_training(self)
+            refuse_training(self, self._schedule_passed)
             refuse_overrides(type(self), ImportanceTrainerMixin, self.per_example_loss_func is not None)
 
     def _find_label_names(self) -> None:
@@ -117,11 +120,9 @@ class ImportanceTrainerMixin(ReportMixin):
         self._loop_wants_loader = False
         self._loop_loader: DataLoader | None = None
         self._trained: nn.Module | None = None  # what the step is given
-        self._drawn: list[tuple[dict[str, Any], Draw]] = []  # batches of this step
-        self._positions: Tensor | None = None  # weighted, of this step, that have a loss
-        self._gathered: dict[str, Tensor] = {}  # columns of the examples of all processes
+        self._step = StepDraws([])
+        self._columns: Columns | None = None
         self._draw: Draw | None = None  # of the batch that is trained on
-        self._measured: Draw | None = None  # last
         self._data_are: dict[str, Any] | None = None  # their fingerprint
         self._lengths: Lengths | None = None
         self._logged_until: dict[str, float] = {}
@@ -139,8 +140,9 @@ class ImportanceTrainerMixin(ReportMixin):
         base = self._base_loader()
         if not self._loop_wants_loader:
             return PreviewLoader(base, self._new_sampler(records=False), self.args.device)
-        self._drawn, self._logged_until = [], {}
+        self._step, self._logged_until = StepDraws([]), {}
         self._sampler = self._new_sampler(self._sampler)
+        self._columns = Columns(self._sampler, self.is_world_process_zero())
         if self.args.save_strategy != "no":
             self._fingerprint()  # before anything changes the data set, as by `set_epoch`
         self._loop_loader = training_loader(base, self._sampler, self.accelerator)
@@ -175,23 +177,18 @@ class ImportanceTrainerMixin(ReportMixin):
         return self.args.train_sampling_strategy == "group_by_length"
 
     def _find_lengths(self, base: DataLoader) -> Lengths:
-        """Where visits cost by the length of their text: those of losses per token, and where texts are grouped by it.
-
-        Other texts are padded to the longest of their batch, whose length says little of theirs.
-        """
-        args, data = self.args, self.train_dataset
-        writes = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
-        names = self.label_names or ["labels"]
-        of_tokens = self.per_example_loss_func is None and has_token_losses(
-            base.dataset, base.collate_fn, names, writes
+        args, config = self.args, getattr(self.model, "config", None)
+        return find_lengths(
+            self.train_dataset,
+            base,
+            (args.length_column_name, name_of_tokens(self.processing_class)),
+            labels=self.label_names or ["labels"],
+            writes=bool(getattr(config, "is_encoder_decoder", False)),
+            grouped=self._groups_by_length,
+            own_loss=self.per_example_loss_func is not None,
+            prunes=self.importance.prune_mass > 0,
+            quiet=args.disable_tqdm or not self.is_world_process_zero(),
         )
-        columns = args.length_column_name, name_of_tokens(self.processing_class)
-        if not (self._groups_by_length or (of_tokens and length_name(data, *columns) is not None)):
-            return Lengths()
-        quiet = args.disable_tqdm or not self.is_world_process_zero()
-        length = lengths_of(data, *columns, quiet)
-        counts = of_tokens and self.importance.prune_mass
-        return Lengths(length, labels_of(data, length, names[0], quiet) if counts else None)
 
     def _new_sampler(
         self, before: ImportanceBatchSampler | None = None, records: bool = True
@@ -263,12 +260,12 @@ class ImportanceTrainerMixin(ReportMixin):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = ignored
-            self._drawn = []
+            self._step = StepDraws([])
             if self._sampler is not None:
                 self._sampler.flush(everything=True)
             if self._objective is not None:
                 self._objective.close()
-        self._gather()
+        self._columns.gather(self._sum_on_device)
         self._summarise()
         return output
 
@@ -277,45 +274,24 @@ class ImportanceTrainerMixin(ReportMixin):
     ) -> tuple[list, Tensor | int | None]:
         """As `Trainer.get_batch_samples`; takes the draws out of the batches before anything else looks at them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._drawn, self._positions = [(batch, batch.pop(DRAW_KEY)) for batch in batches if DRAW_KEY in batch], None
-        if len(self._drawn) < len(batches):
-            raise ValueError(
-                "The batch carries no draw: training data must come from get_train_dataloader() of "
-                "ImportanceTrainer; to change the data, wrap the data set or the collator instead."
-            )
+        self._step = StepDraws(batches)
         return batches, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As `Trainer.training_step`."""
-        self._draw, self._trained = self._draw_of(inputs), model
+        self._draw, self._trained = self._step.of(inputs, self._sampler.is_outstanding), model
         self._sampler.use(self._draw)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
-            if self._measured is not self._draw:
+            if not self._step.has_measured(self._draw):
                 raise unmeasured(type(self), ImportanceTrainerMixin)
             return loss
         finally:
             self._draw = self._trained = None
 
-    def _draw_of(self, inputs: dict[str, Any]) -> Draw:
-        """Of this batch, or of the one that users have made it of: by its tensors, what is in them, else the next."""
-        if not self._drawn:
-            raise ValueError("training_step is for train(): outside of it no batch has a draw. Use compute_loss.")
-        for batch, draw in self._drawn:
-            if batch is inputs or any(batch.get(name) is value for name, value in _tensors(inputs)):
-                return draw
-        if len(self._drawn) > 1:
-            alike = [
-                sum(_equal(batch.get(name), value) for name, value in _tensors(inputs)) for batch, _ in self._drawn
-            ]
-            if alike.count(max(alike)) == 1:
-                return self._drawn[alike.index(max(alike))][1]
-        waiting = [draw for _, draw in self._drawn if self._sampler.is_outstanding(draw)]
-        return waiting[0] if waiting else self._drawn[-1][1]
-
     def has_measured(self) -> bool:
         """Whether a batch of this step was; for [`TrainingWatch`]."""
-        return any(draw is self._measured for _, draw in self._drawn)
+        return self._step.has_measured()
 
     def compute_loss(
         self,
@@ -337,32 +313,26 @@ class ImportanceTrainerMixin(ReportMixin):
             loss, outputs = self._get_objective().evaluate(model, inputs, labels)
         else:
             measured = self._get_objective()(model, inputs, labels, len(self._draw.index))
-            if model is self._trained and self._measured is not self._draw:  # not of a teacher, nor a second time
+            again = self._step.has_measured(self._draw)
+            if model is self._trained and not again:  # which is not the teacher of a distillation
                 self._send(self._draw, measured)
             weight = torch.tensor(self._draw.weight, dtype=measured.losses.dtype)
             positions = self._positions_of_step(next(iter(labels))) if measured.are_sums else None
             weight = weight.to(measured.losses.device, non_blocking=True)
-            self.loss_is_scaled_for_ga = positions is not None
-            share = 1 / len(self._drawn) if self.loss_is_scaled_for_ga else 1.0
-            loss = measured.weighted_mean(weight, positions, share)
+            if measured.are_sums:
+                self.loss_is_scaled_for_ga = positions is not None
+            loss = measured.weighted_mean(weight, positions, 1.0 if positions is None else 1 / len(self._step))
             outputs = measured.outputs
         return (loss, outputs) if return_outputs else loss
 
     def _positions_of_step(self, label: str) -> Tensor | None:
-        """Σ w n over the batches of this step, of all processes: weighted tokens or pixels that have a loss.
-
-        None where each batch is divided by its own: of a single one, or where a label is missing.
-        """
+        """See [`StepDraws.positions`]; over all processes if `average_tokens_across_devices`, as in `Trainer`."""
         processes = self.args.world_size if self.args.average_tokens_across_devices else 1
-        if len(self._drawn) * processes == 1 or not all(isinstance(b.get(label), Tensor) for b, _ in self._drawn):
-            return None
-        if self._positions is None:
-            weights = [torch.tensor(draw.weight) for _, draw in self._drawn]
-            counts = [self._get_objective().count(batch[label]) for batch, _ in self._drawn]
-            total = sum((w.to(n.device, non_blocking=True) * n).sum() for w, n in zip(weights, counts, strict=True))
-            total = total if processes == 1 else self._sum_over_processes(total.to(self.args.device)) / processes
-            self._positions = total.clamp(min=torch.finfo(total.dtype).tiny)
-        return self._positions
+
+        def mean(total: Tensor) -> Tensor:
+            return self._sum_over_processes(total.to(self.args.device)) / processes
+
+        return self._step.positions(label, self._get_objective().count, mean if processes > 1 else None)
 
     def _get_objective(self) -> Objective:
         """Made when it is wanted first: by then the engine has wrapped the model."""
@@ -413,7 +383,7 @@ class ImportanceTrainerMixin(ReportMixin):
             raise ValueError("There are importances of train_dataset only: pass it to ImportanceTrainer.")
         if self._sampler is None:
             return torch.full((len(self.train_dataset),), torch.nan)
-        return self._of_all_examples("importance", self._sampler.importance)
+        return self._columns.importance
 
     @property
     def kept_indices(self) -> Tensor:
@@ -425,42 +395,19 @@ class ImportanceTrainerMixin(ReportMixin):
         tokens = None if self._lengths is None or self._lengths.tokens is None else self._lengths.tokens.float()
         return (~unimportant(per_cost(self.importances, tokens), self.importance.prune_mass)).nonzero().flatten()
 
-    def _of_all_examples(self, name: str, mine: Tensor) -> Tensor:
-        """A column that the examples of this process have, with what was last gathered of the others."""
-        shard = self._sampler.shard
-        if shard.index is None:
-            return mine.clone()
-        unknown = torch.nan if mine.is_floating_point() else 0
-        whole = self._gathered.get(name, torch.full((shard.length,), unknown)).to(mine.dtype, copy=True)
-        return whole.index_copy_(0, shard.index, mine)
-
-    def _gather(self) -> None:
-        """Get the columns of all processes, where all of them are: importances to each, the others to the first."""
-        shard, columns = self._sampler.shard, self._columns()
-        if shard.index is None:
-            return
-        whole = torch.zeros(len(columns), shard.length)
-        whole[:, shard.index] = torch.stack([column.float() for column in columns.values()])
-        whole = self._sum_over_processes(whole.to(self.accelerator.device)).cpu()
-        self._gathered = dict(zip(columns, whole, strict=True))
-        if not self.is_world_process_zero():
-            self._gathered = {"importance": self._gathered["importance"].clone()}
-
-    def _columns(self) -> dict[str, Tensor]:
-        """Of the examples of this process."""
-        sampler = self._sampler
-        record = {} if sampler.record is None else sampler.record.columns()
-        return {**record, "importance": sampler.importance, "pruned": sampler.pruned}
-
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
+
+    def _sum_on_device(self, values: Tensor) -> Tensor:
+        """Of what is on the CPU, where not every backend can add."""
+        return self._sum_over_processes(values.to(self.accelerator.device)).cpu()
 
     def _send(self, draw: Draw, measured: Measured) -> None:
         """Start the way of what was measured to the memory. From a GPU it takes a step, so that nothing waits for it.
 
         In one tensor, `[1, batch]` or `[5, batch]`: the importances, and what is to be taken down.
         """
-        self._measured = draw
+        self._step.measured(draw)
         rows = measured.importance.float()[None]
         if self.importance.record:
             rows = torch.cat([rows, measured.seen])
@@ -487,7 +434,7 @@ class ImportanceTrainerMixin(ReportMixin):
             "logged_until": self._logged_until,
         }
         save_state(output_dir, self.args.process_index, self.args.world_size, state)
-        self._gather()
+        self._columns.gather(self._sum_on_device)
         self.accelerator.wait_for_everyone()
 
     def _settings(self) -> dict[str, Any]:
@@ -541,14 +488,6 @@ class ImportanceTrainerMixin(ReportMixin):
             return True  # there is none at all: `Trainer` says so
         logger.warning(f"No checkpoint in {self.args.output_dir} was written to its end: training starts anew.")
         return False
-
-
-def _tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value) for name, value in inputs.items() if isinstance(value, Tensor))
-
-
-def _equal(before: Any, now: Tensor) -> bool:
-    return isinstance(before, Tensor) and before.shape == now.shape and torch.equal(before.to(now.device), now)
 
 
 class ImportanceTrainer(ImportanceTrainerMixin, Trainer):

@@ -32,6 +32,8 @@ ORDER = [
     "lengths",
     "checkpoint",
     "config",
+    "step",
+    "columns",
     "loader",
     "schedule",
     "support",

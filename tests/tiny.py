@@ -130,9 +130,8 @@ class Recorder(ImportanceTrainer):
         self.draws = []
 
     def training_step(self, model, inputs, *args, **kwargs):
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        self.draws.append(self._measured)
-        return loss
+        self.draws.append(self._step.of(inputs, self._sampler.is_outstanding))
+        return super().training_step(model, inputs, *args, **kwargs)
 
 
 def arguments(tmp_path, **changes):

@@ -152,12 +152,10 @@ class ReportMixin:
 
     def _findings(self) -> Findings:
         """Of the examples of all processes, in the first of them."""
-        sampler = self._sampler
-        columns = {name: self._of_all_examples(name, column) for name, column in self._columns().items()}
         config = getattr(self.model, "config", None)
         return Findings(
-            columns=columns,
-            distributions=sampler.record.distributions,
+            columns=self._columns.of_all(),
+            distributions=self._sampler.record.distributions,
             history=self.state.log_history,
             label_names=getattr(config, "id2label", None) or {},
             settings=asdict(self.importance),

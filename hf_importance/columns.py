@@ -1,0 +1,59 @@
+"""What is known of each example, of those of this process and of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_importance.sampling.sampler import ImportanceBatchSampler
+
+
+class Columns:
+    """Columns of all examples: of those of this process as they are, of the others as they were last gathered.
+
+    So whoever asks needs no other process for it.
+
+    Args:
+        sampler: of this process.
+        first: whether it is the first one, which has all columns of all; the others have the importances.
+    """
+
+    def __init__(self, sampler: ImportanceBatchSampler, first: bool) -> None:
+        self._sampler, self._first = sampler, first
+        self._gathered: dict[str, Tensor] = {}
+
+    @property
+    def importance(self) -> Tensor:
+        """float32 `[examples]`, NaN where unknown."""
+        return self._of_all("importance", self._sampler.importance)
+
+    def of_all(self) -> dict[str, Tensor]:
+        """`[examples]` each: what is recorded of them, `importance` and `pruned`."""
+        return {name: self._of_all(name, column) for name, column in self._mine().items()}
+
+    def gather(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Bring those of the others up to date. A collective, where `add_up` adds over all processes."""
+        shard, mine = self._sampler.shard, self._mine()
+        if shard.index is None:
+            return
+        whole = torch.zeros(len(mine), shard.length)
+        whole[:, shard.index] = torch.stack([column.float() for column in mine.values()])
+        whole = add_up(whole)
+        self._gathered = dict(zip(mine, whole, strict=True))
+        if not self._first:
+            self._gathered = {"importance": self._gathered["importance"].clone()}
+
+    def _mine(self) -> dict[str, Tensor]:
+        record = self._sampler.record
+        seen = {} if record is None else record.columns()
+        return {**seen, "importance": self._sampler.importance, "pruned": self._sampler.pruned}
+
+    def _of_all(self, name: str, mine: Tensor) -> Tensor:
+        shard = self._sampler.shard
+        if shard.index is None:
+            return mine.clone()
+        unknown = torch.nan if mine.is_floating_point() else 0
+        whole = self._gathered.get(name, torch.full((shard.length,), unknown)).to(mine.dtype, copy=True)
+        return whole.index_copy_(0, shard.index, mine)
