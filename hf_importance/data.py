@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_importance.randomness import own_randomness
 from hf_importance.sampling.draw import Draw
 
 DRAW_KEY = "importance_draw"
 """Key of the draw in a collated batch."""
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+_MOST_EXAMPLES, _MOST_MASKS = 1024, 64
+"""That a mean over the data is taken of: its error is then a few percent, and only scales the learning rate."""
+_MASK = 2**14
+"""Elements from which on the label of an example is a mask, which takes time to load."""
 
 
 class ImportanceDataset(Dataset):
@@ -83,3 +89,20 @@ def refuse_texts_as_labels(example: Any, error: Exception | None = None) -> None
                 f"The label in {name!r} is a text, {label!r}, but must be a number: number the classes, as "
                 f"dataset.class_encode_column({name!r}) does."
             ) from error
+
+
+def mean_over_examples(
+    dataset: Any, collate: Callable[[list[Any]], MutableMapping[str, Any]], key: str, count: Callable[[Tensor], Tensor]
+) -> float:
+    """Mean of `count(batch[key])`, `[batch, …] → [batch]`, over the data, or evenly spaced examples if it is large.
+
+    The same on all ranks, in every run, and for every batch size; no random number that training would get is taken.
+    """
+    with own_randomness(owners=(dataset, collate)):
+        first = collate([dataset[0]])[key]
+        most = _MOST_EXAMPLES if first.numel() < _MASK else _MOST_MASKS
+        examples = range(0, len(dataset), -(-len(dataset) // most))
+        total = int(count(first).sum())
+        for i in examples[1:]:
+            total += int(count(collate([dataset[i]])[key]).sum())
+    return max(total, 1) / len(examples)

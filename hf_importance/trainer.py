@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from hf_importance.checkpoint import load_states, newest_complete, reading, resume, save_state
 from hf_importance.columns import Columns
 from hf_importance.config import ImportanceConfig
-from hf_importance.data import LABEL_COLUMNS, refuse_texts_as_labels
+from hf_importance.data import LABEL_COLUMNS, mean_over_examples, refuse_texts_as_labels
 from hf_importance.fingerprint import fingerprint
 from hf_importance.lengths import Lengths, find_lengths, name_of_tokens
 from hf_importance.loader import PreviewLoader, training_loader
@@ -121,6 +122,8 @@ class ImportanceTrainerMixin(ReportMixin):
         self._loop_loader: DataLoader | None = None
         self._trained: nn.Module | None = None  # what the step is given
         self._step = StepDraws([])
+        self._mean_over_examples: Callable[..., float] | None = None
+        self._mean_positions: float | None = None
         self._columns: Columns | None = None
         self._draw: Draw | None = None  # of the batch that is trained on
         self._data_are: dict[str, Any] | None = None  # their fingerprint
@@ -142,6 +145,7 @@ class ImportanceTrainerMixin(ReportMixin):
             return PreviewLoader(base, self._new_sampler(records=False), self.args.device)
         self._step, self._logged_until = StepDraws([]), {}
         self._sampler = self._new_sampler(self._sampler)
+        self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
         self._columns = Columns(self._sampler, self.is_world_process_zero())
         if self.args.save_strategy != "no":
             self._fingerprint()  # before anything changes the data set, as by `set_epoch`
@@ -317,13 +321,24 @@ class ImportanceTrainerMixin(ReportMixin):
             if model is self._trained and not again:  # which is not the teacher of a distillation
                 self._send(self._draw, measured)
             weight = torch.tensor(self._draw.weight, dtype=measured.losses.dtype)
-            positions = self._positions_of_step(next(iter(labels))) if measured.are_sums else None
             weight = weight.to(measured.losses.device, non_blocking=True)
-            if measured.are_sums:
-                self.loss_is_scaled_for_ga = positions is not None
-            loss = measured.weighted_mean(weight, positions, 1.0 if positions is None else 1 / len(self._step))
+            loss = (
+                self._loss_of_sums(measured, weight, *labels) if measured.are_sums else measured.weighted_mean(weight)
+            )
             outputs = measured.outputs
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_of_sums(self, measured: Measured, weight: Tensor, label: str) -> Tensor:
+        """Over the tokens or pixels of the whole step; where its labels are not in its batches, over their mean n̄."""
+        positions = self._positions_of_step(label)
+        self.loss_is_scaled_for_ga = positions is not None
+        if self.loss_is_scaled_for_ga:
+            return measured.weighted_mean(weight, positions, 1 / len(self._step))
+        if len(self._step) > 1:
+            if self._mean_positions is None:
+                self._mean_positions = self._mean_over_examples(label, self._get_objective().count)
+            positions = torch.tensor(self._mean_positions * len(weight))
+        return measured.weighted_mean(weight, positions)
 
     def _positions_of_step(self, label: str) -> Tensor | None:
         """See [`StepDraws.positions`]; over all processes if `average_tokens_across_devices`, as in `Trainer`."""

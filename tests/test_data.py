@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset
+from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
 from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.sampler import ImportanceBatchSampler
@@ -85,3 +85,44 @@ def test_through_a_data_loader(workers):
     for number, batch in enumerate(batches):
         assert batch[DRAW_KEY].number == number
         assert batch["x"].tolist() == [i * i for i in batch[DRAW_KEY].index]
+
+
+def test_mean_over_examples():
+    data = [{"labels": torch.tensor([1] * (i % 3) + [-100])} for i in range(10)]
+    asked = []
+
+    def collate(rows):
+        asked.append(len(rows))
+        torch.rand(5)  # as of one that masks at random
+        return default_collate(rows)
+
+    before = torch.get_rng_state()
+    mean = mean_over_examples(data, collate, "labels", lambda labels: (labels != -100).sum(1))
+    assert mean == sum(i % 3 for i in range(10)) / 10
+    assert asked == [1] * 10
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mean_over_examples_takes_nothing_from_a_generator_of_the_collator():
+    class Masking:
+        def __init__(self):
+            self.generator = torch.Generator().manual_seed(7)
+
+        def __call__(self, rows):
+            torch.rand(5, generator=self.generator)
+            return default_collate(rows)
+
+    collate = Masking()
+    before = collate.generator.get_state()
+    mean_over_examples([{"labels": torch.tensor([1])}], collate, "labels", lambda labels: labels[:, 0])
+    assert torch.equal(collate.generator.get_state(), before)
+    collate([{"labels": torch.tensor([1])}])
+    assert not torch.equal(collate.generator.get_state(), before), "control"
+
+
+def test_mean_over_many_examples_is_of_some():
+    data = [{"labels": torch.tensor([i])} for i in range(5000)]
+    found = mean_over_examples(data, default_collate, "labels", lambda labels: labels[:, 0])
+    assert found == pytest.approx(2500, rel=0.01)
+    none = mean_over_examples(data[:3], default_collate, "labels", lambda labels: 0 * labels[:, 0])
+    assert none > 0, "it is divided by"

@@ -387,6 +387,27 @@ def test_every_step_is_that_of_trainer(tmp_path, head, accumulation):
     assert tiny.difference(ours, tiny.trainer(tmp_path, model, data, **settings)) > 1e-4, "control"
 
 
+def test_where_the_labels_of_a_step_are_not_in_its_batches(tmp_path):
+    """Whoever hides them from it: their mean number over the data takes the place of that of the step."""
+
+    class Hides(ImportanceTrainer):
+        def get_batch_samples(self, *args):
+            batches, items = super().get_batch_samples(*args)
+            self.hidden = [batch.pop("labels") for batch in batches]
+            return batches, items
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            return super().training_step(model, {**inputs, "labels": self.hidden.pop(0)}, *args, **kwargs)
+
+    data = tiny.token_rows(N)
+    settings = {"more": {"data_collator": tiny.pad}, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    settings |= {"per_device_train_batch_size": N // 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    shown = tiny.trained(tmp_path, tiny.token_bert(), data, importance={"metric": "uniform"}, **settings)
+    hidden = tiny.trained(tmp_path, tiny.token_bert(), data, Hides, {"metric": "uniform"}, **settings)
+    assert tiny.difference(hidden, shown) < 1e-6, "all data are in the step, so that the mean is its own"
+    assert tiny.difference(hidden, tiny.trainer(tmp_path, tiny.token_bert(), data)) > 1e-3, "control"
+
+
 def test_an_added_loss_is_kept(tmp_path):
     """The load-balancing loss of the routers, with its own coefficient and no weights."""
 
