@@ -65,8 +65,8 @@ def resume(
     states: list[dict[str, Any]],
     rank: int,
     skip: int,
-    data: dict[str, Any] | None = None,
-    settings: dict[str, Any] | None = None,
+    data: dict[str, Any],
+    settings: dict[str, Any],
 ) -> str | None:
     """Put a sampler where it was, or as near as it can be.
 
@@ -84,7 +84,6 @@ def resume(
     Raises:
         ValueError: if a state is not what a sampler like this one has written; others where parts are missing.
     """
-    data, settings = data or {}, settings or {}
     length = sampler.shard.length
     unknown = torch.full((length,), torch.nan)
     if not states:

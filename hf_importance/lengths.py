@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers.utils.logging import tqdm
 
 from hf_importance.data import ImportanceCollator
+from hf_importance.losses.per_example import IGNORE_INDEX
 from hf_importance.randomness import own_randomness
 from hf_importance.sampling.draw import Shard
 from hf_importance.sampling.groups import LengthGroups
@@ -21,7 +22,6 @@ _LARGE = 2**17
 """Examples, from which on a progress bar is shown."""
 _PIECE = 2**16
 """Rows of `datasets` at a time."""
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def length_name(dataset: Any, column: str, tokens: str = "input_ids") -> str | N
 
     None where the first example has neither.
     """
-    with own_randomness():
+    with own_randomness(owners=(dataset,)):
         first = dataset[0]
         stored = dataset.with_format(None)[0] if _is_stored(dataset, column) else first
     if isinstance(stored, Mapping) and hasattr(stored.get(column), "__int__"):
@@ -74,7 +74,7 @@ def refuse_unknown_lengths(dataset: Any, column: str, tokens: str) -> None:
         ValueError: if lengths cannot be had.
     """
     if length_name(dataset, column, tokens) is None:
-        with own_randomness():
+        with own_randomness(owners=(dataset,)):
             first = dataset[0]
         found = f"the columns {list(first)}" if isinstance(first, Mapping) else f"a {type(first).__name__}"
         raise ValueError(
@@ -107,7 +107,7 @@ def labels_of(dataset: Any, lengths: Tensor, label: str = "labels", quiet: bool 
     >>> labels_of([{"labels": [-100, 6, 7]}, {"labels": [5]}], lengths=torch.tensor([3, 1]))
     tensor([2, 1], dtype=torch.int32)
     """
-    with own_randomness():
+    with own_randomness(owners=(dataset,)):
         first = dataset[0]
     if not isinstance(first, Mapping) or not hasattr(first.get(label), "__len__"):
         return lengths
@@ -178,7 +178,7 @@ def _values(
 ) -> Tensor:
     """Of each example a number: of columns of `datasets` a piece at a time, else row by row."""
     bar = {"disable": quiet or len(dataset) < _LARGE, "desc": f"Counting {name}", "total": len(dataset)}
-    with own_randomness(), tqdm(**bar) as progress:
+    with own_randomness(owners=(dataset,)), tqdm(**bar) as progress:
         if _is_stored(dataset, name) and (of_row is int or dataset.format["type"] != "custom"):  # not by a transform
             table, pieces = dataset.with_format("arrow"), []
             for start in range(0, len(dataset), _PIECE):
@@ -199,7 +199,7 @@ def _is_stored(dataset: Any, name: str) -> bool:
 
 
 def _count(labels: Any) -> int:
-    return int((torch.as_tensor(labels) != _IGNORED).sum())
+    return int((torch.as_tensor(labels) != IGNORE_INDEX).sum())
 
 
 def _numbers(column: Any) -> Tensor:
@@ -214,7 +214,7 @@ def _list_lengths(lists: Any) -> Tensor:
 
 
 def _count_lists(lists: Any) -> Tensor:
-    lengths, kept = _list_lengths(lists), _numbers(lists.flatten()) != _IGNORED
+    lengths, kept = _list_lengths(lists), _numbers(lists.flatten()) != IGNORE_INDEX
     return torch.zeros_like(lengths).index_add_(0, torch.arange(len(lengths)).repeat_interleave(lengths), kept.long())
 
 

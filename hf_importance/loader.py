@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset
 from hf_importance.randomness import own_randomness
+from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 _WORKER_SETTINGS = (
@@ -27,19 +28,34 @@ _WORKER_SETTINGS = (
 )
 
 
+class _Anew(Sampler[Draw]):
+    """Makes a sampler where it is iterated, so that a loader to look at holds nothing of all examples."""
+
+    def __init__(self, make: Callable[[], ImportanceBatchSampler]) -> None:
+        self._make, self._length = make, len(make())
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Draw]:
+        return iter(self._make())
+
+
 class PreviewLoader(DataLoader):
     """Batches as the first pass draws them, without their draws. To look at them changes nothing in training.
 
     Args:
         base: the loader whose data and settings it has.
-        sampler: of its own, that training does not use.
+        new_sampler: makes one that training does not use.
         device: to which the batches are sent.
     """
 
-    def __init__(self, base: DataLoader, sampler: ImportanceBatchSampler, device: torch.device) -> None:
-        super().__init__(**_settings(base, sampler), generator=torch.Generator().manual_seed(0))
+    def __init__(
+        self, base: DataLoader, new_sampler: Callable[[], ImportanceBatchSampler], device: torch.device
+    ) -> None:
+        super().__init__(**_settings(base, _Anew(new_sampler)), generator=torch.Generator().manual_seed(0))
         self._device = device
-        self.total_batch_size = getattr(base, "total_batch_size", sampler.batch_size)  # of all processes
+        self.total_batch_size = getattr(base, "total_batch_size", base.batch_size)  # of all processes
         self.total_dataset_length = len(base.dataset)
 
     def __iter__(self) -> Iterator[Any]:
@@ -72,7 +88,7 @@ def training_loader(base: DataLoader, sampler: ImportanceBatchSampler, accelerat
     return loader
 
 
-def _settings(base: DataLoader, sampler: ImportanceBatchSampler) -> dict[str, Any]:
+def _settings(base: DataLoader, sampler: Sampler[Draw]) -> dict[str, Any]:
     return {
         "dataset": ImportanceDataset(base.dataset),
         "batch_sampler": sampler,

@@ -13,23 +13,20 @@ from torch import nn
 
 
 @contextmanager
-def own_randomness(
-    seed: int | None = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = ()
-) -> Iterator[None]:
+def own_randomness(seed: int = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = ()) -> Iterator[None]:
     """Whatever is drawn inside, from the generators of Python, NumPy and torch, outside nothing has been drawn.
 
     Args:
-        seed: that the global generators have inside; None leaves them as they are.
+        seed: that the global generators have inside.
         devices: GPUs whose generators are kept as well as that of the CPU.
         owners: data sets and collators that may have generators of their own, which are kept, too.
     """
     python, arrays = random.getstate(), numpy.random.get_state()
     restore = [undo for owner in owners for undo in _restoring(owner)]
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
-        if seed is not None:
-            random.seed(seed)
-            numpy.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
         try:
             yield
         finally:

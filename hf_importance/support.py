@@ -211,11 +211,11 @@ class TrainingWatch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the other callbacks a loader of their own."""
         self._unmeasured = 0
-        self._trainer.callback_handler.train_dataloader = self._trainer.loader_to_look_at()
+        self._trainer.callback_handler.train_dataloader = self._trainer._loader_to_look_at()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the optimizer takes a step: the first one must be measured, and of two later ones one."""
-        self._unmeasured = 0 if self._trainer.has_measured() else self._unmeasured + 1
+        self._unmeasured = 0 if self._trainer._has_measured() else self._unmeasured + 1
         if self._unmeasured and (state.global_step == 0 or self._unmeasured > 1):
             raise unmeasured(type(self._trainer), self._mixin)
 

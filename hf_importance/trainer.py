@@ -60,7 +60,8 @@ class ImportanceTrainerMixin(ReportMixin):
             binary cross-entropy or squared error of a classification or regression head. It is computed from what the
             model returns, as `outputs["logits"]`, and does not couple the examples of a batch. `labels` is what the
             collator makes of them, a dict if the model has several label names, and where there are none the inputs of
-            the model. It is the loss of evaluations, too.
+            the model. It is the loss of evaluations, too. The mean is over all
+            examples of a batch, also those whose loss is 0.
         report_examples_to_hub: let `push_to_hub` upload the whole report, in which training examples, their labels and
             predictions can be seen; by default only importances and plots.
         *args, **kwargs: as for `Trainer`.
@@ -142,7 +143,7 @@ class ImportanceTrainerMixin(ReportMixin):
             return self._loop_loader
         base = self._base_loader()
         if not self._loop_wants_loader:
-            return PreviewLoader(base, self._new_sampler(records=False), self.args.device)
+            return PreviewLoader(base, partial(self._new_sampler, records=False), self.args.device)
         self._step, self._logged_until = StepDraws([]), {}
         self._sampler = self._new_sampler(self._sampler)
         self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
@@ -152,7 +153,7 @@ class ImportanceTrainerMixin(ReportMixin):
         self._loop_loader = training_loader(base, self._sampler, self.accelerator)
         return self._loop_loader
 
-    def loader_to_look_at(self) -> DataLoader:
+    def _loader_to_look_at(self) -> DataLoader:
         """What [`TrainingWatch`] gives to callbacks; from here on the training loop has its own."""
         if self._sampler is None:
             raise ValueError(
@@ -160,7 +161,7 @@ class ImportanceTrainerMixin(ReportMixin):
                 "ImportanceTrainer: it must be asked for anew in each training, by super().get_train_dataloader()."
             )
         self._loop_wants_loader, self._loop_loader = False, None
-        return PreviewLoader(self._base_loader(), self._new_sampler(records=False), self.args.device)
+        return PreviewLoader(self._base_loader(), partial(self._new_sampler, records=False), self.args.device)
 
     def _base_loader(self) -> DataLoader:
         """That of `Trainer`, whose data, collator and settings ours have."""
@@ -264,7 +265,7 @@ class ImportanceTrainerMixin(ReportMixin):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = ignored
-            self._step = StepDraws([])
+            self._step, self._loop_wants_loader, self._loop_loader = StepDraws([]), False, None
             if self._sampler is not None:
                 self._sampler.flush(everything=True)
             if self._objective is not None:
@@ -293,7 +294,7 @@ class ImportanceTrainerMixin(ReportMixin):
         finally:
             self._draw = self._trained = None
 
-    def has_measured(self) -> bool:
+    def _has_measured(self) -> bool:
         """Whether a batch of this step was; for [`TrainingWatch`]."""
         return self._step.has_measured()
 

@@ -1,6 +1,7 @@
 """What users write is honoured or refused, with the way out in the message: nothing of it is silently ignored."""
 
 import copy
+import gc
 import re
 import types
 
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from hf_importance import ImportanceConfig, ImportanceTrainer, ImportanceTrainerMixin
+from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.support import refuse_version
 
 WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 9.0])
@@ -480,6 +482,62 @@ def test_batches_to_look_at(tmp_path):
     for a, b in zip(ours, plain, strict=True):
         assert torch.equal(a["input_ids"], b["input_ids"])
     assert run.model(**ours[0]).loss.item() == run.compute_loss(run.model, ours[0]).item() > 0
+
+
+def test_a_loader_to_look_at_after_a_training_that_failed(tmp_path):
+    """It is not that of the loop, which never began."""
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), AsksAndFails)
+    with pytest.raises(RuntimeError, match="no optimizer"):
+        run.train()
+    assert set(next(iter(run.get_train_dataloader()))) == {"input_ids", "attention_mask", "labels"}
+
+
+class AsksAndFails(ImportanceTrainer):
+    def create_optimizer(self, *_):
+        raise RuntimeError("no optimizer")
+
+
+def test_a_loader_to_look_at_holds_nothing_of_the_examples(tmp_path):
+    """It may be kept as long as the training is."""
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
+    gc.collect()
+    before = sum(type(x) is ImportanceMemory for x in gc.get_objects())
+    loader = run.get_train_dataloader()
+    gc.collect()
+    assert sum(type(x) is ImportanceMemory for x in gc.get_objects()) == before
+    batches = iter(loader)
+    next(batches)
+    assert sum(type(x) is ImportanceMemory for x in gc.get_objects()) == before + 1, "control"
+    assert len(loader) == 5 == len(list(loader))
+
+
+class OwnNoise(torch.utils.data.Dataset):
+    """Tokens that it masks with a generator of its own."""
+
+    def __init__(self):
+        self.rows, self.generator = [{**row, "labels": row["input_ids"] % 4} for row in tiny.texts()], torch.Generator()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        mask = torch.rand(tiny.LENGTH, generator=self.generator) < 0.9
+        return {**self.rows[i], "attention_mask": mask.long()}
+
+
+@pytest.mark.parametrize("saves", ["no", "epoch"])
+def test_what_is_read_before_training_has_no_effect(tmp_path, saves):
+    """Labels, lengths and the fingerprint: `Trainer` reads none of them, and has the same noise."""
+    model = tiny.token_bert()
+    settings = {"num_train_epochs": 1, "save_strategy": saves}
+    plain = tiny.trained(tmp_path / "plain", model, OwnNoise(), tiny.Plain, **settings)
+    ours = tiny.trained(tmp_path / "ours", model, OwnNoise(), importance={"metric": "uniform"}, **settings)
+    assert tiny.difference(ours, plain) < 1e-6
+    other = OwnNoise()
+    other[0]
+    assert tiny.difference(tiny.trained(tmp_path / "other", model, other, tiny.Plain, **settings), plain) > 1e-4, (
+        "control"
+    )
 
 
 class MovesItsInputs(tiny.Recorder):

@@ -645,7 +645,10 @@ def test_labels_that_only_the_loss_function_knows(tmp_path):
     """Evaluated where there are some, predicted where there are none; outputs are named tuples."""
     more = {"per_example_loss_func": named_loss, "eval_dataset": tiny.texts()}
     run = tiny.trained(tmp_path, Named(), tiny.texts(), more=more)
-    assert run.evaluate()["eval_loss"] > 0
+    inputs = torch.stack([row["input_ids"] for row in tiny.texts()])
+    labels = torch.tensor([row["labels"] for row in tiny.texts()])
+    expected = nn.functional.cross_entropy(run.model.logits(inputs), labels).item()
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     run.model.forward = lambda input_ids: {"logits": run.model.logits(input_ids)}  # `Trainer` detaches no named tuples
     without = [{"input_ids": row["input_ids"]} for row in tiny.texts()]
     assert run.predict(without).predictions.shape == (40, tiny.CLASSES)
@@ -708,7 +711,10 @@ def test_detection(tmp_path):
     settings = {"remove_unused_columns": False, "num_train_epochs": 1}
     more = {"per_example_loss_func": detection_loss, "data_collator": collate, "eval_dataset": data}
     run = tiny.trained(tmp_path, model, data, importance=tiny.EVEN, more=more, learning_rate=0.0, **settings)
-    assert run.evaluate()["eval_loss"] > 0
+    model.eval()
+    images, labels = torch.stack([row["pixel_values"] for row in data]), [row["labels"] for row in data]
+    expected = detection_loss(model(images), labels).mean().item()
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
     def oracle(row):
         outputs = run.model.eval()(row["pixel_values"][None])

@@ -153,7 +153,7 @@ class Objective:
         return loss, (loss, *rest)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the first batch and the data have shown, so that a resumed training does not look again."""
+        """What the first batch has shown, so that a resumed training does not look again."""
         return {
             "loss": self._loss_it_is,
             "looked": self._looked,
