@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -71,8 +72,17 @@ class ImportanceCollator:
                 f"data_collator must return a dict of tensors, but returned {type(batch).__name__}: "
                 "return a dict whose keys are the arguments of the model's forward."
             )
-        batch[DRAW_KEY] = draw
+        batch[DRAW_KEY] = replace(draw, lengths=_lengths_in_one_row(examples, batch))
         return batch
+
+
+def _lengths_in_one_row(examples: list[Any], batch: Mapping[str, Any]) -> list[int] | None:
+    """Of examples that are one row of tokens now; None where each has its own, or none."""
+    tokens = batch.get("input_ids")
+    if len(examples) == 1 or not isinstance(tokens, Tensor) or len(tokens) != 1:
+        return None
+    found = [example.get("input_ids") if isinstance(example, Mapping) else None for example in examples]
+    return [len(ids) for ids in found] if all(hasattr(ids, "__len__") for ids in found) else None
 
 
 def refuse_texts_as_labels(example: Any, error: Exception | None = None) -> None:

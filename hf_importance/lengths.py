@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 from hf_importance.data import ImportanceCollator
 from hf_importance.losses.per_example import IGNORE_INDEX
 from hf_importance.randomness import own_randomness
-from hf_importance.sampling.draw import Shard
+from hf_importance.sampling.draw import SKIPPED, Shard
 from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.rates import relative_costs
 
@@ -132,7 +132,7 @@ def has_token_losses(
         first = dataset[0]
         if not isinstance(first, Mapping) or "input_ids" not in first:
             return False
-        batch = ImportanceCollator(collate)(([first], None))
+        batch = ImportanceCollator(collate)(([first], SKIPPED))
     found = [batch[name] for name in labels if name in batch]
     if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].dim() != 2 or found[0].is_floating_point():
         return False

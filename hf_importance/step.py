@@ -63,13 +63,13 @@ class StepDraws:
         self._measured.add(draw.number)
 
     def positions(
-        self, label: str, count: Callable[[Tensor], Tensor], mean: Callable[[Tensor], Tensor] | None
+        self, label: str, count: Callable[[Tensor, list[int] | None], Tensor], mean: Callable[[Tensor], Tensor] | None
     ) -> Tensor | None:
         """Σ w n over the batches of the step: weighted tokens or pixels that have a loss.
 
         Args:
             label: name of the labels.
-            count: from labels to their number per example, `[batch, …] → [batch]`.
+            count: from labels, and the lengths of examples that are in one row, to their number per example, `[batch]`.
             mean: over the processes, of which each has such batches; None if there is one.
 
         Returns:
@@ -81,7 +81,7 @@ class StepDraws:
         if self._positions is None:
             total = torch.zeros(())
             for batch, draw in self._drawn:
-                number = count(batch[label])
+                number = count(batch[label], draw.lengths)
                 weight = torch.tensor(draw.weight).to(number.device, non_blocking=True)
                 total = total.to(number.device) + (weight * number).sum()
             total = total if mean is None else mean(total)

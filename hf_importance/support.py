@@ -162,7 +162,7 @@ def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deep
 # ---- what users have written -----------------------------------------------------------------------------------------
 
 
-def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
+def refuse_overrides(cls: type, mixin: type, adapted: type | None, has_loss_function: bool) -> None:
     """Refuse classes of users that would be silently ignored, or would switch importance sampling off.
 
     An override that calls `super()` is honoured. Whether one does can only be seen at the first step, which
@@ -171,12 +171,13 @@ def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
     Args:
         cls: of the trainer.
         mixin: ours among its bases; what comes after it is called by it, if at all.
+        adapted: the one among them whose loss is known; what comes after that is not of users.
         has_loss_function: whether there is a `per_example_loss_func`.
 
     Raises:
         ValueError: with what to do instead.
     """
-    theirs = list(_theirs(cls, mixin))
+    theirs = list(_theirs(cls, mixin, adapted))
     for owner, is_before in theirs:
         for name, way_out in _HOOKS.items():
             counts = is_before or name == "_get_train_sampler"
@@ -231,9 +232,9 @@ def unmeasured(cls: type, mixin: type) -> ValueError:
     )
 
 
-def _theirs(cls: type, mixin: type) -> Iterator[tuple[type, bool]]:
+def _theirs(cls: type, mixin: type, adapted: type | None = None) -> Iterator[tuple[type, bool]]:
     """Classes that users have written, and whether they come before ours."""
-    order = cls.__mro__
+    order = cls.__mro__ if adapted is None else cls.__mro__[: cls.__mro__.index(adapted)]
     for place, owner in enumerate(order):
         if owner.__module__.split(".")[0] not in ("transformers", "hf_importance", "builtins"):
             yield owner, place < order.index(mixin)

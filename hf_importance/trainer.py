@@ -16,6 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from hf_importance.adapters.base import ComputeLoss, LossAdapter
+from hf_importance.adapters.known import adapted_class, adapter_of
 from hf_importance.checkpoint import load_states, newest_complete, reading, resume, save_state
 from hf_importance.columns import Columns
 from hf_importance.config import ImportanceConfig
@@ -79,6 +81,7 @@ class ImportanceTrainerMixin(ReportMixin):
         report_examples_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
+        adapted = adapted_class(type(self))
         self._start_measuring()
         super().__init__(*args, **kwargs)
         self.importance = ImportanceConfig() if importance is None else importance
@@ -86,7 +89,10 @@ class ImportanceTrainerMixin(ReportMixin):
         self.report_examples_to_hub = report_examples_to_hub
         self.loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch
         self._schedule_passed = self.lr_scheduler  # in `optimizers`
+        self._adapter: LossAdapter | None = None
         self._refuse_unsupported()
+        if adapted is not None and self.train_dataset is not None:
+            self._adapter = adapter_of(self, adapted)
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
         self.callback_handler.callbacks.insert(0, TrainingWatch(self, ImportanceTrainerMixin))
@@ -103,7 +109,8 @@ class ImportanceTrainerMixin(ReportMixin):
         refuse_arguments(self)
         if self.train_dataset is not None:
             refuse_training(self, self._schedule_passed)
-            refuse_overrides(type(self), ImportanceTrainerMixin, self.per_example_loss_func is not None)
+            has_loss = self.per_example_loss_func is not None
+            refuse_overrides(type(self), ImportanceTrainerMixin, adapted_class(type(self)), has_loss)
 
     def _find_label_names(self) -> None:
         """Of a model whose `forward` has no labels: they are in the data, for our loss alone, or there are none."""
@@ -118,7 +125,7 @@ class ImportanceTrainerMixin(ReportMixin):
     def _start_measuring(self) -> None:
         self._examples_to_show: Any = None
         self._sampler: ImportanceBatchSampler | None = None
-        self._objective: Objective | None = None
+        self._objective: Objective | LossAdapter | None = None
         self._loop_wants_loader = False
         self._loop_loader: DataLoader | None = None
         self._trained: nn.Module | None = None  # what the step is given
@@ -311,23 +318,30 @@ class ImportanceTrainerMixin(ReportMixin):
         """
         if self._draw is None and self.per_example_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        labels = self._pop_labels(inputs)
         if self._draw is None:
-            inputs.pop("skip_logits", None)  # of the kernels of Liger, which would leave us without them
-            loss, outputs = self._get_objective().evaluate(model, inputs, labels)
+            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # Liger would leave none
+            loss, outputs = self._get_objective().evaluate(model, inputs, self._pop_labels(inputs))
         else:
-            measured = self._get_objective()(model, inputs, labels, len(self._draw.index))
+            measured = self._measure(partial(super().compute_loss, return_outputs=return_outputs), model, dict(inputs))
             again = self._step.has_measured(self._draw)
             if model is self._trained and not again:  # which is not the teacher of a distillation
                 self._send(self._draw, measured)
             weight = torch.tensor(self._draw.weight, dtype=measured.losses.dtype)
             weight = weight.to(measured.losses.device, non_blocking=True)
-            loss = (
-                self._loss_of_sums(measured, weight, *labels) if measured.are_sums else measured.weighted_mean(weight)
-            )
+            if measured.are_sums:
+                loss = self._loss_of_sums(measured, weight, *self._labels_in(inputs))
+            else:
+                loss = measured.weighted_mean(weight)
             outputs = measured.outputs
         return (loss, outputs) if return_outputs else loss
+
+    def _measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any]) -> Measured:
+        """A batch of a training step. `compute_loss` is that of the class after ours."""
+        objective = self._get_objective()
+        if isinstance(objective, LossAdapter):
+            return objective(compute_loss, model, inputs, self._draw)
+        labels = self._pop_labels(inputs)
+        return objective(model, inputs, labels, len(self._draw.index))
 
     def _loss_of_sums(self, measured: Measured, weight: Tensor, label: str) -> Tensor:
         """Over the tokens or pixels of the whole step; where its labels are not in its batches, over their mean n̄."""
@@ -350,13 +364,16 @@ class ImportanceTrainerMixin(ReportMixin):
 
         return self._step.positions(label, self._get_objective().count, mean if processes > 1 else None)
 
-    def _get_objective(self) -> Objective:
+    def _get_objective(self) -> Objective | LossAdapter:
         """Made when it is wanted first: by then the engine has wrapped the model."""
         if self._objective is None:
             self._objective = self._new_objective()
         return self._objective
 
-    def _new_objective(self) -> Objective:
+    def _new_objective(self) -> Objective | LossAdapter:
+        if self._adapter is not None:
+            self._adapter.start()
+            return self._adapter
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # of PEFT
         causal = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -368,8 +385,11 @@ class ImportanceTrainerMixin(ReportMixin):
             causal or (not smoothing and self._loss_shifts_labels),  # with smoothing `Trainer` only knows the former
         )
 
+    def _labels_in(self, inputs: dict[str, Any]) -> list[str]:
+        return [name for name in self.label_names or ["labels"] if name in inputs]
+
     def _pop_labels(self, inputs: dict[str, Any]) -> Labels:
-        names = [name for name in self.label_names or ["labels"] if name in inputs]
+        names = self._labels_in(inputs)
         if not names and (self.per_example_loss_func is None or self.label_names):
             refuse_texts_as_labels(self.train_dataset[0])
             raise ValueError(

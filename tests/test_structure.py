@@ -17,6 +17,7 @@ ORDER = [
     "losses.heads",
     "losses.first_batch",
     "losses.last_layer",
+    "losses.rows",
     "losses.objective",
     "sampling.draw",
     "sampling.rates",

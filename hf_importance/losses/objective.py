@@ -242,7 +242,7 @@ class Objective:
     def _problem_type(self) -> str | None:
         return getattr(self._config, "problem_type", None)
 
-    def count(self, labels: Tensor) -> Tensor:
+    def count(self, labels: Tensor, lengths: list[int] | None = None) -> Tensor:
         """`[batch]`: tokens or pixels that have a loss, of labels as the collator makes them."""
         labels = labels.long()
         return heads.count(heads.predicted(labels, self._shifts) if labels.dim() == 2 else self._with_ignored(labels))

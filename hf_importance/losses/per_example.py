@@ -137,6 +137,25 @@ def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: fl
 
 
 @torch.no_grad()
+def squares_of_fused_head(log_p: Tensor, log_sum_sq: Tensor) -> Tensor:
+    """‖p − e_y‖² of each token, of a head that multiplies and takes the softmax at once, and returns no logits.
+
+    (1 − p_y)² + Σ p² − p_y²: the first part does not cancel, and the second lies between 0 and the first.
+
+    Args:
+        log_p: log p_y of the label, of any shape.
+        log_sum_sq: log Σ p² over all classes, likewise.
+
+    >>> p = torch.tensor([0.5, 0.3, 0.2])
+    >>> squares_of_fused_head(p[0].log(), p.square().sum().log())
+    tensor(0.3800)
+    """
+    log_p, log_sum_sq = _at_least_float32(log_p), _at_least_float32(log_sum_sq)
+    of_label = torch.expm1(log_p).square()
+    return of_label + (log_sum_sq.exp() - (2 * log_p).exp()).clamp(min=0).minimum(of_label)
+
+
+@torch.no_grad()
 def pixel_cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Root of the sum of ‖p − t‖² over the pixels. Arguments as for [`pixel_cross_entropy`].
 

@@ -18,12 +18,14 @@ class Draw:
         index: positions in the training data `[batch]`.
         rate: expected visits of each relative to uniform sampling `[batch]`, at the draw.
         weight: of the loss of each visit `[batch]`, fixed at the draw.
+        lengths: of the examples in tokens `[batch]`, where the collator has put all of them into one row.
     """
 
     number: int
     index: list[int]
     rate: list[float]
     weight: list[float]
+    lengths: list[int] | None = None
 
     def to(self, *_: Any, **__: Any) -> Draw:
         """Stays where it is when a batch is sent to a device."""

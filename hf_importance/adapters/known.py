@@ -1,0 +1,86 @@
+"""Which trainers of other libraries are adapted, and which cannot be."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import Any
+
+from hf_importance.adapters.base import LossAdapter
+
+_ADAPTERS = {
+    ("trl", "SFTTrainer"): "sft.SFTLoss",
+    ("trl", "RewardTrainer"): "preference.RewardLoss",
+    ("trl", "DPOTrainer"): "preference.DPOLoss",
+    ("sentence_transformers", "BaseTrainer"): "sentences.SentenceLoss",
+    ("sentence_transformers", "SentenceTransformerTrainer"): "sentences.SentenceLoss",
+}
+"""By package and class; the second one of sentence-transformers is the base of the others before version 6."""
+_TOO_OLD = {"trl": "trl>=1.15", "sentence_transformers": "sentence-transformers>=5.2"}
+_ON_POLICY = (
+    "it trains on completions that it has the model write, and compares those of one prompt with each other, so that "
+    "the loss of one alone does not exist"
+)
+_COUPLED = {
+    "GRPOTrainer": _ON_POLICY,
+    "RLOOTrainer": _ON_POLICY,
+    "OnlineDPOTrainer": _ON_POLICY,
+    "AsyncGRPOTrainer": _ON_POLICY,
+    "KTOTrainer": "the loss of an example has in it the mean KL divergence of the batch, of prompts with the "
+    "completions of others, so that it changes with what else is drawn",
+}
+_FROM_LOGITS = "its loss is not known here"
+_LIBRARIES = ("trl", "sentence_transformers")
+
+
+def adapted_class(cls: type) -> type | None:
+    """The class among the bases whose `compute_loss` is adapted; None for those of transformers.
+
+    Args:
+        cls: of a trainer.
+
+    Raises:
+        ValueError: for trainers that have no loss per example, and those that are not known.
+    """
+    for base in cls.__mro__:
+        library = base.__module__.split(".")[0]
+        if (library, base.__name__) in _ADAPTERS:
+            return base
+        if library in _LIBRARIES and {"compute_loss", "_compute_loss"} & set(vars(base)):
+            reason = _COUPLED.get(base.__name__, _FROM_LOGITS)
+            known = [name for package, name in _ADAPTERS if package == library and name != "BaseTrainer"]
+            raise ValueError(
+                f"{base.__name__} cannot be trained by importance: {reason}. Use it without ImportanceTrainerMixin. "
+                f"Of {library} importance sampling knows {', '.join(known)}."
+            )
+    return None
+
+
+def adapter_of(trainer: Any, base: type) -> LossAdapter | None:
+    """How to measure this trainer; None if it has a `per_example_loss_func`, which takes the place of its loss.
+
+    Args:
+        trainer: when its class has made it.
+        base: what [`adapted_class`] has found.
+
+    Raises:
+        ImportError: if the library is too old.
+        ValueError: for settings with which there are no losses per example.
+    """
+    library = base.__module__.split(".")[0]
+    module, name = _ADAPTERS[library, base.__name__].split(".")
+    adapter = getattr(import_module(f"hf_importance.adapters.{module}"), name)
+    if trainer.per_example_loss_func is not None:
+        if adapter.takes_own_loss:
+            return None
+        raise ValueError(
+            f"per_example_loss_func must be None for {base.__name__}, which calls its model and computes its loss by "
+            "itself: set the loss as for that trainer."
+        )
+    try:
+        return adapter(trainer)
+    except ImportError as error:
+        version = metadata.version(library.replace("_", "-"))
+        raise ImportError(
+            f"{library} {version} does not have what importance sampling needs of it ({error}): install "
+            f"{_TOO_OLD[library]}."
+        ) from error

@@ -1,0 +1,98 @@
+"""TRL's trainers of pairs, of which one answer is preferred: each pair is an example, and is drawn as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, outputs_of, seen_of
+from hf_importance.losses import per_example
+from hf_importance.losses.objective import Measured
+from hf_importance.sampling.draw import Draw
+
+_COUPLED = {
+    "aot": "sorts the margins of the batch",
+    "aot_unpaired": "sorts the log ratios of the batch",
+    "sft": "is a mean over the tokens of all pairs",
+}
+_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+class RewardLoss(LossAdapter):
+    """The loss of `RewardTrainer`: −log σ(Δ − margin) + c · (r₁ + r₂)², of the rewards of a pair with difference Δ."""
+
+    def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
+        """See [`LossAdapter`]. The importance is √2 · σ(margin − Δ) where c is 0."""
+        (outputs,) = outputs_of(compute_loss, model, inputs)
+        chosen, rejected = outputs["logits"].squeeze(-1).float().chunk(2)
+        difference, total = chosen - rejected - inputs.get("margin", 0.0), chosen + rejected
+        centering = self.trainer.args.center_rewards_coefficient or 0.0
+        losses = -F.logsigmoid(difference) + centering * total.square()
+
+        def of_logits() -> Tensor:
+            slope, pull = torch.sigmoid(-difference), 2 * centering * total
+            return (2 * (slope.square() + pull.square())).sqrt()
+
+        return Measured(losses, self.importance(losses, of_logits), seen_of(losses), 0.0, None)
+
+
+class DPOLoss(LossAdapter):
+    """The losses of `DPOTrainer`, any of its `loss_type` that is a mean over pairs, and weighted sums of several.
+
+    They are functions of the log probabilities of the tokens of both answers. The importance is the norm of the
+    gradient with respect to the logits of all these tokens, √(Σ g² ‖p − e_y‖²) with g the derivative by the log
+    probability of a token: for `sigmoid` it is β σ(−βΔ) · √(Σ ‖p − e_y‖² over both).
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        from trl.trainer.utils import add_fused_lm_head
+
+        for kind in trainer.loss_types:
+            if kind in _COUPLED:
+                raise ValueError(
+                    f"loss_type={kind!r} {_COUPLED[kind]}, so that there is no loss of one pair to be weighted: take "
+                    "another loss_type, or DPOTrainer."
+                )
+        model = trainer.model
+        add_fused_lm_head(model.get_base_model() if hasattr(model, "get_base_model") else model, outputs=_OUTPUTS)
+
+    def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
+        """See [`LossAdapter`]."""
+        pairs, weights, means = len(draw.index), self.trainer.loss_weights, []
+
+        def watch(outputs: Any) -> None:
+            outputs.log_probs = _watched(outputs.log_probs, pairs, means)
+
+        (outputs,) = outputs_of(compute_loss, model, inputs, watch)
+        if len(means) < len(weights):
+            raise ValueError(f"{self.name} takes no mean over the losses of pairs. {UNKNOWN}")
+        losses = sum(weight * loss for weight, loss in zip(weights, means, strict=False))
+
+        def of_logits() -> Tensor:
+            (slope,) = torch.autograd.grad(losses.sum(), outputs.log_probs, retain_graph=True)
+            squares = per_example.squares_of_fused_head(outputs.log_probs, outputs.log_sum_sq_probs)
+            of_answers = (slope.float().square() * squares.masked_fill(~outputs.label_mask, 0.0)).sum(1)
+            return of_answers.view(2, pairs).sum(0).sqrt()
+
+        added = self.trainer.router_aux_loss_coef * outputs.aux_loss if self.trainer.aux_loss_enabled else 0.0
+        return Measured(losses, self.importance(losses, of_logits), seen_of(losses), added, None)
+
+
+def _watched(values: Tensor, size: int, means: list[Tensor]) -> Tensor:
+    """The same values; of what is computed from them, vectors `[size]` that a mean is taken of come into `means`.
+
+    So the losses of pairs are had, which TRL has for no longer. That they are these is seen by their mean.
+    """
+
+    class Watched(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is Tensor.mean and args[0].shape == (size,) and args[0].requires_grad:
+                means.append(args[0].as_subclass(Tensor))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    return values.as_subclass(Watched)

@@ -1,0 +1,97 @@
+"""The trainers of sentence-transformers, with losses that are the mean of one loss of torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, seen_of
+from hf_importance.losses import per_example
+from hf_importance.losses.first_batch import copies_of_the_first, looking, same
+from hf_importance.losses.objective import Measured
+from hf_importance.sampling.draw import Draw
+
+
+class SentenceLoss(LossAdapter):
+    """The losses whose last step is one loss of torch, as those of cross-encoders (binary cross-entropy, cross-entropy,
+    squared error) and of cosine similarity: it is caught there.
+
+    Importance is the gradient with respect to what that loss is given: logits, or similarities.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.start()
+        if isinstance(trainer.loss, dict):
+            raise ValueError(
+                "loss must be one for all training data, but is one for each of several data sets: join these, or use "
+                "the trainer of sentence-transformers."
+            )
+        if not self._inner:
+            raise ValueError(
+                f"{self._loss_name} has no loss of torch in it, such as nn.MSELoss, so that there is no loss per "
+                "example: losses that compare the examples of a batch with each other (in-batch negatives, triplets "
+                "that are mined) have none. Use the trainer of sentence-transformers."
+            )
+
+    def start(self) -> None:
+        """See [`LossAdapter`]."""
+        super().start()
+        self._looked = False
+        loss = self.trainer.loss
+        self._inner = [] if isinstance(loss, dict) else [m for m in loss.modules() if isinstance(m, _Loss)]
+
+    def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
+        """See [`LossAdapter`]."""
+        size = len(draw.index)
+        if not self._looked:
+            self._refuse_coupled(compute_loss, model, inputs, size)
+            self._looked = True
+        losses, given = self._caught(compute_loss, model, inputs, size)
+        importance = self.importance(losses, lambda: per_example.autograd_importance(losses, *given))
+        return Measured(losses, importance, seen_of(losses), 0.0, None)
+
+    def _caught(
+        self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss of each example, and what it was computed from."""
+        calls: list[tuple[_Loss, tuple[Any, ...], dict[str, Any]]] = []
+
+        def catch(module: _Loss, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            calls.append((module, args, kwargs))
+
+        hooks = [module.register_forward_hook(catch, with_kwargs=True) for module in self._inner]
+        try:
+            compute_loss(model, dict(inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(calls) != 1:
+            raise ValueError(f"{self._loss_name} calls {len(calls)} losses of torch in each step. {UNKNOWN}")
+        module, args, kwargs = calls[0]
+        each = copy.copy(module)
+        each.reduction = "none"
+        losses = each(*args, **kwargs).float()
+        if losses.shape[:1] != (size,):
+            raise ValueError(f"{self._loss_name} has losses {list(losses.shape)} of {size} examples. {UNKNOWN}")
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.requires_grad]
+        return losses.view(size, -1).mean(1), given
+
+    @property
+    def _loss_name(self) -> str:
+        return type(self.trainer.loss).__name__
+
+    def _refuse_coupled(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int) -> None:
+        """By a batch that is the first example again and again."""
+        with looking(self.trainer.model):
+            losses, _ = self._caught(compute_loss, model, inputs, size)
+            alone, _ = self._caught(compute_loss, model, copies_of_the_first(inputs, size), size)
+        if not same(losses[0], alone[0]):
+            raise ValueError(
+                f"{self._loss_name} compares the examples of a batch with each other, as in-batch negatives do: the "
+                "loss of the first one changes with the others. Such losses cannot be weighted per example: use the "
+                "trainer of sentence-transformers."
+            )

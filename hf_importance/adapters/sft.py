@@ -1,0 +1,75 @@
+"""TRL's `SFTTrainer`: its fused head gives what importance needs, and no logits are built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_importance.adapters.base import ComputeLoss, LossAdapter, outputs_of, seen_of
+from hf_importance.losses import per_example
+from hf_importance.losses.heads import predicted
+from hf_importance.losses.objective import Measured
+from hf_importance.losses.rows import rows_of, sum_of_rows
+from hf_importance.sampling.draw import Draw
+
+_OUTPUTS = ("log_probs", "entropy", "is_top1", "log_sum_sq_probs")
+
+
+class SFTLoss(LossAdapter):
+    """The losses of `SFTTrainer`: its `nll` and `dft`, label smoothing, and what a mixture of experts adds.
+
+    With packing an example is a pack, as a row of the data is.
+    """
+
+    takes_own_loss = True
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        from trl.trainer.utils import add_fused_lm_head
+
+        model = trainer.model
+        add_fused_lm_head(model.get_base_model() if hasattr(model, "get_base_model") else model, outputs=_OUTPUTS)
+
+    def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
+        """See [`LossAdapter`]."""
+        labels = inputs["labels"]
+        outputs = outputs_of(compute_loss, model, inputs)[0]  # later ones are for metrics, without gradient
+        if getattr(outputs, "log_probs", None) is None:
+            losses, squares = self._smoothed(outputs["logits"], labels)
+        else:
+            losses, squares = self._fused(outputs)
+        batch = len(draw.index)
+        rows = rows_of(labels, batch, draw.lengths)
+        losses = sum_of_rows(losses, rows, batch)
+        importance = self.importance(losses, lambda: sum_of_rows(squares, rows, batch).sqrt())
+        counted = self.count(labels, draw.lengths)
+        added = self.trainer.router_aux_loss_coef * outputs.aux_loss if self.trainer.aux_loss_enabled else 0.0
+        seen = seen_of(losses / counted.clamp(min=1))
+        return Measured(losses, importance, seen, added, None, counted, are_sums=True)
+
+    def _fused(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Of each position, `[rows, positions]`: the loss, and ‖∂loss/∂logits‖²; 0 where there is none."""
+        log_p = outputs.log_probs
+        squares = per_example.squares_of_fused_head(log_p, outputs.log_sum_sq_probs)
+        losses = -log_p
+        if self.trainer.args.loss_type == "dft":  # p · −log p with p a constant (Wu et al. 2025, arXiv 2508.05629)
+            p = log_p.detach().exp()
+            losses, squares = losses * p, squares * p.square()
+        squares = squares.masked_fill(~outputs.label_mask, 0.0)
+        return F.pad(losses, (0, 1)), F.pad(squares, (0, 1))  # the last token predicts none
+
+    def _smoothed(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Likewise, of the logits that TRL builds for label smoothing."""
+        labels = predicted(F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=per_example.IGNORE_INDEX), True)
+        flat, smoothing = (logits.flatten(0, 1), labels.flatten()), self.trainer.label_smoother.epsilon
+        losses = per_example.cross_entropy(*flat, smoothing).view_as(labels)
+        squares = per_example.cross_entropy_importance(*flat, smoothing).square().view_as(labels)
+        return losses, squares
+
+    def count(self, labels: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """As `Trainer` counts, which knows of no virtual tokens."""
+        has_loss = (predicted(labels, True) != per_example.IGNORE_INDEX).float()
+        batch = len(labels) if lengths is None else len(lengths)
+        return sum_of_rows(has_loss, rows_of(labels, batch, lengths), batch)

@@ -1,0 +1,40 @@
+"""Examples that a collator has put into one row, as for attention without padding: which position is of which."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows_of(labels: Tensor, batch: int, lengths: list[int] | None) -> Tensor | None:
+    """int64 `[positions]`: the example whose token each position predicts, the next one; None if each has its row.
+
+    Args:
+        labels: `[rows, positions]`.
+        batch: number of examples.
+        lengths: of the examples in tokens, where all of them are in one row.
+
+    Raises:
+        ValueError: if there are neither as many rows as examples nor lengths.
+
+    >>> rows_of(torch.zeros(1, 6), batch=2, lengths=[3, 2])  # and one token of padding
+    tensor([0, 0, 1, 1, 1, 1])
+    """
+    if len(labels) == batch:
+        return None
+    if len(labels) != 1 or lengths is None or sum(lengths) > labels.shape[1]:
+        raise ValueError(
+            f"A batch of {batch} examples has labels {list(labels.shape)}, and it is not known which token is of which "
+            "example: the data collator must make a row of each, or one row of the 'input_ids' of all in their order."
+        )
+    rows = torch.arange(batch).repeat_interleave(torch.tensor(lengths))[1:]
+    behind = rows.new_full((labels.shape[1] - len(rows),), batch - 1)
+    return torch.cat([rows, behind]).to(labels.device, non_blocking=True)
+
+
+def sum_of_rows(values: Tensor, rows: Tensor | None, batch: int) -> Tensor:
+    """float32 `[batch]`, of `[rows, positions]`; with virtual tokens there are more, before the others."""
+    if rows is None:
+        return values.float().sum(1)
+    flat = values[0, -len(rows) :].float()
+    return torch.zeros(batch, device=values.device).index_add(0, rows, flat)
