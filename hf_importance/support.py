@@ -288,7 +288,11 @@ def refuse_loader(loader: Any, cls: type, batch_size: int, drop_last: bool, leng
     batches = getattr(batches, "batch_sampler", batches)  # of the shards of accelerate
     sampler = getattr(batches, "sampler", None)
     usual = type(sampler) in (RandomSampler, SeedableRandomSampler) and not sampler.replacement
-    if not isinstance(loader, DataLoader) or type(batches) is not BatchSampler or not usual:
+    if (
+        not isinstance(loader, DataLoader)
+        or getattr(type(batches), "__iter__", None) is not BatchSampler.__iter__
+        or not usual
+    ):
         found = f"draws by {type(sampler or batches).__name__}"
     elif len(sampler) != length or len(loader.dataset) != length:
         found = f"draws {len(sampler)} of {len(loader.dataset)} examples, where train_dataset has {length}"

@@ -11,10 +11,11 @@ _ADAPTERS = {
     ("trl", "SFTTrainer"): "sft.SFTLoss",
     ("trl", "RewardTrainer"): "preference.RewardLoss",
     ("trl", "DPOTrainer"): "preference.DPOLoss",
-    ("sentence_transformers", "BaseTrainer"): "sentences.SentenceLoss",
     ("sentence_transformers", "SentenceTransformerTrainer"): "sentences.SentenceLoss",
+    ("sentence_transformers", "CrossEncoderTrainer"): "sentences.SentenceLoss",
+    ("sentence_transformers", "SparseEncoderTrainer"): "sentences.SentenceLoss",
 }
-"""By package and class; the second one of sentence-transformers is the base of the others before version 6."""
+"""By package and class."""
 _TOO_OLD = {"trl": "trl>=1.15", "sentence_transformers": "sentence-transformers>=5.2"}
 _ON_POLICY = (
     "it trains on completions that it has the model write, and compares those of one prompt with each other, so that "
@@ -47,7 +48,7 @@ def adapted_class(cls: type) -> type | None:
             return base
         if library in _LIBRARIES and {"compute_loss", "_compute_loss"} & set(vars(base)):
             reason = _COUPLED.get(base.__name__, _FROM_LOGITS)
-            known = [name for package, name in _ADAPTERS if package == library and name != "BaseTrainer"]
+            known = [name for package, name in _ADAPTERS if package == library]
             raise ValueError(
                 f"{base.__name__} cannot be trained by importance: {reason}. Use it without ImportanceTrainerMixin. "
                 f"Of {library} importance sampling knows {', '.join(known)}."

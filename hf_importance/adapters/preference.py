@@ -62,9 +62,12 @@ class DPOLoss(LossAdapter):
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
-        pairs, weights, means = len(draw.index), self.trainer.loss_weights, []
+        pairs, weights = len(draw.index), self.trainer.loss_weights
+        means: list[Tensor] = []
+        log_probs: list[Tensor] = []
 
         def watch(outputs: Any) -> None:
+            log_probs.append(outputs.log_probs)
             outputs.log_probs = _watched(outputs.log_probs, pairs, means)
 
         (outputs,) = outputs_of(compute_loss, model, inputs, watch)
@@ -73,8 +76,8 @@ class DPOLoss(LossAdapter):
         losses = sum(weight * loss for weight, loss in zip(weights, means, strict=False))
 
         def of_logits() -> Tensor:
-            (slope,) = torch.autograd.grad(losses.sum(), outputs.log_probs, retain_graph=True)
-            squares = per_example.squares_of_fused_head(outputs.log_probs, outputs.log_sum_sq_probs)
+            (slope,) = torch.autograd.grad(losses.sum(), log_probs, retain_graph=True)
+            squares = per_example.squares_of_fused_head(*log_probs, outputs.log_sum_sq_probs)
             of_answers = (slope.float().square() * squares.masked_fill(~outputs.label_mask, 0.0)).sum(1)
             return of_answers.view(2, pairs).sum(0).sqrt()
 
