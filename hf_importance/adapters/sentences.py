@@ -18,7 +18,6 @@ from hf_importance.losses.first_batch import copies_of_the_first, looking, same
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
 
-
 _FUNCTIONS = {
     F.binary_cross_entropy,
     F.binary_cross_entropy_with_logits,
@@ -101,11 +100,13 @@ class SentenceLoss(LossAdapter):
         with looking(self.trainer.model):
             losses, _ = self._caught(compute_loss, model, inputs, size)
             alone, _ = self._caught(compute_loss, model, copies_of_the_first(inputs, size), size)
-        if not same(losses[0], alone[0], precisely=self.trainer.accelerator.mixed_precision == "no"):
+        precisely = self.trainer.accelerator.mixed_precision == "no"
+        without_labels = inputs.get("label") is None  # the target is made of the batch, as which of it is the right one
+        if without_labels or not same(losses[0], alone[0], precisely):
+            reason = "its data have no label" if without_labels else "the loss of the first one changes with the others"
             raise ValueError(
-                f"{self._loss_name} compares the examples of a batch with each other, as in-batch negatives do: the "
-                "loss of the first one changes with the others. Such losses cannot be weighted per example: use the "
-                "trainer of sentence-transformers."
+                f"{self._loss_name} compares the examples of a batch with each other, as in-batch negatives do: {reason}. "
+                "Such losses cannot be weighted per example: use the trainer of sentence-transformers."
             )
 
 

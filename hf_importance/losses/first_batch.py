@@ -46,7 +46,7 @@ def refuse_another_loss(theirs: Tensor, ours: Tensor) -> None:
 
 
 def same(theirs: Tensor, ours: Tensor, precisely: bool = False) -> bool:
-    """To the precision of the type of the model's loss: of two ways to compute it, or `precisely` of one and the same."""
+    """To the precision of the type of the loss: of two ways to compute it, or `precisely` of one and the same."""
     tolerance = (1e-4 if precisely else 1e-3) if theirs.dtype == torch.float32 else 3e-2
     return torch.allclose(theirs.float().mean(), ours.float(), rtol=tolerance, atol=1e-5, equal_nan=True)
 
