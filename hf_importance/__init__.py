@@ -7,6 +7,7 @@ To read the code, go upward, as the imports do:
 - `record`: what else was seen of every example, for people to look at.
 - `losses`: which loss a model trains with, example by example, and the importances.
 - `sampling`: which examples come next, with what weight, and when enough was learnt.
+- `adapters`: trainers of other libraries that compute their loss by themselves.
 - `data`: carries that with the batch.
 - `fingerprint`: by what training data are told.
 - `lengths`: how long texts are, which is what they cost.

@@ -14,10 +14,10 @@ ORDER = [
     "randomness",
     "record",
     "losses.per_example",
+    "losses.rows",
     "losses.heads",
     "losses.first_batch",
     "losses.last_layer",
-    "losses.rows",
     "losses.objective",
     "sampling.draw",
     "sampling.rates",
@@ -28,6 +28,11 @@ ORDER = [
     "sampling.groups",
     "sampling.progress",
     "sampling.sampler",
+    "adapters.base",
+    "adapters.sft",
+    "adapters.preference",
+    "adapters.sentences",
+    "adapters.known",
     "data",
     "fingerprint",
     "lengths",
@@ -46,7 +51,7 @@ ORDER = [
     "trainer",
     "__init__",
 ]
-FOLDERS = ("losses", "sampling", "report")
+FOLDERS = ("losses", "sampling", "adapters", "report")
 ONLY_TORCH = {"state", "randomness", "record", "fingerprint", "checkpoint", "data", "report.findings"}
 ONLY_TORCH |= {module for module in ORDER if module.startswith(("losses.", "sampling."))}
 TORCH = ("torch", "numpy")

@@ -105,8 +105,8 @@ class SentenceLoss(LossAdapter):
         if without_labels or not same(losses[0], alone[0], precisely):
             reason = "its data have no label" if without_labels else "the loss of the first one changes with the others"
             raise ValueError(
-                f"{self._loss_name} compares the examples of a batch with each other, as in-batch negatives do: {reason}. "
-                "Such losses cannot be weighted per example: use the trainer of sentence-transformers."
+                f"{self._loss_name} compares the examples of a batch with each other, as in-batch negatives do: "
+                f"{reason}. Such losses cannot be weighted per example: use the trainer of sentence-transformers."
             )
 
 
