@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hf_importance.losses import heads, per_example
 from hf_importance.losses.first_batch import (
     copies_of_the_first,
     looking,
+    may_skip_logits,
     needs,
     refuse_another_loss,
     refuse_coupled,
@@ -188,12 +190,18 @@ class Objective:
         else:  # it makes them of the labels by itself
             must = True
         gives = give or must or self._adds
+        if gives and self._may_skip_logits:
+            inputs = {**inputs, "skip_logits": False}
         return (model(**{**inputs, **labels}) if gives else model(**inputs)), gives
 
     def _needs_labels(self, labels: Labels) -> bool:
         if self._needs is None:  # which takes as long as a small layer
             self._needs = needs(self._model, labels)
         return self._needs
+
+    @cached_property
+    def _may_skip_logits(self) -> bool:
+        return may_skip_logits(self._model)
 
     def _decodes(self, labels: Labels) -> bool:
         """Whether it is an encoder-decoder, which is to write its labels."""
@@ -271,7 +279,7 @@ class Objective:
         self._terms(outputs, gave, inputs, labels, batch)
         if self._label_smoothing:  # then `Trainer` takes the logits, whatever the loss of the model is
             return
-        self._compare(inputs, self._as_read(outputs, gave, labels, batch), batch)
+        self._compare(inputs, self._as_read(outputs, gave, labels, batch), batch, (outputs, gave))
 
     def _losses_of_copies(self, inputs: dict[str, Any], labels: Labels, batch: int) -> Tensor:
         """`[batch]`, of a batch that is the first example again and again."""
@@ -287,7 +295,8 @@ class Objective:
         (logits,) = heads.logits_of(outputs, batch, gave)
         return {name: heads.read_labels(target, logits, self._problem_type) for name, target in labels.items()}
 
-    def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
+    def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int, usual: tuple[Any, bool]) -> None:
+        """Give the model the labels, which may return no logits then, but `usual`ly does."""
         if not takes(self._model, labels):
             raise ValueError(f"The model takes no {list(labels)}, so that its loss is unknown. {heads.HINT}")
         try:
@@ -300,14 +309,15 @@ class Objective:
         theirs = heads.loss_of(outputs)
         if theirs is None:
             raise ValueError(f"The model returned no 'loss' for its labels, so that its loss is unknown. {heads.HINT}")
-        by_rule = self._terms(outputs, True, inputs, labels, batch)
+        made_of = usual if heads.decision_of(outputs, True) is None else (outputs, True)
+        by_rule = self._terms(*made_of, inputs, labels, batch)
         if isinstance(outputs, Mapping):
             self._adds = any(key.endswith(_ADDED) and isinstance(value, Tensor) for key, value in outputs.items())
         if self._adds:  # then the loss is not to be compared
             return
         if by_rule.are_sums and not same(theirs, by_rule.mean()):
             self._shifts = not self._shifts
-        refuse_another_loss(theirs, self._terms(outputs, True, inputs, labels, batch).mean())
+        refuse_another_loss(theirs, self._terms(*made_of, inputs, labels, batch).mean())
 
 
 @torch.no_grad()
