@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import random
 import types
 
@@ -15,6 +16,7 @@ import transformers as hf
 from torch import nn
 
 from hf_importance import ImportanceConfig, ImportanceTrainer, ImportanceTrainerMixin
+from hf_importance.losses.heads import with_inputs
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.segments import SegmentedVisits
 
@@ -659,6 +661,93 @@ def test_models_without_labels(tmp_path):
     found = tiny.trained(tmp_path, AutoEncoder(), data, importance=tiny.EVEN, more=more, learning_rate=0.0)
     difference = AutoEncoder()(inputs)["reconstruction"] - inputs
     torch.testing.assert_close(found.importances, 2 / tiny.LENGTH * difference.norm(dim=1), rtol=1e-4, atol=1e-6)
+
+
+SPOKEN = {
+    "input_values": lambda i, generator: torch.randn(400, generator=generator) * (torch.arange(400) < 200 + 8 * i),
+    "attention_mask": lambda i, _: (torch.arange(400) < 200 + 8 * i).long(),
+    "labels": lambda i, generator: torch.randint(1, V, (6,), generator=generator).index_fill(
+        0, torch.arange(6 - i % 4, 6), -100
+    ),
+}
+
+
+def ctc(model, outputs, labels, inputs):
+    """With the mean over the examples, the loss of `ctc_loss_reduction="mean"`."""
+    frames = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1))
+    log_p = outputs["logits"].log_softmax(-1).transpose(0, 1)
+    letters = (labels != -100).sum(1)
+    return nn.functional.ctc_loss(log_p, labels.clamp(min=0), frames, letters, reduction="none") / letters
+
+
+def test_ctc(tmp_path):
+    """The inputs tell how long the sounds are."""
+    more = {"vocab_size": V, "pad_token_id": 0, "ctc_loss_reduction": "mean"}
+    model, data = made(hf.Wav2Vec2ForCTC, hf.Wav2Vec2Config, **SPEECH, **more), numbered(**SPOKEN)
+    settings = {"more": {"eval_dataset": data}, **ONE_STEP, "learning_rate": 0.1, "num_train_epochs": 3}
+    plain = tiny.trained(tmp_path, model, data, tiny.Plain, **settings)
+    settings["more"]["per_example_loss_func"] = functools.partial(ctc, model)
+    run = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, **settings)
+    assert tiny.difference(run, plain) < 1e-5
+    assert tiny.logged(run, "train_loss") == pytest.approx(tiny.logged(plain, "train_loss"), rel=1e-5)
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    assert tiny.difference(run, tiny.trainer(tmp_path, model, data, **settings)) > 1e-3, "control: it learns"
+
+    def careless(outputs, labels):
+        return ctc(model, outputs, labels, {"attention_mask": torch.ones(len(labels), 400).long()})
+
+    settings["more"]["per_example_loss_func"] = careless
+    other = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, **settings)
+    assert tiny.difference(other, plain) > 1e-3, "control: without the lengths it is another loss"
+
+    settings = {
+        "importance": tiny.EVEN,
+        "more": {"per_example_loss_func": functools.partial(ctc, model)},
+        "num_train_epochs": 1,
+    }
+    found = tiny.trained(tmp_path, model, data, learning_rate=0.0, **settings).importances
+    model.eval()
+
+    def oracle(row):
+        given = {name: value[None] for name, value in row.items()}
+        logits = model(**given).logits.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(ctc(model, {"logits": logits}, given["labels"], given).sum(), logits)
+        return gradient.norm()
+
+    torch.testing.assert_close(found, torch.stack([oracle(row) for row in data]), rtol=1e-4, atol=1e-6)
+
+
+class AsModule(nn.Module):
+    def forward(self, outputs, labels, inputs):
+        return outputs, labels, inputs
+
+
+class AsObject:
+    def __call__(self, outputs, labels, batch):
+        return outputs, labels, batch
+
+
+FUNCTIONS = {
+    "two": (lambda outputs, labels: (outputs, labels), "ol"),
+    "three": (lambda outputs, labels, batch: (outputs, labels, batch), "oli"),
+    "a default": (lambda outputs, labels, gamma=2.0: (outputs, labels, gamma), ("o", "l", 2.0)),
+    "by name, with a default": (lambda outputs, labels, inputs=None: (outputs, labels, inputs), "oli"),
+    "by name alone": (lambda outputs, labels, gamma=2.0, *, inputs: (outputs, labels, inputs), "oli"),
+    "the second called inputs": (lambda outputs, inputs: (outputs, inputs), "ol"),
+    "any number": (lambda *outputs: outputs, "ol"),
+    "any names": (lambda outputs, labels, **inputs: (outputs, labels, *inputs), "ol"),
+    "partial": (functools.partial(lambda outputs, labels, gamma, inputs: (outputs, labels, inputs), gamma=2), "oli"),
+    "module": (AsModule(), "oli"),
+    "object": (AsObject(), "oli"),
+    "method": (AsObject().__call__, "oli"),
+    "not of Python": (max, "o"),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_functions_that_want_the_inputs_get_them(case):
+    function, wanted = FUNCTIONS[case]
+    assert tuple(with_inputs(function)("o", "l", "i")) == tuple(wanted)
 
 
 def masked_error(outputs, labels):

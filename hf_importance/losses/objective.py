@@ -107,6 +107,7 @@ class Objective:
         self._metric = metric
         self._label_smoothing = label_smoothing
         self._per_example_loss_func = per_example_loss_func
+        self._own_losses = None if per_example_loss_func is None else heads.with_inputs(per_example_loss_func)
         self._shifts = causal
         self._last_layer: LastLayer | None = None
         self._looked = False
@@ -148,7 +149,7 @@ class Objective:
         """The mean of the losses of `per_example_loss_func`, and the outputs; a tuple begins with that loss."""
         labels = heads.whole_numbers(labels)
         outputs, gave = self._forward(model, inputs, labels)
-        loss = self._per_example_loss_func(outputs, _as_argument(inputs, labels)).mean()
+        loss = self._own_losses(outputs, *_as_arguments(inputs, labels)).mean()
         if isinstance(outputs, Mapping):
             return loss, outputs
         rest = (outputs,) if isinstance(outputs, Tensor) else outputs[int(gave) :]
@@ -213,7 +214,7 @@ class Objective:
 
     def _terms(self, outputs: Any, gave: bool, inputs: dict[str, Any], labels: Labels, batch: int) -> Terms:
         if self._per_example_loss_func is not None:
-            return heads.custom(self._per_example_loss_func, outputs, _as_argument(inputs, labels), batch, gave)
+            return heads.custom(self._own_losses, outputs, *_as_arguments(inputs, labels), batch, gave)
         if set(heads.SPAN) <= set(labels):
             return heads.span(*heads.logits_of(outputs, batch, gave, span=True), labels)
         (logits,) = heads.logits_of(outputs, batch, gave)
@@ -286,7 +287,7 @@ class Objective:
         inputs, labels = copies_of_the_first(inputs, batch), copies_of_the_first(labels, batch)
         with looking(self._model):
             outputs, _ = self._forward(self._model, inputs, labels)
-            return self._per_example_loss_func(outputs, _as_argument(inputs, labels))
+            return self._own_losses(outputs, *_as_arguments(inputs, labels))
 
     def _as_read(self, outputs: Any, gave: bool, labels: Labels, batch: int) -> Labels:
         """Several truth values of an example as floating-point numbers, which models want; all else as it is."""
@@ -343,11 +344,11 @@ def _seen(losses: Tensor, outputs: Any, gave: bool, labels: Labels) -> Tensor:
     return seen
 
 
-def _as_argument(inputs: dict[str, Any], labels: Labels) -> Any:
-    """What `per_example_loss_func` gets: the labels, a dict of several, or the inputs if there are none."""
+def _as_arguments(inputs: dict[str, Any], labels: Labels) -> tuple[Any, dict[str, Any]]:
+    """What `per_example_loss_func` gets: the labels, a dict of several, or the inputs if there are none; the inputs."""
     if not labels:
-        return inputs
-    return next(iter(labels.values())) if len(labels) == 1 else labels
+        return inputs, inputs
+    return (next(iter(labels.values())) if len(labels) == 1 else labels), inputs
 
 
 def _is_mask(logits: Tensor, labels: Tensor) -> bool:
