@@ -17,6 +17,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_importance.config import ImportanceConfig
 from hf_importance.lengths import name_of_tokens, refuse_unknown_lengths
+from hf_importance.losses.heads import with_inputs
 from hf_importance.schedule import ALL_STEPS
 
 _PRIVATE_HOOKS = ("_inner_training_loop", "_save_rng_state", "_load_optimizer_and_scheduler", "_finish_current_push")
@@ -73,11 +74,14 @@ def refuse_arguments(trainer: Any) -> None:
         raise TypeError(f"importance must be an ImportanceConfig, but is {type(trainer.importance).__name__}.")
     if not isinstance(trainer.report_examples_to_hub, bool):
         raise TypeError(f"report_examples_to_hub must be True or False, but is {trainer.report_examples_to_hub!r}.")
-    if not (trainer.per_example_loss_func is None or callable(trainer.per_example_loss_func)):
+    function = trainer.per_example_loss_func
+    if not (function is None or callable(function)):
         raise TypeError(
             "per_example_loss_func must be a function f(outputs, labels) -> Tensor[batch], but is "
-            f"{type(trainer.per_example_loss_func).__name__}."
+            f"{type(function).__name__}."
         )
+    if function is not None:
+        with_inputs(function)
     seed = seed_of(trainer.importance, args)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ValueError(f"data_seed must be in 0 … 2^63 − 1, but is {seed}.")

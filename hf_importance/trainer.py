@@ -62,7 +62,8 @@ class ImportanceTrainerMixin(ReportMixin):
             binary cross-entropy or squared error of a classification or regression head. It is computed from what the
             model returns, as `outputs["logits"]`, and does not couple the examples of a batch. `labels` is what the
             collator makes of them, a dict if the model has several label names, and where there are none the inputs of
-            the model. It is the loss of evaluations, too. The mean is over all
+            the model. With a third argument that has no default, or one called `inputs`, it gets the inputs of the
+            model as well, without the labels. It is the loss of evaluations, too. The mean is over all
             examples of a batch, also those whose loss is 0.
         report_examples_to_hub: let `push_to_hub` upload the whole report, in which training examples, their labels and
             predictions can be seen; by default only importances and plots.

@@ -76,6 +76,13 @@ AT_CONSTRUCTION = {
         ValueError, "budget='auto'.*lr_scheduler_type='reduce_lr_on_plateau' cannot.*ImportanceConfig\\(budget=1.0\\)"
     ),
     "loss": ({"more": {"per_example_loss_func": 3}}, TypeError, "per_example_loss_func must be a function.*is int"),
+    "loss of four": (
+        {"more": {"per_example_loss_func": lambda outputs, labels, inputs, gamma: outputs}}, TypeError,
+        r"f\(outputs, labels\) or f\(outputs, labels, inputs\).*\(outputs, labels, inputs, gamma\).*missing.*'gamma'"
+    ),
+    "loss of one": (
+        {"more": {"per_example_loss_func": lambda outputs: outputs}}, TypeError, "cannot be called so: too many"
+    ),
     "stream": ({"data": Stream()}, ValueError, "Stream is a stream.*load it without streaming"),
     "no length": ({"data": WithoutLength()}, ValueError, "train_dataset must have a length"),
     "empty": ({"data": []}, ValueError, "train_dataset must have an example for each of 1 processes, but has 0"),

@@ -235,6 +235,98 @@ def test_importance_is_the_same_in_pieces(monkeypatch, soft):
     assert sizes == [2] * 7 + [1], "control: it is in pieces"
 
 
+# ---- few positions with a loss, and memory ---------------------------------------------------------------------------
+
+WORDS, LARGE = 1000, 128
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("few", [0, 1, 20, 41, 42])
+def test_positions_without_a_loss_are_left_out_where_most_have_none(monkeypatch, few, smoothing, dtype):
+    """Of 84, to the bit: losses, gradients, importances; of masks likewise."""
+    monkeypatch.setattr(F, "_CPU_ELEMENTS", 7 * CLASSES)
+    z, y = logits(BATCH, 12, CLASSES).to(dtype), torch.full((BATCH * 12,), -100)
+    chosen = torch.randperm(len(y))[:few]
+    y[chosen] = torch.randint(CLASSES, (few,))
+    y, rows = y.view(BATCH, 12), []
+    distance = F._squared_distance
+    monkeypatch.setattr(F, "_squared_distance", lambda *a: (rows.append(len(a[0])), distance(*a))[1])
+
+    def measured():
+        leaf = z.clone().requires_grad_()
+        losses = F.cross_entropy(leaf, y, smoothing)
+        (losses * torch.arange(1.0, 1.0 + BATCH)).sum().backward()
+        image = z.transpose(1, 2).reshape(BATCH, CLASSES, 4, 3)
+        pixels = F.pixel_cross_entropy_importance(image, y.view(BATCH, 4, 3), smoothing)
+        return losses.detach(), leaf.grad, F.cross_entropy_importance(z, y, smoothing), pixels
+
+    found = measured()
+    assert sum(rows) == (84 if few == 42 else few) + sum(
+        min(12, int(n)) if 2 * n < 12 else 12 for n in (y != -100).sum(1)
+    )
+    monkeypatch.setattr(F, "_few_with_loss", lambda _: None)
+    for ours, all_of_them in zip(found, measured(), strict=True):
+        assert torch.equal(ours, all_of_them)
+    assert few == 0 or found[1].abs().max() > 1e-3, "control"
+
+
+def test_what_is_left_out_may_be_anything():
+    """Logits of padding that overflowed; and labels of another number are refused, not picked from."""
+    z, y = logits(2, TOKENS, CLASSES), torch.full((2, TOKENS), -100)
+    y[:, 1] = 2
+    wanted = F.cross_entropy(z, y), F.cross_entropy_importance(z, y)
+    z[:, 3:] = math.nan
+    leaf = z.clone().requires_grad_()
+    F.cross_entropy(leaf, y).sum().backward()
+    assert leaf.grad.isfinite().all()
+    assert torch.equal(F.cross_entropy(z, y), wanted[0])
+    assert torch.equal(F.cross_entropy_importance(z, y), wanted[1])
+    for function in (F.cross_entropy, F.cross_entropy_importance):
+        with pytest.raises(RuntimeError, match="invalid for input of size 10"):
+            function(z, y[:, :-1])
+
+
+def allocated(function):
+    """Bytes that are allocated on the CPU, whether or not they are given back."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = function()
+    found = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return sum(number for number in found if number > 0), result
+
+
+PIECES = {
+    "tokens": (F.cross_entropy_importance, (2, LARGE, WORDS), lambda: torch.randint(WORDS, (2, LARGE))),
+    "few tokens": (
+        F.cross_entropy_importance, (2, LARGE, WORDS),
+        lambda: torch.randint(WORDS, (2, LARGE)).masked_fill(torch.rand(2, LARGE) < 0.7, -100)
+    ),
+    "distributions": (F.cross_entropy_importance, (2, LARGE, WORDS), lambda: torch.rand(2, LARGE, WORDS)),
+    "pixels": (F.pixel_cross_entropy_importance, (2, WORDS, 16, 8), lambda: torch.randint(WORDS, (2, 16, 8))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PIECES)
+def test_pieces_share_their_memory(monkeypatch, case, dtype, smoothing):
+    """What each allocates for itself leaves holes in the heap, which steps later are as large as all logits.
+
+    Here in steps as those of training: logits and their gradients come and go, what was measured stays.
+    """
+    importance, shape, make_labels = PIECES[case]
+    monkeypatch.setattr(F, "_CPU_ELEMENTS", 4 * WORDS)
+    piece, small, kept = 4 * WORDS * 4, 64 * 2 * LARGE, []  # bytes; a few numbers for each position
+    for _ in range(4):
+        z, y = torch.randn(shape).to(dtype).requires_grad_(), make_labels()
+        number, found = allocated(lambda z=z, y=y: importance(z, y, smoothing))
+        z.square().mean().backward()
+        kept.append((number, found))
+    assert 2 * piece <= min(number for number, _ in kept), "control: it is seen"
+    assert max(number for number, _ in kept) <= 3 * piece + small
+    assert 3 * piece + small < z.numel() * 4 / 10, "control: a copy would be ten times as much"
+
+
 # ---- last layer ------------------------------------------------------------------------------------------------------
 
 

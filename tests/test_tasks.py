@@ -2,7 +2,9 @@
 
 import collections
 import copy
+import functools
 import random
+import types
 
 import numpy
 import oracles
@@ -14,6 +16,7 @@ import transformers as hf
 from torch import nn
 
 from hf_importance import ImportanceConfig, ImportanceTrainer, ImportanceTrainerMixin
+from hf_importance.losses.heads import with_inputs
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.segments import SegmentedVisits
 
@@ -39,6 +42,41 @@ def made(cls, config, **settings):
 
 def llama():
     return made(hf.LlamaForCausalLM, hf.LlamaConfig, **DECODER)
+
+
+def lce_forward(self, input_ids=None, attention_mask=None, labels=None, skip_logits=None, **kwargs):
+    """As the forward that Liger gives a model: in training with labels it builds no logits, unless told to."""
+    self.calls.append((self.training, labels is not None, skip_logits))
+    outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
+    if skip_logits and labels is None:
+        raise ValueError("skip_logits is True, but labels are None")
+    if skip_logits is None:
+        skip_logits = self.training and labels is not None
+    kinds = {"vocab_size": V, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+    logits = loss = None
+    if skip_logits:
+        loss = self.loss_function(self.lm_head(outputs[0]), labels, **kinds)  # it has a kernel for both
+    else:
+        logits = self.lm_head(outputs[0])
+        loss = None if labels is None else self.loss_function(logits, labels, **kinds)
+    found = {"loss": loss, "logits": logits}
+    if getattr(self.config, "output_router_logits", False):
+        found["router_logits"] = outputs.router_logits
+        added = (outputs.router_logits, self.num_experts, self.num_experts_per_tok, attention_mask)
+        found["aux_loss"] = hf.models.mixtral.modeling_mixtral.load_balancing_loss_func(*added)
+        if labels is not None:
+            found["loss"] = found["loss"] + self.router_aux_loss_coef * found["aux_loss"]
+    return hf.utils.ModelOutput({name: value for name, value in found.items() if value is not None})
+
+
+def cce_forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    """With labels it never builds logits, as that of cut cross-entropy."""
+    return lce_forward(self, input_ids, attention_mask, labels, None if labels is None else True, **kwargs)
+
+
+def fused(model, forward=lce_forward):
+    model.forward, model.calls = types.MethodType(forward, model), []
+    return model
 
 
 def gpt2(cls=hf.GPT2LMHeadModel):
@@ -187,6 +225,12 @@ HEADS = {
     "masked language model": (lambda: tiny.bert(cls=hf.BertForMaskedLM), lambda n: tiny.token_rows(n, V)),
     "llama": (llama, lambda _: texts()),
     "mixtral, which adds a loss": (mixtral, lambda _: texts()),
+    "llama with Liger": (lambda: fused(llama()), lambda _: texts()),
+    "llama with cut cross-entropy": (lambda: fused(llama(), cce_forward), lambda _: texts()),
+    "mixtral with Liger": (lambda: fused(mixtral()), lambda _: texts()),
+    "LoRA, llama with Liger": (
+        lambda: adapted(fused(llama()), task_type="CAUSAL_LM", r=2), lambda _: texts()
+    ),
     "t5": (t5, lambda n: tiny.token_rows(n, V)),
     "bart": (lambda: made(hf.BartForConditionalGeneration, hf.BartConfig, **BART), lambda n: tiny.token_rows(n, V)),
     "question answering": (
@@ -318,6 +362,8 @@ ORACLES = {
     "multiple choice": class_oracle,
     "speech": class_oracle,
     "LoRA, llama": token_oracle(True),
+    "llama with Liger": token_oracle(True),
+    "mixtral with Liger": token_oracle(True),
 }
 
 
@@ -419,6 +465,33 @@ def test_an_added_loss_is_kept(tmp_path):
 
     assert tiny.difference(stepped(1.0), stepped(1.0, tiny.Plain)) < 1e-6
     assert tiny.difference(stepped(1.0), stepped(0.0)) > 1e-4, "control: it has a gradient"
+
+
+@pytest.mark.parametrize("make", [llama, mixtral])
+@pytest.mark.parametrize("forward", [lce_forward, cce_forward])
+def test_models_with_a_fused_loss_train_by_their_logits(tmp_path, make, forward):
+    """As those without; evaluations keep what is fused."""
+    settings = {"more": {"data_collator": tiny.pad, "eval_dataset": texts()[:8]}, "learning_rate": 0.1}
+    if (make, forward) == (mixtral, cce_forward):  # no logits where the labels must be given
+        with pytest.raises(ValueError, match="must return a dict with 'logits'"):
+            tiny.trained(tmp_path, fused(make(), forward), texts(), **settings)
+        return
+    usual = tiny.trained(tmp_path, make(), texts(), **settings)
+    run = tiny.trained(tmp_path, fused(make(), forward), texts(), **settings)
+    assert tiny.difference(run, usual) == 0.0
+    assert torch.equal(run.importances, usual.importances)
+    assert tiny.logged(run, "loss") == tiny.logged(usual, "loss")
+    in_training = {call[1:] for call in run.model.calls if call[0]}
+    assert in_training == ({(True, False)} if make is mixtral else {(False, None)})
+    assert len(run.model.calls) == run.state.global_step + 2, "and two looks at the first batch"
+    run.model.calls.clear()
+    loss = run.evaluate()["eval_loss"]
+    assert {call[1] for call in run.model.calls} == {True}
+    assert loss == pytest.approx(usual.evaluate()["eval_loss"], rel=1e-6)
+    assert tiny.difference(run, tiny.trainer(tmp_path, make(), texts(), **settings)) > 1e-3, "control: it learns"
+    run.model.train()
+    given = {name: value[None] for name, value in texts()[0].items()}
+    assert "logits" not in run.model(**given), "control: with labels there are none"
 
 
 def test_label_smoothing_of_tokens(tmp_path):
@@ -588,6 +661,93 @@ def test_models_without_labels(tmp_path):
     found = tiny.trained(tmp_path, AutoEncoder(), data, importance=tiny.EVEN, more=more, learning_rate=0.0)
     difference = AutoEncoder()(inputs)["reconstruction"] - inputs
     torch.testing.assert_close(found.importances, 2 / tiny.LENGTH * difference.norm(dim=1), rtol=1e-4, atol=1e-6)
+
+
+SPOKEN = {
+    "input_values": lambda i, generator: torch.randn(400, generator=generator) * (torch.arange(400) < 200 + 8 * i),
+    "attention_mask": lambda i, _: (torch.arange(400) < 200 + 8 * i).long(),
+    "labels": lambda i, generator: torch.randint(1, V, (6,), generator=generator).index_fill(
+        0, torch.arange(6 - i % 4, 6), -100
+    ),
+}
+
+
+def ctc(model, outputs, labels, inputs):
+    """With the mean over the examples, the loss of `ctc_loss_reduction="mean"`."""
+    frames = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1))
+    log_p = outputs["logits"].log_softmax(-1).transpose(0, 1)
+    letters = (labels != -100).sum(1)
+    return nn.functional.ctc_loss(log_p, labels.clamp(min=0), frames, letters, reduction="none") / letters
+
+
+def test_ctc(tmp_path):
+    """The inputs tell how long the sounds are."""
+    more = {"vocab_size": V, "pad_token_id": 0, "ctc_loss_reduction": "mean"}
+    model, data = made(hf.Wav2Vec2ForCTC, hf.Wav2Vec2Config, **SPEECH, **more), numbered(**SPOKEN)
+    settings = {"more": {"eval_dataset": data}, **ONE_STEP, "learning_rate": 0.1, "num_train_epochs": 3}
+    plain = tiny.trained(tmp_path, model, data, tiny.Plain, **settings)
+    settings["more"]["per_example_loss_func"] = functools.partial(ctc, model)
+    run = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, **settings)
+    assert tiny.difference(run, plain) < 1e-5
+    assert tiny.logged(run, "train_loss") == pytest.approx(tiny.logged(plain, "train_loss"), rel=1e-5)
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    assert tiny.difference(run, tiny.trainer(tmp_path, model, data, **settings)) > 1e-3, "control: it learns"
+
+    def careless(outputs, labels):
+        return ctc(model, outputs, labels, {"attention_mask": torch.ones(len(labels), 400).long()})
+
+    settings["more"]["per_example_loss_func"] = careless
+    other = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, **settings)
+    assert tiny.difference(other, plain) > 1e-3, "control: without the lengths it is another loss"
+
+    settings = {
+        "importance": tiny.EVEN,
+        "more": {"per_example_loss_func": functools.partial(ctc, model)},
+        "num_train_epochs": 1,
+    }
+    found = tiny.trained(tmp_path, model, data, learning_rate=0.0, **settings).importances
+    model.eval()
+
+    def oracle(row):
+        given = {name: value[None] for name, value in row.items()}
+        logits = model(**given).logits.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(ctc(model, {"logits": logits}, given["labels"], given).sum(), logits)
+        return gradient.norm()
+
+    torch.testing.assert_close(found, torch.stack([oracle(row) for row in data]), rtol=1e-4, atol=1e-6)
+
+
+class AsModule(nn.Module):
+    def forward(self, outputs, labels, inputs):
+        return outputs, labels, inputs
+
+
+class AsObject:
+    def __call__(self, outputs, labels, batch):
+        return outputs, labels, batch
+
+
+FUNCTIONS = {
+    "two": (lambda outputs, labels: (outputs, labels), "ol"),
+    "three": (lambda outputs, labels, batch: (outputs, labels, batch), "oli"),
+    "a default": (lambda outputs, labels, gamma=2.0: (outputs, labels, gamma), ("o", "l", 2.0)),
+    "by name, with a default": (lambda outputs, labels, inputs=None: (outputs, labels, inputs), "oli"),
+    "by name alone": (lambda outputs, labels, gamma=2.0, *, inputs: (outputs, labels, inputs), "oli"),
+    "the second called inputs": (lambda outputs, inputs: (outputs, inputs), "ol"),
+    "any number": (lambda *outputs: outputs, "ol"),
+    "any names": (lambda outputs, labels, **inputs: (outputs, labels, *inputs), "ol"),
+    "partial": (functools.partial(lambda outputs, labels, gamma, inputs: (outputs, labels, inputs), gamma=2), "oli"),
+    "module": (AsModule(), "oli"),
+    "object": (AsObject(), "oli"),
+    "method": (AsObject().__call__, "oli"),
+    "not of Python": (max, "o"),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_functions_that_want_the_inputs_get_them(case):
+    function, wanted = FUNCTIONS[case]
+    assert tuple(with_inputs(function)("o", "l", "i")) == tuple(wanted)
 
 
 def masked_error(outputs, labels):

@@ -113,3 +113,9 @@ def takes(model: nn.Module, names: Collection[str]) -> bool:
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return takes_all or set(names) <= set(parameters)
+
+
+def may_skip_logits(model: nn.Module) -> bool:
+    """Whether it builds no logits in training when it is given labels, unless told to, as with the kernels of Liger."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+    return "skip_logits" in inspect.signature(model.forward).parameters

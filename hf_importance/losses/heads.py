@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,15 +10,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_importance.losses import per_example
 
-PerExampleLoss = Callable[[Any, Any], Tensor]
+LossOfInputs = Callable[[Any, Any, dict[str, Any]], Tensor]
+PerExampleLoss = Callable[[Any, Any], Tensor] | LossOfInputs
+"""`f(outputs, labels)` or `f(outputs, labels, inputs)`, to `[batch]`."""
 Labels = dict[str, Any]
 
 SPAN = ("start_positions", "end_positions")
-HINT = "Pass per_example_loss_func=f with f(outputs, labels) -> Tensor[batch] that computes it."
+HINT = "Pass per_example_loss_func=f with f(outputs, labels[, inputs]) -> Tensor[batch] that computes it."
 _SPAN_LOGITS = ("start_logits", "end_logits")
 _CLASSIFICATION = {
     "single_label_classification": (per_example.cross_entropy, per_example.cross_entropy_importance),
@@ -149,18 +152,60 @@ def span(start_logits: Tensor, end_logits: Tensor, labels: Labels) -> Terms:
     )
 
 
-def custom(function: PerExampleLoss, outputs: Any, labels: Any, batch: int, after_loss: bool = False) -> Terms:
+def custom(
+    function: LossOfInputs, outputs: Any, labels: Any, inputs: dict[str, Any], batch: int, after_loss: bool = False
+) -> Terms:
     """The losses that `function` makes of them, and their gradients with respect to the logits by autograd.
+
+    Args:
+        function: as [`with_inputs`] makes it.
+        outputs: of the model.
+        labels: as the user's function has them.
+        inputs: of the model.
+        batch: examples.
+        after_loss: whether a tuple begins with a loss.
 
     Raises:
         ValueError: if it does not return one loss per example.
     """
-    losses = function(outputs, labels)
+    losses = function(outputs, labels, inputs)
     if not isinstance(losses, Tensor) or losses.shape != (batch,):
         found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"per_example_loss_func must return a tensor of shape [{batch}], but returned {found}.")
     predictions = predictions_of(outputs, batch, after_loss).values()
     return Terms(losses, partial(per_example.autograd_importance, losses, *predictions), losses.mean)
+
+
+def with_inputs(function: PerExampleLoss) -> LossOfInputs:
+    """The user's function as one of `(outputs, labels, inputs)`.
+
+    It gets the inputs if it has a third argument without a default, or one called `inputs` after the first two.
+
+    Raises:
+        TypeError: if it can be called neither with these nor with the first two.
+    """
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError:  # of some that are not written in Python
+        return lambda outputs, labels, _: function(outputs, labels)
+    parameters = list(signature.parameters.values())
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in places[:2]]
+    third = any(p.default is p.empty for p in places[2:3])
+    named = not third and "inputs" in names
+
+    def called(outputs: Any, labels: Any, inputs: dict[str, Any]) -> Tensor:
+        return function(outputs, labels, *([inputs] if third else ()), **({"inputs": inputs} if named else {}))
+
+    try:
+        signature.bind(None, None, *([None] if third else ()), **({"inputs": None} if named else {}))
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            "per_example_loss_func must be a function f(outputs, labels) or f(outputs, labels, inputs) -> "
+            f"Tensor[batch], but {name}{signature} cannot be called so: {error}."
+        ) from error
+    return called
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hf_importance.losses import heads, per_example
 from hf_importance.losses.first_batch import (
     copies_of_the_first,
     looking,
+    may_skip_logits,
     needs,
     refuse_another_loss,
     refuse_coupled,
@@ -105,6 +107,7 @@ class Objective:
         self._metric = metric
         self._label_smoothing = label_smoothing
         self._per_example_loss_func = per_example_loss_func
+        self._own_losses = None if per_example_loss_func is None else heads.with_inputs(per_example_loss_func)
         self._shifts = causal
         self._last_layer: LastLayer | None = None
         self._looked = False
@@ -146,7 +149,7 @@ class Objective:
         """The mean of the losses of `per_example_loss_func`, and the outputs; a tuple begins with that loss."""
         labels = heads.whole_numbers(labels)
         outputs, gave = self._forward(model, inputs, labels)
-        loss = self._per_example_loss_func(outputs, _as_argument(inputs, labels)).mean()
+        loss = self._own_losses(outputs, *_as_arguments(inputs, labels)).mean()
         if isinstance(outputs, Mapping):
             return loss, outputs
         rest = (outputs,) if isinstance(outputs, Tensor) else outputs[int(gave) :]
@@ -188,12 +191,18 @@ class Objective:
         else:  # it makes them of the labels by itself
             must = True
         gives = give or must or self._adds
+        if gives and self._may_skip_logits:
+            inputs = {**inputs, "skip_logits": False}
         return (model(**{**inputs, **labels}) if gives else model(**inputs)), gives
 
     def _needs_labels(self, labels: Labels) -> bool:
         if self._needs is None:  # which takes as long as a small layer
             self._needs = needs(self._model, labels)
         return self._needs
+
+    @cached_property
+    def _may_skip_logits(self) -> bool:
+        return may_skip_logits(self._model)
 
     def _decodes(self, labels: Labels) -> bool:
         """Whether it is an encoder-decoder, which is to write its labels."""
@@ -205,7 +214,7 @@ class Objective:
 
     def _terms(self, outputs: Any, gave: bool, inputs: dict[str, Any], labels: Labels, batch: int) -> Terms:
         if self._per_example_loss_func is not None:
-            return heads.custom(self._per_example_loss_func, outputs, _as_argument(inputs, labels), batch, gave)
+            return heads.custom(self._own_losses, outputs, *_as_arguments(inputs, labels), batch, gave)
         if set(heads.SPAN) <= set(labels):
             return heads.span(*heads.logits_of(outputs, batch, gave, span=True), labels)
         (logits,) = heads.logits_of(outputs, batch, gave)
@@ -271,14 +280,14 @@ class Objective:
         self._terms(outputs, gave, inputs, labels, batch)
         if self._label_smoothing:  # then `Trainer` takes the logits, whatever the loss of the model is
             return
-        self._compare(inputs, self._as_read(outputs, gave, labels, batch), batch)
+        self._compare(inputs, self._as_read(outputs, gave, labels, batch), batch, (outputs, gave))
 
     def _losses_of_copies(self, inputs: dict[str, Any], labels: Labels, batch: int) -> Tensor:
         """`[batch]`, of a batch that is the first example again and again."""
         inputs, labels = copies_of_the_first(inputs, batch), copies_of_the_first(labels, batch)
         with looking(self._model):
             outputs, _ = self._forward(self._model, inputs, labels)
-            return self._per_example_loss_func(outputs, _as_argument(inputs, labels))
+            return self._own_losses(outputs, *_as_arguments(inputs, labels))
 
     def _as_read(self, outputs: Any, gave: bool, labels: Labels, batch: int) -> Labels:
         """Several truth values of an example as floating-point numbers, which models want; all else as it is."""
@@ -287,7 +296,8 @@ class Objective:
         (logits,) = heads.logits_of(outputs, batch, gave)
         return {name: heads.read_labels(target, logits, self._problem_type) for name, target in labels.items()}
 
-    def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
+    def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int, usual: tuple[Any, bool]) -> None:
+        """Give the model the labels, which may return no logits then, but `usual`ly does."""
         if not takes(self._model, labels):
             raise ValueError(f"The model takes no {list(labels)}, so that its loss is unknown. {heads.HINT}")
         try:
@@ -300,14 +310,15 @@ class Objective:
         theirs = heads.loss_of(outputs)
         if theirs is None:
             raise ValueError(f"The model returned no 'loss' for its labels, so that its loss is unknown. {heads.HINT}")
-        by_rule = self._terms(outputs, True, inputs, labels, batch)
+        made_of = usual if heads.decision_of(outputs, True) is None else (outputs, True)
+        by_rule = self._terms(*made_of, inputs, labels, batch)
         if isinstance(outputs, Mapping):
             self._adds = any(key.endswith(_ADDED) and isinstance(value, Tensor) for key, value in outputs.items())
         if self._adds:  # then the loss is not to be compared
             return
         if by_rule.are_sums and not same(theirs, by_rule.mean()):
             self._shifts = not self._shifts
-        refuse_another_loss(theirs, self._terms(outputs, True, inputs, labels, batch).mean())
+        refuse_another_loss(theirs, self._terms(*made_of, inputs, labels, batch).mean())
 
 
 @torch.no_grad()
@@ -333,11 +344,11 @@ def _seen(losses: Tensor, outputs: Any, gave: bool, labels: Labels) -> Tensor:
     return seen
 
 
-def _as_argument(inputs: dict[str, Any], labels: Labels) -> Any:
-    """What `per_example_loss_func` gets: the labels, a dict of several, or the inputs if there are none."""
+def _as_arguments(inputs: dict[str, Any], labels: Labels) -> tuple[Any, dict[str, Any]]:
+    """What `per_example_loss_func` gets: the labels, a dict of several, or the inputs if there are none; the inputs."""
     if not labels:
-        return inputs
-    return next(iter(labels.values())) if len(labels) == 1 else labels
+        return inputs, inputs
+    return (next(iter(labels.values())) if len(labels) == 1 else labels), inputs
 
 
 def _is_mask(logits: Tensor, labels: Tensor) -> bool:

@@ -16,12 +16,16 @@ IGNORE_INDEX = -100
 
 _CPU_ELEMENTS, _CUDA_ELEMENTS = 2**17, 2**26
 """Logits at a time: what fits into a cache, and what takes little memory. No copy of all logits is made."""
+_LOGITS, _GRADIENT = 0, 1  # places in the memory that all pieces share
 
 # ---- per-example losses ----------------------------------------------------------------------------------------------
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each example, summed over its positions.
+
+    On a CPU positions without a loss are left out where most have none, so that nothing is computed or kept of them. On
+    a GPU all are computed: to pick some, the host would have to wait for their number.
 
     Args:
         logits: `[batch, *positions, classes]`; no positions for classification, one axis of them for tokens.
@@ -35,20 +39,26 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([3, -100]))
     tensor([1.3863, 0.0000])
     """
-    logits = _at_least_float32(logits)
     if labels.is_floating_point():
-        target = _smooth(labels.to(logits.dtype), label_smoothing)
-        log_p = logits.log_softmax(-1)
+        log_p = _at_least_float32(logits).log_softmax(-1)
+        target = _smooth(labels.to(log_p.dtype), label_smoothing)
         losses = -torch.where(target > 0, target * log_p, 0.0).sum(-1)  # a class of probability 0 may have logit −inf
     else:
-        flat = F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]) if logits.numel() else logits.flatten(0, -2),
-            labels.flatten(),
+        rows = logits.flatten(0, -2)
+        targets = labels.reshape(len(rows))
+        few = _few_with_loss(targets)
+        if few is not None:
+            rows, targets = rows.index_select(0, few), targets[few]
+        losses = F.cross_entropy(
+            _at_least_float32(rows),
+            targets,
             ignore_index=IGNORE_INDEX,
             label_smoothing=label_smoothing,
             reduction="none",
         )
-        losses = flat.view(labels.shape)
+        if few is not None:
+            losses = losses.new_zeros(labels.numel()).index_copy(0, few, losses)
+        losses = losses.view(labels.shape)
     return _per_example(losses).sum(1)
 
 
@@ -120,7 +130,8 @@ def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: fl
     """‖p − t‖₂ with p = softmax(logits) and t the (smoothed) label; over tokens the root of the sum of its squares.
 
     Arguments as for [`cross_entropy`]. The gradient sums to zero over the classes, so its component at the label is
-    taken as minus the sum of the others: 1 − p_y itself would cancel to nothing once p_y rounds to 1.
+    taken as minus the sum of the others: 1 − p_y itself would cancel to nothing once p_y rounds to 1. Positions without
+    a loss are left out as by [`cross_entropy`].
 
     Returns:
         `[batch]`, in 0 … √2 for one position; NaN where the logits leave it undefined.
@@ -128,11 +139,9 @@ def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: fl
     >>> cross_entropy_importance(torch.tensor([[20.0, 0.0]]), torch.tensor([0]))
     tensor([2.9149e-09])
     """
-    soft = labels.is_floating_point()
-    rows, targets = logits.flatten(0, -2), labels.flatten(0, -2) if soft else labels.flatten()
-    size = max(1, (_CUDA_ELEMENTS if logits.is_cuda else _CPU_ELEMENTS) // max(1, logits.shape[-1]))
-    parts = zip(rows.split(size), targets.split(size), strict=True)
-    squares = torch.cat([_squared_distance(*part, label_smoothing) for part in parts])
+    rows = logits.flatten(0, -2)
+    targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.reshape(len(rows))
+    squares = _squared_distances(rows, targets, label_smoothing, _memory(logits, *rows.shape))
     return _per_example(squares.view(logits.shape[:-1])).sum(1).sqrt()
 
 
@@ -165,18 +174,58 @@ def pixel_cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothi
     >>> pixel_cross_entropy_importance(torch.zeros(1, 2, 1, 2), torch.tensor([[[1, -100]]]))
     tensor([0.7071])
     """
-    squares = _at_least_float32(logits.new_zeros(len(logits)))
-    for i, (image, label) in enumerate(zip(logits.flatten(2), labels.flatten(1), strict=True)):
-        squares[i] = _squared_distance(image.T, label, label_smoothing).sum()  # one at a time: no copy of all logits
+    images = logits.flatten(2)
+    memory = _memory(logits, images.shape[2], images.shape[1])
+    squares = memory.new_zeros(len(logits))
+    for i, (image, label) in enumerate(zip(images, labels.flatten(1), strict=True)):
+        squares[i] = _squared_distances(image.T, label, label_smoothing, memory).sum()
     return squares.sqrt()
 
 
-def _squared_distance(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+def _memory(logits: Tensor, positions: int, classes: int) -> Tensor:
+    """`[2, positions of a piece, classes]`: what one call works in, so that no piece allocates anything large.
+
+    Pieces that did would leave holes in the heap, which small tensors between them keep apart: up to a copy of all
+    logits after some steps. It is made anew by each call, as it is small on a CPU, and on a GPU, where it is not, comes
+    from what the allocator keeps, and is free for the backward pass.
+    """
+    size = max(1, (_CUDA_ELEMENTS if logits.is_cuda else _CPU_ELEMENTS) // max(1, classes))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.empty(2, min(size, positions), classes, dtype=dtype, device=logits.device)
+
+
+def _squared_distances(rows: Tensor, targets: Tensor, label_smoothing: float, memory: Tensor) -> Tensor:
+    """‖p − t‖² of each position `[positions]`, piece by piece; on a CPU of those alone that have a loss, if few have.
+
+    Args:
+        rows: logits `[positions, classes]`.
+        targets: `[positions]` or `[positions, classes]`.
+        label_smoothing: as above.
+        memory: to work in.
+    """
+    squares, size = memory.new_zeros(len(rows)), max(1, memory.shape[1])
+    few = _few_with_loss(targets)
+    picked = None if few is None else rows.new_empty(memory.shape[1:])
+    for start in range(0, len(rows if few is None else few), size):
+        piece: slice | Tensor = slice(start, start + size)
+        if few is None:
+            logits = rows[piece]
+        else:
+            piece = few[piece]
+            logits = torch.index_select(rows, 0, piece, out=picked[: len(piece)])
+        squares[piece] = _squared_distance(logits, targets[piece], label_smoothing, memory)
+    return squares
+
+
+def _squared_distance(logits: Tensor, labels: Tensor, label_smoothing: float, memory: Tensor) -> Tensor:
     """‖p − t‖² of each position `[positions]`, 0 where it has no loss."""
-    gradient = _at_least_float32(logits).softmax(-1)
+    own, gradient = memory[_LOGITS, : len(logits)], memory[_GRADIENT, : len(logits)]
+    if logits.dtype != own.dtype or not logits.is_contiguous():  # then softmax would make a copy by itself
+        logits = own.copy_(logits)
+    torch.softmax(logits, -1, out=gradient)
     if labels.is_floating_point():
-        target = _smooth(labels.to(gradient.dtype), label_smoothing)
-        gradient = gradient * target.sum(-1, keepdim=True) - target
+        target = own.copy_(labels).mul_(1 - label_smoothing).add_(label_smoothing / own.shape[-1])
+        gradient.mul_(target.sum(-1, keepdim=True)).sub_(target)
         label = target.argmax(-1, keepdim=True)
     else:
         ignored = labels == IGNORE_INDEX
@@ -186,6 +235,17 @@ def _squared_distance(logits: Tensor, labels: Tensor, label_smoothing: float) ->
     gradient.scatter_(-1, label, 0.0)
     squares = gradient.sum(-1).square() + gradient.square_().sum(-1)
     return squares if labels.is_floating_point() else squares.masked_fill_(ignored, 0.0)
+
+
+def _few_with_loss(labels: Tensor) -> Tensor | None:
+    """Positions `[few]` of the classes that have a loss, if fewer than half have; None: take all.
+
+    On a CPU alone: of other devices their number would have to be waited for.
+    """
+    if labels.is_floating_point() or labels.device.type != "cpu":
+        return None
+    positions = (labels != IGNORE_INDEX).nonzero().flatten()
+    return positions if 2 * len(positions) < len(labels) else None
 
 
 @torch.no_grad()
