@@ -5,6 +5,7 @@
     python scripts/benchmark.py overhead             # a step over one of Trainer; nothing else should run meanwhile
     python scripts/benchmark.py draws                # a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # are wrong labels found?
+    python scripts/benchmark.py texts                # of their natural length: padding, tokens, what is written
     python scripts/benchmark.py readme               # puts the tables of all of them into the README
 
 Each part fills a file in scripts/results, or `--output`. What is already there is not run again, so that a grid may be
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import accuracy, draws, effective, label_errors, overhead, results
+from benchmarks import accuracy, draws, effective, label_errors, overhead, results, texts
 from benchmarks.methods import METHODS
 from benchmarks.tasks import TASKS
 
@@ -36,6 +37,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "overhead": ("overhead", overhead.tables),
     "draws": ("draws", draws.tables),
     "label_errors": ("label_errors", label_errors.tables),
+    "texts": ("texts", texts.tables),
 }
 """What stands between which marks of the README: made of which file, and how."""
 
@@ -81,6 +83,13 @@ def run_label_errors(arguments: argparse.Namespace) -> str:
     grid = itertools.product(seeds, arguments.shares, arguments.tasks)
     points = ((task, share, seed) for seed, share, task in grid)
     return label_errors.tables(_filled(arguments, label_errors.KEYS, points, label_errors.run))
+
+
+def run_texts(arguments: argparse.Namespace) -> str:
+    """Tasks × methods × seeds."""
+    grid = itertools.product(range(1, arguments.seeds + 1), arguments.tasks, arguments.methods)
+    points = ((task, method, seed) for seed, task, method in grid)
+    return texts.tables(_filled(arguments, texts.KEYS, points, texts.run))
 
 
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
@@ -138,6 +147,9 @@ def new_parser() -> argparse.ArgumentParser:
     part = parts.add_parser("label_errors", parents=[common], help="are wrong labels found?")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(label_errors.TASKS))
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
+    part = parts.add_parser("texts", parents=[common], help="what of texts of their natural length?")
+    part.add_argument("--tasks", nargs="+", choices=texts.TASKS, default=list(texts.TASKS))
+    part.add_argument("--methods", nargs="+", choices=texts.METHODS, default=list(texts.METHODS))
     parts.add_parser("readme", help="put the tables into the README")
     return parser
 
@@ -149,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         "overhead": run_overhead,
         "draws": run_draws,
         "label_errors": run_label_errors,
+        "texts": run_texts,
         "readme": run_readme,
     }[arguments.part]
     print(run(arguments))

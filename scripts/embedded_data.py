@@ -60,13 +60,40 @@ def docstrings(per_package: int = 1000) -> datasets.DatasetDict:
     return data.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
 
 
+def signatures(per_package: int = 1000) -> datasets.DatasetDict:
+    """Signatures of functions in installed packages, and the first sentence of their docstring; a tenth is the test."""
+    versions = {module: version(name) for module, name in PACKAGES.items()}
+    data = datasets.Dataset.from_generator(
+        _signatures,
+        features=datasets.Features(prompt=datasets.Value("string"), completion=datasets.Value("string")),
+        gen_kwargs={"versions": versions, "per_package": per_package},
+    )
+    return data.train_test_split(test_size=0.1, seed=0)
+
+
+def _signatures(versions: dict[str, str], per_package: int) -> Iterator[dict[str, object]]:
+    seen: set[str] = set()
+    for folder in _folders(versions):
+        found = 0
+        for node, text in _documented(folder):
+            ends = _ends(text)
+            if found < per_package and isinstance(node, ast.FunctionDef) and seen.isdisjoint(ends):
+                sentence = re.split(r"(?<=[.:])\s", text)[0]
+                yield {"prompt": f"{node.name}({ast.unparse(node.args)})", "completion": sentence}
+                found += 1
+            seen.update(ends)
+
+
+def _folders(versions: dict[str, str]) -> list[Path]:
+    folders = [Path(importlib.util.find_spec(name).origin).parent for name in versions]
+    return [*folders, Path(sysconfig.get_path("stdlib"))]
+
+
 def _texts(versions: dict[str, str], per_package: int) -> Iterator[dict[str, object]]:
     seen: set[str] = set()
-    folders = {name: Path(importlib.util.find_spec(name).origin).parent for name in versions}
-    folders[STANDARD_LIBRARY] = Path(sysconfig.get_path("stdlib"))
-    for label, folder in enumerate(folders.values()):
+    for label, folder in enumerate(_folders(versions)):
         found = 0
-        for text in _docstrings_of(folder):
+        for _, text in _documented(folder):
             ends = _ends(text)
             if seen.isdisjoint(ends):
                 yield {"text": text, "label": label}
@@ -81,7 +108,7 @@ def _ends(text: str) -> tuple[str, str]:
     return "^" + " ".join(words[:_FEWEST_WORDS]), "$" + " ".join(words[-_FEWEST_WORDS:])
 
 
-def _docstrings_of(folder: Path) -> Iterator[str]:
+def _documented(folder: Path) -> Iterator[tuple[ast.AST, str]]:
     """First paragraphs of at least six words, file by file in an order that mixes the subpackages."""
     relative = [path.relative_to(folder) for path in folder.rglob("*.py")]
     files = [path for path in relative if {"site-packages", "tests", "test"}.isdisjoint(path.parts)]
@@ -95,7 +122,7 @@ def _docstrings_of(folder: Path) -> Iterator[str]:
         for node in _definitions(tree):
             paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             if len(re.findall(r"[A-Za-z]+", paragraph)) >= _FEWEST_WORDS:
-                yield paragraph
+                yield node, paragraph
 
 
 def _definitions(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.AST]:
