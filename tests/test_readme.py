@@ -3,6 +3,7 @@
 import re
 import shlex
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import benchmark
@@ -33,6 +34,8 @@ def test_python_runs(tmp_path):
     code = blocks("python")
     assert len(code) >= 3
     for block in code:
+        if "from trl" in block and not find_spec("trl"):  # which needs Python 3.11
+            continue
         exec(compile(block, "README.md", "exec"), names)
     assert names["trainer"].per_example_loss_func is names["focal_loss"]
     names["trainer"].train()
