@@ -91,9 +91,10 @@ class ImportanceTrainerMixin(ReportMixin):
         self.loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch
         self._schedule_passed = self.lr_scheduler  # in `optimizers`
         self._adapter: LossAdapter | None = None
-        self._refuse_unsupported()
+        refuse_arguments(self)
         if adapted is not None and self.train_dataset is not None:
-            self._adapter = adapter_of(self, adapted)
+            self._adapter = adapter_of(self, adapted)  # which knows more of its trainer than what is refused of any
+        self._refuse_unsupported()
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
         self.callback_handler.callbacks.insert(0, TrainingWatch(self, ImportanceTrainerMixin))

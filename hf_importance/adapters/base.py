@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hf_importance.losses.first_batch import same
 from hf_importance.losses.objective import Measured
-from hf_importance.record import SEEN
 from hf_importance.sampling.draw import Draw
 
 UNKNOWN = (
@@ -136,10 +135,3 @@ def outputs_of(compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, An
 
     compute_loss(call, inputs)
     return found
-
-
-def seen_of(losses: Tensor) -> Tensor:
-    """float32 `[4, batch]`: the rows of `record.SEEN`, of which the loss is known."""
-    seen = losses.new_full((len(SEEN), len(losses)), torch.nan, dtype=torch.float32)
-    seen[SEEN.index("loss")] = losses.detach()
-    return seen

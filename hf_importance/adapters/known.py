@@ -14,6 +14,7 @@ _ADAPTERS = {
     ("sentence_transformers", "SentenceTransformerTrainer"): "sentences.SentenceLoss",
     ("sentence_transformers", "CrossEncoderTrainer"): "sentences.SentenceLoss",
     ("sentence_transformers", "SparseEncoderTrainer"): "sentences.SentenceLoss",
+    ("sentence_transformers", "MultiVectorEncoderTrainer"): "sentences.SentenceLoss",
 }
 """By package and class."""
 _TOO_OLD = {"trl": "trl>=1.15", "sentence_transformers": "sentence-transformers>=5.2"}

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, outputs_of, seen_of
+from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, outputs_of
 from hf_importance.losses import per_example
-from hf_importance.losses.objective import Measured
+from hf_importance.losses.objective import Measured, seen_of
 from hf_importance.sampling.draw import Draw
 
 _COUPLED = {

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode
 
-from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, seen_of
-from hf_importance.losses import per_example
+from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter
 from hf_importance.losses.first_batch import copies_of_the_first, looking, same
-from hf_importance.losses.objective import Measured
+from hf_importance.losses.objective import Measured, seen_of
 from hf_importance.sampling.draw import Draw
 
 _FUNCTIONS = {
@@ -23,101 +25,222 @@ _FUNCTIONS = {
     F.binary_cross_entropy_with_logits,
     F.cross_entropy,
     F.huber_loss,
+    F.kl_div,
     F.l1_loss,
     F.mse_loss,
     F.smooth_l1_loss,
 }
+_OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+_OF_LOGARITHMS = (nn.KLDivLoss, nn.NLLLoss)
+_TRAINER = "Use the trainer of sentence-transformers."
 
 
 class SentenceLoss(LossAdapter):
-    """The losses whose last step is one loss of torch, a module or a function, of which they are the mean.
+    """The losses that are made of means of losses of torch, modules or functions: one, or a sum of them with factors.
 
     Those of cross-encoders (binary cross-entropy, cross-entropy, squared error), of cosine similarities, of margins and
-    of embeddings to be imitated. Importance is the gradient with respect to what that loss is given: logits,
-    similarities, embeddings.
+    of embeddings to be imitated. The factors are those that autograd finds. Importance is the gradient with respect to
+    what these losses are given: logits, similarities, embeddings.
     """
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
+        _refuse_arguments(trainer)
         self.start()
-        if isinstance(trainer.loss, dict):
-            raise ValueError(
-                "loss must be one for all training data, but is one for each of several data sets: join these, or use "
-                "the trainer of sentence-transformers."
-            )
 
     def start(self) -> None:
         """See [`LossAdapter`]."""
         super().start()
         self._looked = False
-        loss = self.trainer.loss
-        self._modules = [] if isinstance(loss, dict) else [m for m in loss.modules() if isinstance(m, _Loss)]
+        of_model = set(self.trainer.model.modules())
+        self._modules = [m for m in self.trainer.loss.modules() if isinstance(m, _Loss) and m not in of_model]
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
         size = len(draw.index)
         if not self._looked:
-            self._refuse_coupled(compute_loss, model, inputs, size)
+            self._look(compute_loss, model, inputs, size)
             self._looked = True
-        losses, given = self._caught(compute_loss, model, inputs, size)
-        importance = self.importance(losses, lambda: per_example.autograd_importance(losses, *given))
-        return Measured(losses, importance, seen_of(losses), 0.0, None)
+        loss, calls = self._caught(compute_loss, model, inputs)
+        calls = [call for call in calls if call.mean.requires_grad]
+        factors = torch.autograd.grad(loss, [c.mean for c in calls], retain_graph=True, allow_unused=True)
+        used = [(factor, call) for factor, call in zip(factors, calls, strict=True) if factor is not None]
+        if not used:
+            raise self._no_losses()
+        losses = sum(factor * call.losses(size) for factor, call in used)
+
+        def of_given() -> Tensor:
+            return torch.cat([gradient for _, call in used for gradient in call.gradients(losses)], 1).norm(dim=1)
+
+        first = used[0][1]
+        return Measured(
+            losses, self.importance(losses, of_given), seen_of(losses, *first.decision), 0.0, None, first.counted
+        )
 
     def _caught(
-        self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The loss of each example, and what it was computed from."""
+        self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, list[_Call]]:
+        """The loss of the trainer, and the means that are taken on the way to it."""
         calls: list[_Call] = []
         hooks = [module.register_forward_hook(partial(_catch, calls), with_kwargs=True) for module in self._modules]
         try:
             if self._modules:
-                compute_loss(model, dict(inputs))
+                loss = compute_loss(model, dict(inputs))
             else:
                 with _Losses(calls):
-                    compute_loss(model, dict(inputs))
+                    loss = compute_loss(model, dict(inputs))
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(calls) != 1:
+        calls = [call for call in calls if not call.mean.dim()]
+        if not calls:
+            raise self._no_losses()
+        if any(call.classes and call.settings["weight"] is not None for call in calls):
             raise ValueError(
-                f"{self._loss_name} takes {len(calls) or 'no'} losses of torch in a step, such as nn.MSELoss, and it "
-                "takes one to know that of an example. Losses that compare the examples of a batch with each other "
-                "(in-batch negatives, mined triplets) have none. Use the trainer of sentence-transformers."
+                f"{self._loss_name} has class weights, by whose sum the loss of a batch is divided, so that it is no "
+                f"mean over examples. Leave them out, as hard examples are drawn more by themselves. {_TRAINER}"
             )
-        each, args, kwargs = calls[0]
-        losses = each(*args, **kwargs).float()
-        if losses.shape[:1] != (size,):
-            raise ValueError(f"{self._loss_name} has losses {list(losses.shape)} of {size} examples. {UNKNOWN}")
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.requires_grad]
-        return losses.view(size, -1).mean(1), given
+        return loss[0] if isinstance(loss, tuple) else loss, calls
 
     @property
     def _loss_name(self) -> str:
         return type(self.trainer.loss).__name__
 
-    def _refuse_coupled(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int) -> None:
-        """By a batch that is the first example again and again; untrained models tell examples apart by little."""
-        with looking(self.trainer.model):
-            losses, _ = self._caught(compute_loss, model, inputs, size)
-            alone, _ = self._caught(compute_loss, model, copies_of_the_first(inputs, size), size)
-        precisely = self.trainer.accelerator.mixed_precision == "no"
-        without_labels = inputs.get("label") is None  # the target is made of the batch, as which of it is the right one
-        if without_labels or not same(losses[0], alone[0], precisely):
-            reason = "its data have no label" if without_labels else "the loss of the first one changes with the others"
+    def _no_losses(self) -> ValueError:
+        return ValueError(
+            f"{self._loss_name} is not made of the mean of a loss of torch, such as nn.MSELoss, by which that of an "
+            "example is known. Losses that compare the examples of a batch with each other (in-batch negatives, mined "
+            f"triplets) have none. {_TRAINER}"
+        )
+
+    def _compare(self, theirs: Tensor, ours: Tensor) -> None:
+        if not same(theirs, ours):
             raise ValueError(
-                f"{self._loss_name} compares the examples of a batch with each other, as in-batch negatives do: "
-                f"{reason}. Such losses cannot be weighted per example: use the trainer of sentence-transformers."
+                f"{self._loss_name} is {theirs.item():.5g} on the first batch, but the mean of the losses of torch in "
+                f"it is {ours.item():.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
+            )
+
+    def _look(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int) -> None:
+        """Refuse losses that compare examples, by a batch that is the first example again and again.
+
+        Untrained models tell examples apart by little, so that those are refused as well that have no labels.
+        """
+        trainer = self.trainer
+        components, trainer.accum_loss_components = trainer.accum_loss_components, {"train": {}, "eval": {}}
+        try:
+            with looking(nn.ModuleList([trainer.model, trainer.loss])):
+                _, calls = self._caught(compute_loss, model, inputs)
+                losses = [call.losses(size)[0] for call in calls]
+                _, calls = self._caught(compute_loss, model, copies_of_the_first(inputs, size))
+                alone = [call.losses(size)[0] for call in calls]
+            terms = {name for found in trainer.accum_loss_components.values() for name in found} - {"steps"}
+        finally:
+            trainer.accum_loss_components = components
+        if len(terms) > 1:
+            raise ValueError(
+                f"{self._loss_name} is a sum of {', '.join(sorted(terms))}. What such terms add, as regularisers of "
+                f"whole batches, is no mean over examples to be weighted. {_TRAINER}"
+            )
+        if inputs.get("label") is None:
+            raise ValueError(
+                f"The training data have no label, so that {self._loss_name} is taken for one of the losses that "
+                "compare the examples of a batch with each other, as by in-batch negatives: these have no loss of one "
+                f"example to be weighted. {_TRAINER}"
+            )
+        precisely = trainer.accelerator.mixed_precision == "no"
+        if len(losses) != len(alone) or not all(map(partial(same, precisely=precisely), losses, alone)):
+            raise ValueError(
+                f"{self._loss_name} compares the examples of a batch with each other, as by in-batch negatives: the "
+                f"loss of the first one changes with the others, so that it cannot be weighted alone. {_TRAINER}"
             )
 
 
-_Call = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
-"""A loss without its reduction, and what it was called with."""
+def _refuse_arguments(trainer: Any) -> None:
+    for name in ("loss", "train_dataset"):
+        value = getattr(trainer, name)
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{name} must be one for all training data, but is a dict of {', '.join(value)}. Join the data sets by "
+                f"datasets.concatenate_datasets, if one loss is for all of them. {_TRAINER}"
+            )
+    args = trainer.args
+    if getattr(args.batch_sampler, "value", None) != "batch_sampler":
+        raise ValueError(
+            f"batch_sampler must be BatchSamplers.BATCH_SAMPLER, the default, but is {args.batch_sampler}: what is in "
+            f"a batch is drawn by importance. Leave it out, or if the loss compares the examples of a batch: {_TRAINER}"
+        )
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy must be 'random', but is 'group_by_length', which the trainers of "
+            "sentence-transformers ignore, as their data are texts of which no length is known. Leave it out."
+        )
 
 
-def _catch(calls: list[_Call], module: _Loss, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+# ---- losses of torch -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """A loss of torch that was computed.
+
+    Args:
+        mean: what it returned.
+        each: the same without its reduction.
+        args: what it was given.
+        kwargs: likewise.
+        classes: whether its targets are classes.
+        logarithms: whether it is given logarithms of probabilities.
+        settings: its other arguments.
+    """
+
+    mean: Tensor
+    each: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    classes: bool
+    logarithms: bool
+    settings: dict[str, Any]
+
+    def losses(self, size: int) -> Tensor:
+        """`[size]`, of so many examples: the mean over what else there is, as several texts of each, or elements."""
+        each = self.each(*self.args, **self.kwargs).float()
+        if not each.dim() or len(each) % size:
+            raise ValueError(f"A loss of torch has losses {list(each.shape)} of {size} examples. {UNKNOWN}")
+        each = _rows(each, size)
+        return each.sum(1) if self.settings.get("reduction") == "batchmean" else each.mean(1)
+
+    def gradients(self, losses: Tensor) -> list[Tensor]:
+        """`[size, elements]` each: of losses that are made of this one, with respect to all that it was given.
+
+        Of logarithms of probabilities with respect to their logits: that of log p itself is −t, whatever p is.
+        """
+        given = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+        found = torch.autograd.grad(losses.sum(), given, retain_graph=True, allow_unused=True)
+        pairs = [(x, gradient.float()) for x, gradient in zip(given, found, strict=True) if gradient is not None]
+        if self.logarithms:
+            pairs = [(x, gradient - x.float().exp() * gradient.sum(-1, keepdim=True)) for x, gradient in pairs]
+        return [_rows(gradient, len(losses)) for _, gradient in pairs]
+
+    @property
+    def decision(self) -> tuple[Tensor | None, Tensor | None]:
+        """Prediction and target, as far as it was called with these."""
+        return self.args[:2] if len(self.args) > 1 else (None, None)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """`[size]`: of classes, whether an example has one; else None."""
+        target = self.decision[1]
+        if not self.classes or target is None or target.is_floating_point() or target.dim() != 1:
+            return None
+        return (target != self.settings["ignore_index"]).float()
+
+
+def _catch(calls: list[_Call], module: _Loss, args: tuple[Any, ...], kwargs: dict[str, Any], mean: Tensor) -> None:
     each = copy.copy(module)
     each.reduction = "none"
-    calls.append((each, args, kwargs))
+    settings = {name: getattr(module, name, None) for name in ("weight", "ignore_index", "reduction")}
+    kind = isinstance(module, _OF_CLASSES), isinstance(module, _OF_LOGARITHMS)
+    calls.append(_Call(mean, each, args, kwargs, *kind, settings))
 
 
 class _Losses(TorchFunctionMode):
@@ -129,6 +252,18 @@ class _Losses(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        result = function(*args, **kwargs)
         if function in _FUNCTIONS:
-            self._calls.append((function, args, {**kwargs, "reduction": "none"}))
-        return function(*args, **kwargs)
+            bound = inspect.signature(function).bind(*args, **kwargs)
+            bound.apply_defaults()
+            settings = dict(bound.arguments)
+            given = settings.pop("input"), settings.pop("target")
+            each = partial(function, **{**settings, "reduction": "none"})
+            kind = function is F.cross_entropy, function is F.kl_div
+            self._calls.append(_Call(result, each, given, {}, *kind, settings))
+        return result
+
+
+def _rows(values: Tensor, size: int) -> Tensor:
+    """`[size, elements]`, also where columns of texts come one after the other: `[columns · size, …]`."""
+    return values.reshape(-1, size, values[0].numel()).transpose(0, 1).flatten(1)

@@ -7,10 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_importance.adapters.base import ComputeLoss, LossAdapter, outputs_of, seen_of
+from hf_importance.adapters.base import ComputeLoss, LossAdapter, outputs_of
 from hf_importance.losses import per_example
 from hf_importance.losses.heads import predicted
-from hf_importance.losses.objective import Measured
+from hf_importance.losses.objective import Measured, seen_of
 from hf_importance.losses.rows import rows_of, sum_of_rows
 from hf_importance.sampling.draw import Draw
 

@@ -321,14 +321,24 @@ class Objective:
         refuse_another_loss(theirs, self._terms(*made_of, inputs, labels, batch).mean())
 
 
-@torch.no_grad()
 def _seen(losses: Tensor, outputs: Any, gave: bool, labels: Labels) -> Tensor:
-    """The decision of the model, where it takes one per example: a class and its probability, or a number."""
+    """Of the decision of the model, where it takes one per example."""
+    target = next(iter(labels.values())) if len(labels) == 1 else None
+    return seen_of(losses, heads.decision_of(outputs, gave), target)
+
+
+@torch.no_grad()
+def seen_of(losses: Tensor, logits: Tensor | None = None, target: Any = None) -> Tensor:
+    """float32 `[4, batch]`: the rows of `record.SEEN`; NaN is what is not known.
+
+    Args:
+        losses: `[batch]`.
+        logits: the decision of the model: those of the classes of each example, or a number.
+        target: what it should have been.
+    """
     seen = losses.new_full((len(SEEN), len(losses)), torch.nan, dtype=torch.float32)
     label, loss, prediction, probability = seen  # views
     loss.copy_(losses)
-    target = next(iter(labels.values())) if len(labels) == 1 else None
-    logits = heads.decision_of(outputs, gave)
     if not isinstance(target, Tensor) or logits is None or target.numel() != len(losses):
         return seen
     target = target.flatten()

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_importance.report.findings import Findings
-from hf_importance.report.hub import FOLDER, extend_card, pushing
+from hf_importance.report.hub import CARD, FOLDER, extend_card, pushing
 
 logger = logging.get_logger(__name__)
 
@@ -164,10 +164,17 @@ class ReportMixin:
     # ---- model card and Hub ------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, with `importance_config.json` beside the model."""
+        """As `Trainer.save_model`, with `importance_config.json` beside the model.
+
+        Where that writes a model card, as sentence-transformers does, it gets what ours has.
+        """
+        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            self.importance.save_pretrained(output_dir or self.args.output_dir)
+            self.importance.save_pretrained(folder)
+        before = _read(folder / CARD)
         super().save_model(output_dir, _internal_call)
+        if not _internal_call and _read(folder / CARD) not in (None, before):
+            self._extend_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, with tags and a section of ours, its plots, and the importances as a table.
@@ -175,9 +182,12 @@ class ReportMixin:
         Training examples are among the files only if `report_examples_to_hub`.
         """
         super().create_model_card(*args, **kwargs)
+        self._extend_card(Path(self.args.output_dir))
+
+    def _extend_card(self, folder: Path) -> None:
         if self._sampler is not None and self._sampler.record is not None and self.is_world_process_zero():
-            folder, findings = Path(self.args.output_dir), self._findings()
-            extend_card(folder / "README.md", findings, self._write_for_hub(folder / FOLDER, findings))
+            findings = self._findings()
+            extend_card(folder / CARD, findings, self._write_for_hub(folder / FOLDER, findings))
 
     def _write_for_hub(self, folder: Path, findings: Findings) -> dict[str, str]:
         """Returns the names of the plots, and what they show."""
@@ -216,3 +226,7 @@ class ReportMixin:
 
     def _repository(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HTTPError  # of whichever client it uses
 from hf_importance.report.findings import Findings
 
 TAGS = ["importance-sampling", "hf_importance"]
+CARD = "README.md"
 FOLDER = "importance_report"
 """Beside the model, without examples. With them it gets an underscore, which keeps `Trainer` from uploading it."""
 _CITATION = """
