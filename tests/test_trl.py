@@ -195,6 +195,7 @@ CASES = {
     "noise": {"neftune_noise_alpha": 5},
     "experts": {"model": mixture(), "data": "prompt", "gradient_accumulation_steps": 2},
     "lora": {"data": "prompt", "peft": LORA},
+    "virtual tokens": {"data": "text", "peft": {"num_virtual_tokens": 3}, "gradient_accumulation_steps": 2},
     "lora, whole head": {"data": "prompt", "peft": {**LORA, "modules_to_save": ["lm_head"]}},
 }
 
@@ -204,7 +205,10 @@ def with_peft(case):
 
     case = dict(case)
     found = case.pop("peft", None)
-    return {**case, "more": {"peft_config": peft.LoraConfig(**found)}} if found else case
+    if found is None:
+        return case
+    kind = peft.PromptTuningConfig if "num_virtual_tokens" in found else peft.LoraConfig
+    return {**case, "more": {"peft_config": kind(**{"task_type": "CAUSAL_LM", **found})}}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -78,6 +78,10 @@ class LossAdapter(ABC):
             self._compared = True
         return measured
 
+    def mean_of(self, measured: Measured) -> Tensor:
+        """What the trainer makes of these losses, of one batch alone."""
+        return measured.weighted_mean(torch.ones_like(measured.losses))
+
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
         if not same(theirs, ours):
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,9 +46,14 @@ class SFTLoss(LossAdapter):
         losses = sum_of_rows(losses, rows, batch)
         importance = self.importance(losses, lambda: sum_of_rows(squares, rows, batch).sqrt())
         counted = self.count(labels, draw.lengths)
+        self._virtual = getattr(outputs, "label_mask", counted).sum() - counted.sum()
         added = self.trainer.router_aux_loss_coef * outputs.aux_loss if self.trainer.aux_loss_enabled else 0.0
         seen = seen_of(losses / counted.clamp(min=1))
         return Measured(losses, importance, seen, added, None, counted, are_sums=True)
+
+    def mean_of(self, measured: Measured) -> Tensor:
+        """See [`LossAdapter`]. For one batch TRL also counts tokens that virtual ones predict."""
+        return measured.weighted_mean(torch.ones_like(measured.losses), measured.counted.sum() + self._virtual)
 
     def _fused(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Of each position, `[rows, positions]`: the loss, and ‖∂loss/∂logits‖²; 0 where there is none."""
