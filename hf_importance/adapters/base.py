@@ -72,9 +72,7 @@ class LossAdapter(ABC):
         measured = self.measure(kept, model, inputs, draw)
         theirs, measured.outputs = returned[-1] if isinstance(returned[-1], tuple) else (returned[-1], None)
         if not self._compared:
-            self._compare(
-                theirs.detach().as_subclass(Tensor), measured.weighted_mean(torch.ones_like(measured.losses)).detach()
-            )
+            self._compare(theirs.detach().as_subclass(Tensor), self.mean_of(measured).detach())
             self._compared = True
         return measured
 
