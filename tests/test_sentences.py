@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 from hf_importance import ImportanceConfig, ImportanceTrainerMixin
+from hf_importance.adapters.known import adapted_class
 
 pytest.importorskip("sentence_transformers", reason="pip install 'hf_importance[sentence-transformers]'")
 with warnings.catch_warnings():
@@ -28,6 +29,11 @@ with warnings.catch_warnings():
     from sentence_transformers.sparse_encoder import losses as sparse_losses
     from sentence_transformers.training_args import BatchSamplers
 
+    try:
+        from sentence_transformers import multi_vector_encoder as vectors
+        from sentence_transformers.multi_vector_encoder import losses as vector_losses
+    except ImportError:
+        vectors = None
     try:
         from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
     except ImportError:
@@ -75,6 +81,14 @@ KINDS = {
     "ce": (ce.CrossEncoderTrainer, Cross, ce.CrossEncoderTrainingArguments),
     "sparse": (sparse.SparseEncoderTrainer, Sparse, sparse.SparseEncoderTrainingArguments),
 }
+
+
+if vectors is not None:
+
+    class Vectors(Mixed, vectors.MultiVectorEncoderTrainer):
+        pass
+
+    KINDS["vectors"] = (vectors.MultiVectorEncoderTrainer, Vectors, vectors.MultiVectorEncoderTrainingArguments)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,6 +144,9 @@ def model_of(folder, kind, labels=1, dropout=0.0):
     if kind == "sparse":
         masked = MLMTransformer(str(folder / f"masked{dropout}"))
         return sparse.SparseEncoder(modules=[masked, SpladePooling("max")], device="cpu")
+    if kind == "vectors":
+        torch.manual_seed(3)  # of its last layer
+        return vectors.MultiVectorEncoder(str(folder / f"bert{dropout}"), device="cpu")
     bert = st_models.Transformer(str(folder / f"bert{dropout}"))
     return st.SentenceTransformer(modules=[bert, st_models.Pooling(WIDTH)], device="cpu")
 
@@ -273,6 +290,10 @@ CASES = {
     "st: bf16": ("st", st_losses.CosineSimilarityLoss, rows(), {"bf16": True}),
     "sparse: mse": ("sparse", sparse_losses.SparseMSELoss, rows(1, "sparse"), {}),
 }
+
+
+if vectors is not None:
+    CASES["vectors: margins"] = ("vectors", vector_losses.MultiVectorMarginMSELoss, rows(3, "score"), {})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -624,3 +645,12 @@ def test_names_of_losses_that_are_made_late(tmp_path, folder):
     assert_same(ours, trained(tmp_path, folder, *case, ours=False, num_train_epochs=1))
     ours.train()
     assert ours.importances.isfinite().all()
+
+
+def test_a_trainer_that_is_not_known_is_refused_by_its_name():
+    base = next(c for c in st.SentenceTransformerTrainer.__mro__ if "compute_loss" in vars(c))
+    unknown = type("AnotherTrainer", (base,), {"__module__": "sentence_transformers.another"})
+    if base is st.SentenceTransformerTrainer:
+        pytest.skip("there is no common base yet")
+    with pytest.raises(ValueError, match="AnotherTrainer cannot be trained by importance: its loss is not known"):
+        adapted_class(type("Mine", (ImportanceTrainerMixin, unknown), {}))
