@@ -266,6 +266,24 @@ def distilled(model):
     return st_losses.DistillKLDivLoss(model, similarity_fct=st.util.pairwise_cos_sim, temperature=2.0)
 
 
+def beside_another(model):
+    """That the model itself has, and does not use."""
+    model[0].unused = nn.CrossEntropyLoss()
+    return st_losses.MSELoss(model)
+
+
+class OneAfterTheOther(nn.Module):
+    """As MSELoss of the library was until version 6: the texts of an example are rows far from each other."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.loss = model, nn.MSELoss()
+
+    def forward(self, sentence_features, labels):
+        found = [self.model(x)["sentence_embedding"] for x in sentence_features]
+        return self.loss(torch.cat(found), labels.repeat(len(found), 1))
+
+
 CASES = {
     "ce: bce": ("ce", ce_losses.BinaryCrossEntropyLoss, rows(2, "yes"), {}),
     "ce: bce, weighted": ("ce", bce, rows(2, "yes"), {}),
@@ -281,6 +299,8 @@ CASES = {
     "st: softmax, function": ("st", lambda m: softmax(m, loss_fct=nn.functional.cross_entropy), rows(2, "class"), {}),
     "st: mse": ("st", st_losses.MSELoss, rows(1, "vector"), {}),
     "st: mse of two texts": ("st", st_losses.MSELoss, rows(2, "vector"), {}),
+    "st: mse in one": ("st", OneAfterTheOther, rows(2, "vector"), {}),
+    "st: mse, another": ("st", beside_another, rows(1, "vector"), {}),
     "st: margins": ("st", st_losses.MarginMSELoss, rows(3, "score"), {}),
     "st: distilled": ("st", distilled, rows(3, "two"), {}),
     "st: nested": ("st", nested, rows(), {}),
@@ -388,6 +408,7 @@ ORACLES = {
     "st: cosine": (of_similarity, squared),
     "st: softmax": (features, lambda z, row: oracles.cross_entropy(z, row["label"])),
     "st: mse of two texts": (embedded, of_both_texts),
+    "st: mse in one": (embedded, of_both_texts),
     "st: margins": (margin, squared),
     "st: distilled": (student, divergence),
     "st: nested": (of_all_sizes, sum_of_sizes),
@@ -638,8 +659,8 @@ def test_refused_at_construction(name, tmp_path, folder):
         run(tmp_path, folder, "st", loss or COSINE[1], COSINE[2] if data is None else data, **more)
 
 
-def test_names_of_losses_that_are_made_late(tmp_path, folder):
-    """By a function of the model, which a search over settings makes anew in each training."""
+def test_a_loss_may_be_a_function_of_the_model(tmp_path, folder):
+    """As a search over settings wants it; and training may begin anew."""
     case = ("st", lambda _: st_losses.CosineSimilarityLoss, rows())
     ours = trained(tmp_path, folder, *case, num_train_epochs=1)
     assert_same(ours, trained(tmp_path, folder, *case, ours=False, num_train_epochs=1))
