@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 from hf_importance import ImportanceConfig, ImportanceTrainerMixin
+from hf_importance.adapters.known import adapted_class
 
 pytest.importorskip("sentence_transformers", reason="pip install 'hf_importance[sentence-transformers]'")
 with warnings.catch_warnings():
@@ -28,6 +29,11 @@ with warnings.catch_warnings():
     from sentence_transformers.sparse_encoder import losses as sparse_losses
     from sentence_transformers.training_args import BatchSamplers
 
+    try:
+        from sentence_transformers import multi_vector_encoder as vectors
+        from sentence_transformers.multi_vector_encoder import losses as vector_losses
+    except ImportError:
+        vectors = None
     try:
         from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
     except ImportError:
@@ -75,6 +81,14 @@ KINDS = {
     "ce": (ce.CrossEncoderTrainer, Cross, ce.CrossEncoderTrainingArguments),
     "sparse": (sparse.SparseEncoderTrainer, Sparse, sparse.SparseEncoderTrainingArguments),
 }
+
+
+if vectors is not None:
+
+    class Vectors(Mixed, vectors.MultiVectorEncoderTrainer):
+        pass
+
+    KINDS["vectors"] = (vectors.MultiVectorEncoderTrainer, Vectors, vectors.MultiVectorEncoderTrainingArguments)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,6 +144,9 @@ def model_of(folder, kind, labels=1, dropout=0.0):
     if kind == "sparse":
         masked = MLMTransformer(str(folder / f"masked{dropout}"))
         return sparse.SparseEncoder(modules=[masked, SpladePooling("max")], device="cpu")
+    if kind == "vectors":
+        torch.manual_seed(3)  # of its last layer
+        return vectors.MultiVectorEncoder(str(folder / f"bert{dropout}"), device="cpu")
     bert = st_models.Transformer(str(folder / f"bert{dropout}"))
     return st.SentenceTransformer(modules=[bert, st_models.Pooling(WIDTH)], device="cpu")
 
@@ -249,6 +266,24 @@ def distilled(model):
     return st_losses.DistillKLDivLoss(model, similarity_fct=st.util.pairwise_cos_sim, temperature=2.0)
 
 
+def beside_another(model):
+    """That the model itself has, and does not use."""
+    model[0].unused = nn.CrossEntropyLoss()
+    return st_losses.MSELoss(model)
+
+
+class OneAfterTheOther(nn.Module):
+    """As MSELoss of the library was until version 6: the texts of an example are rows far from each other."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.loss = model, nn.MSELoss()
+
+    def forward(self, sentence_features, labels):
+        found = [self.model(x)["sentence_embedding"] for x in sentence_features]
+        return self.loss(torch.cat(found), labels.repeat(len(found), 1))
+
+
 CASES = {
     "ce: bce": ("ce", ce_losses.BinaryCrossEntropyLoss, rows(2, "yes"), {}),
     "ce: bce, weighted": ("ce", bce, rows(2, "yes"), {}),
@@ -264,6 +299,8 @@ CASES = {
     "st: softmax, function": ("st", lambda m: softmax(m, loss_fct=nn.functional.cross_entropy), rows(2, "class"), {}),
     "st: mse": ("st", st_losses.MSELoss, rows(1, "vector"), {}),
     "st: mse of two texts": ("st", st_losses.MSELoss, rows(2, "vector"), {}),
+    "st: mse in one": ("st", OneAfterTheOther, rows(2, "vector"), {}),
+    "st: mse, another": ("st", beside_another, rows(1, "vector"), {}),
     "st: margins": ("st", st_losses.MarginMSELoss, rows(3, "score"), {}),
     "st: distilled": ("st", distilled, rows(3, "two"), {}),
     "st: nested": ("st", nested, rows(), {}),
@@ -273,6 +310,10 @@ CASES = {
     "st: bf16": ("st", st_losses.CosineSimilarityLoss, rows(), {"bf16": True}),
     "sparse: mse": ("sparse", sparse_losses.SparseMSELoss, rows(1, "sparse"), {}),
 }
+
+
+if vectors is not None:
+    CASES["vectors: margins"] = ("vectors", vector_losses.MultiVectorMarginMSELoss, rows(3, "score"), {})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -367,6 +408,7 @@ ORACLES = {
     "st: cosine": (of_similarity, squared),
     "st: softmax": (features, lambda z, row: oracles.cross_entropy(z, row["label"])),
     "st: mse of two texts": (embedded, of_both_texts),
+    "st: mse in one": (embedded, of_both_texts),
     "st: margins": (margin, squared),
     "st: distilled": (student, divergence),
     "st: nested": (of_all_sizes, sum_of_sizes),
@@ -617,10 +659,19 @@ def test_refused_at_construction(name, tmp_path, folder):
         run(tmp_path, folder, "st", loss or COSINE[1], COSINE[2] if data is None else data, **more)
 
 
-def test_names_of_losses_that_are_made_late(tmp_path, folder):
-    """By a function of the model, which a search over settings makes anew in each training."""
+def test_a_loss_may_be_a_function_of_the_model(tmp_path, folder):
+    """As a search over settings wants it; and training may begin anew."""
     case = ("st", lambda _: st_losses.CosineSimilarityLoss, rows())
     ours = trained(tmp_path, folder, *case, num_train_epochs=1)
     assert_same(ours, trained(tmp_path, folder, *case, ours=False, num_train_epochs=1))
     ours.train()
     assert ours.importances.isfinite().all()
+
+
+def test_a_trainer_that_is_not_known_is_refused_by_its_name():
+    base = next(c for c in st.SentenceTransformerTrainer.__mro__ if "compute_loss" in vars(c))
+    unknown = type("AnotherTrainer", (base,), {"__module__": "sentence_transformers.another"})
+    if base is st.SentenceTransformerTrainer:
+        pytest.skip("there is no common base yet")
+    with pytest.raises(ValueError, match="AnotherTrainer cannot be trained by importance: its loss is not known"):
+        adapted_class(type("Mine", (ImportanceTrainerMixin, unknown), {}))

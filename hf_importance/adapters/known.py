@@ -17,7 +17,7 @@ _ADAPTERS = {
     ("sentence_transformers", "MultiVectorEncoderTrainer"): "sentences.SentenceLoss",
 }
 """By package and class."""
-_TOO_OLD = {"trl": "trl>=1.15", "sentence_transformers": "sentence-transformers>=5.2"}
+_TOO_OLD = {"trl": "trl>=1.15", "sentence_transformers": "sentence-transformers>=5.2.3"}
 _ON_POLICY = (
     "it trains on completions that it has the model write, and compares those of one prompt with each other, so that "
     "the loss of one alone does not exist"
@@ -49,9 +49,10 @@ def adapted_class(cls: type) -> type | None:
             return base
         if library in _LIBRARIES and {"compute_loss", "_compute_loss"} & set(vars(base)):
             reason = _COUPLED.get(base.__name__, _FROM_LOGITS)
+            first = next(c.__name__ for c in cls.__mro__ if c.__module__.split(".")[0] == library)
             known = [name for package, name in _ADAPTERS if package == library]
             raise ValueError(
-                f"{base.__name__} cannot be trained by importance: {reason}. Use it without ImportanceTrainerMixin. "
+                f"{first} cannot be trained by importance: {reason}. Use it without ImportanceTrainerMixin. "
                 f"Of {library} importance sampling knows {', '.join(known)}."
             )
     return None
