@@ -29,7 +29,7 @@ def launch(name, folder):
     command = [sys.executable, *launcher, str(HERE / "engine_worker.py"), str(folder), name]
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-8000:]
     return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
 
