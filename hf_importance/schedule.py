@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -94,6 +95,7 @@ class EffectiveEpochs(TrainerCallback):
             self._say(self.forecast(step))
         if self.progress.finished:
             state.max_steps = step
+        _set_rates_again(kwargs.get("lr_scheduler"))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,6 +170,21 @@ class EffectiveProgress(ProgressCallback):
             step = int(min(self._epochs.progress.value, self._epochs.progress.steps))
             self.training_bar.update(step - self.current_step)
             self.current_step = step
+
+
+def unwrapped(scheduler: Any) -> Any:
+    """The schedule in the wrapper of one that DeepSpeed steps by itself, within the backward pass."""
+    return scheduler.scheduler if isinstance(scheduler, DeepSpeedSchedulerWrapper) else scheduler
+
+
+def _set_rates_again(scheduler: Any) -> None:
+    """Where DeepSpeed has asked for them before the step was counted; `Trainer` asks after it."""
+    inner = unwrapped(scheduler)
+    if inner is scheduler:
+        return
+    inner._last_lr = [base * factor(0) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
+    for group, rate in zip(inner.optimizer.param_groups, inner._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:

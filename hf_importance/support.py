@@ -124,7 +124,7 @@ def refuse_training(trainer: Any, schedule: LRScheduler | None) -> None:
     if args.train_sampling_strategy == "group_by_length":
         refuse_unknown_lengths(trainer.train_dataset, args.length_column_name, name_of_tokens(trainer.processing_class))
     if trainer.importance.budget == "auto":
-        refuse_schedule(args, schedule, trainer.is_deepspeed_enabled)
+        refuse_schedule(args, schedule, _schedule_of_deepspeed(trainer))
 
 
 def seed_of(importance: ImportanceConfig, args: TrainingArguments) -> int:
@@ -143,8 +143,21 @@ def _refuse_data(data: Any, ranks: int) -> None:
         raise ValueError(f"train_dataset must have an example for each of {ranks} processes, but has {len(data)}.")
 
 
-def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deepspeed: bool) -> None:
+def _schedule_of_deepspeed(trainer: Any) -> str | None:
+    """The schedule in the configuration of DeepSpeed, which it makes and steps by itself."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    return config["scheduler"].get("type", "?") if "scheduler" in config else None
+
+
+def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deepspeed: str | None) -> None:
     """Refuse a schedule that is known not to follow before training begins.
+
+    Args:
+        args: of the training.
+        scheduler: that was passed in `optimizers`.
+        deepspeed: the name of one in the configuration of DeepSpeed.
 
     Raises:
         ValueError: where the learning rate cannot follow what was learnt.
@@ -154,12 +167,12 @@ def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deep
         found = f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}"
     elif scheduler is not None:
         found = f"the schedule {type(scheduler).__name__} in optimizers"
-    elif deepspeed:
-        found = "a schedule that DeepSpeed runs"
+    elif deepspeed is not None:
+        found = f"the 'scheduler' in the configuration of DeepSpeed ({deepspeed})"
     if found is not None:
         raise ValueError(
             f"With budget='auto' the learning rate follows what was learnt, which {found} cannot. {ALL_STEPS} Or use "
-            "a schedule by steps, as lr_scheduler_type='linear'."
+            f"a schedule by steps, as lr_scheduler_type='linear'{'' if deepspeed is None else ', and take it out'}."
         )
 
 

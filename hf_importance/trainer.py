@@ -34,7 +34,7 @@ from hf_importance.sampling.draw import Draw, Shard
 from hf_importance.sampling.memory import ImportanceMemory, unimportant
 from hf_importance.sampling.rates import per_cost
 from hf_importance.sampling.sampler import ImportanceBatchSampler
-from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow
+from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow, unwrapped
 from hf_importance.state import read_number
 from hf_importance.step import StepDraws
 from hf_importance.support import (
@@ -252,7 +252,7 @@ class ImportanceTrainerMixin(ReportMixin):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self._effective is not None and self._sampler is not None:
             self._effective.start(self.model, self._sampler, num_training_steps, self._steps_per_epoch)
-            follow(scheduler, self._effective)
+            follow(unwrapped(scheduler), self._effective)
         return scheduler
 
     # ---- the training step -------------------------------------------------------------------------------------------
@@ -378,7 +378,8 @@ class ImportanceTrainerMixin(ReportMixin):
             return self._adapter
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # of PEFT
-        causal = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        names = {cls.__name__ for cls in type(base).__mro__}  # FSDP2 puts a class of its own before that of the model
+        causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         return Objective(
             self.model,
             self.importance.metric,

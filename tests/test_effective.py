@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from tiny import opinionated_bert, texts
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
@@ -235,6 +236,39 @@ def test_the_learning_rate_follows_what_was_learnt(tmp_path, name):
     assert watch.rates == pytest.approx([2e-3 * schedule(before) * (after - before) ** 0.5 for before, after in steps])
     assert watch.rates != pytest.approx([2e-3 * schedule(before) for before, _ in steps]), "control"
     assert watch.rates != pytest.approx([2e-3 * schedule(step) for step in range(len(watch.rates))]) or "const" in name
+
+
+def test_the_learning_rate_follows_where_deepspeed_steps_the_schedule(tmp_path):
+    """Within the backward pass, before the step is counted; what `Trainer` steps is a wrapper without effect."""
+
+    class Begin(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    class Stepped(ImportanceTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            schedule = super().create_scheduler(num_training_steps, optimizer)
+            self.lr_scheduler = DeepSpeedSchedulerWrapper(schedule, self.optimizer)
+            return super().create_scheduler(num_training_steps, optimizer)  # `Trainer` asks again, for what it has
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.lr_scheduler.scheduler.step()
+            return loss
+
+    for cls in (ImportanceTrainer, Stepped):
+        rates = []
+        trainer, watch = trainer_of(tmp_path, max_grad_norm=0)
+        trainer.__class__ = cls
+        trainer.add_callback(Begin())
+        trainer.train()
+        assert trainer.state.global_step == len(rates) > 10
+        schedule = trainer.lr_scheduler if cls is ImportanceTrainer else trainer.lr_scheduler.scheduler
+        steps = zip(watch.values[:-1], watch.values[1:], strict=True)
+        factors = [schedule.lr_lambdas[0].steps_to_factor(before) * (after - before) ** 0.5 for before, after in steps]
+        assert rates == pytest.approx([2e-3 * factor for factor in factors])
 
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])

@@ -504,6 +504,26 @@ def test_label_smoothing_of_tokens(tmp_path):
         assert tiny.difference(ours, plain) < 1e-6
 
 
+def test_label_smoothing_of_a_renamed_class(tmp_path):
+    """As FSDP2 renames it, by a class of its own before that of the model; `Trainer` no longer knows it then."""
+
+    def trained(cls, rename=True):
+        model = llama()
+        if rename:
+            model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})
+        settings = {
+            "more": {"data_collator": tiny.pad},
+            "learning_rate": 1.0,
+            "label_smoothing_factor": 0.2,
+            **ONE_STEP,
+        }
+        return tiny.trained(tmp_path, model, texts(), cls, **settings)
+
+    plain = trained(tiny.Plain, rename=False)
+    assert tiny.difference(trained(ImportanceTrainer), plain) < 1e-6
+    assert tiny.difference(trained(ImportanceTrainer, rename=False), plain) < 1e-6
+
+
 def test_mixin_with_seq2seq_trainer(tmp_path):
     class ImportanceSeq2SeqTrainer(ImportanceTrainerMixin, hf.Seq2SeqTrainer):
         pass

@@ -1,0 +1,244 @@
+"""Run by two processes: the same trainings under one engine; what happened is left in a file per rank.
+
+torchrun --nproc_per_node 2 tests/engine_worker.py FOLDER ENGINE
+python tests/engine_worker.py FOLDER ray
+"""
+
+import copy
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import tiny
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import DistributedType, PartialState
+from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
+
+from hf_importance import ImportanceConfig, ImportanceTrainer
+
+EXAMPLES = 16
+SMOOTHING = 0.3
+MIDDLE = 22  # a step within an epoch, which has four
+EVERYTHING = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
+"""Each step is of all examples, so that it does not matter which process has which."""
+LONG = {"per_device_train_batch_size": 2, "max_steps": 48, "save_strategy": "steps", "save_steps": MIDDLE}
+DROPOUT = 0.1  # the random numbers of each process matter where it goes on
+
+
+def deepspeed(stage, **more):
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"deepspeed": {"zero_optimization": {"stage": stage}, **dict.fromkeys(auto, "auto"), **more}}
+
+
+FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": "Qwen2DecoderLayer"}
+OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}  # others are compiled first
+SCHEDULE = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": FSDP2},
+    "zero2": deepspeed(2),
+    "zero3": deepspeed(3, optimizer=OPTIMIZER),  # with which it is DeepSpeed that steps the schedule of `Trainer`
+    "ray": {},
+}
+
+
+def language_model(seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=tiny.WORDS,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=tiny.LENGTH,
+        attention_dropout=dropout,
+        initializer_range=0.3,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def texts():
+    """Of different lengths. Half of them say one word again and again, which is learnt soon."""
+    rows = tiny.token_rows(EXAMPLES)
+    for i, row in enumerate(rows):
+        if i % 2:
+            row["input_ids"] = torch.full_like(row["input_ids"], 7)
+        row["labels"] = row["input_ids"].clone()
+    return rows
+
+
+class Rates(TrainerCallback):
+    """The learning rate that each step is taken with, how much was learnt before it, and what it is worth."""
+
+    def __init__(self, run):
+        self._run, self.seen = run, []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        learnt = getattr(getattr(self._run, "_effective", None), "progress", None)
+        value, gain = (None, None) if learnt is None else (learnt.value, learnt.gain)
+        self.seen.append((optimizer.param_groups[0]["lr"], value, gain))
+
+
+def parameters(run):
+    """Of the whole model, whichever process has them."""
+    found = list(run.model.parameters())
+    if run.is_deepspeed_enabled:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(found):
+            return torch.cat([p.detach().flatten() for p in found])
+    return torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten() for p in found])
+
+
+def trained(run, resume=None):
+    """What happened."""
+    rates = Rates(run)
+    run.add_callback(rates)
+    run.train(resume_from_checkpoint=resume)
+    wrapped = run.model_wrapped
+    stage = wrapped.zero_optimization_stage() if run.is_deepspeed_enabled else ""
+    return {
+        "losses": tiny.logged(run, "loss"),
+        "rates": rates.seen,
+        "steps": run.state.global_step,
+        "parameters": parameters(run),
+        "importances": getattr(run, "importances", None),
+        "engine": f"{type(wrapped).__name__}{stage}",
+    }
+
+
+class Engine:
+    """Trains under one engine; `folder` is for what trainers write."""
+
+    def __init__(self, name, folder):
+        self.name, self.folder = name, folder
+
+    def trainer(self, folder, cls=ImportanceTrainer, importance=None, seed=0, dropout=0.0, **settings):
+        settings = {"ddp_backend": "gloo", "logging_steps": 1, **copy.deepcopy(ENGINES[self.name]), **settings}
+        args = tiny.arguments(self.folder / folder, **settings)
+        if args.fsdp and args.device.type == "cpu":  # where accelerate does not take FSDP, and says nothing
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        more = {} if importance is None else {"importance": ImportanceConfig(**importance)}
+        model = language_model(seed, dropout)
+        return cls(model=model, args=args, train_dataset=texts(), data_collator=tiny.pad, **more)
+
+    def results(self):
+        def run(*args, resume=None, **settings):
+            return trained(self.trainer(*args, **settings), resume)
+
+        smoothed = {**EVERYTHING, "label_smoothing_factor": SMOOTHING, "max_steps": 1}
+        found = {
+            "trainer": run("trainer", Trainer, **EVERYTHING),
+            "uniform": run("uniform", importance={"metric": "uniform"}, **EVERYTHING),
+            "sampled": run("sampled", importance=tiny.FIXED, **EVERYTHING),
+            "smoothed": run("smoothed", **smoothed),
+            "early": run("early", dropout=DROPOUT, **LONG),
+        }
+        if self.name != "ray":  # which goes on by itself
+            middle = str(self.folder / "early" / f"checkpoint-{MIDDLE}")
+            found["again"] = run("again", seed=1, dropout=DROPOUT, resume=middle, **LONG)
+        if self.name == "zero2":
+            theirs = {**EVERYTHING, "warmup_steps": 4, **deepspeed(2, optimizer=OPTIMIZER, scheduler=SCHEDULE)}
+            fixed = {"metric": "uniform", "budget": 1.0}
+            found["trainer, its schedule"] = run("its trainer", Trainer, **theirs)
+            found["uniform, its schedule"] = run("its uniform", importance=fixed, **theirs)
+            found["refused"] = refusal(lambda: self.trainer("refused", **theirs))
+        return found
+
+    def work(self):
+        torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
+        torch.save(self.results(), self.folder / f"rank{dist.get_rank()}.pt")
+        dist.barrier()
+
+
+def refusal(action):
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+
+
+# ---- Ray -------------------------------------------------------------------------------------------------------------
+
+
+class FailsOnce(TrainerCallback):
+    """The second process is lost in the middle of a training, once."""
+
+    def __init__(self, folder):
+        self._failed = folder / "failed"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == MIDDLE + 2 and not self._failed.exists():
+            self._failed.touch()
+            raise RuntimeError("a process is lost")
+
+
+def lines_of_readme(folder):
+    """Run what scripts/README.md tells users of Ray, with a model of ours, and a process that fails."""
+
+    class Mine(ImportanceTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs, data_collator=tiny.pad)
+            self.add_callback(FailsOnce(folder))
+
+        def train(self, resume_from_checkpoint=None):
+            if resume_from_checkpoint is None or hasattr(self, "_reports"):
+                return super().train(resume_from_checkpoint)
+            self._reports = True
+            rank = self.args.process_index
+            found = torch.load(folder / f"rank{rank}.pt")
+            torch.save({**found, "again": trained(self, resume_from_checkpoint)}, folder / f"rank{rank}.pt")
+
+    text = (Path(__file__).parent.parent / "scripts" / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {
+        "ImportanceTrainer": Mine,
+        "new_model": partial(language_model, dropout=DROPOUT),
+        "new_arguments": lambda: tiny.arguments(folder / "again", logging_steps=1, **LONG),
+        "new_data": texts,
+        "storage": str(folder / "stored"),
+    }
+    exec(compile(block, "scripts/README.md", "exec"), names)
+
+
+def on_ray(folder):
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=100 * 2**20)
+    TorchTrainer(Engine("ray", folder).work, scaling_config=ScalingConfig(num_workers=2)).fit()
+    lines_of_readme(folder)
+
+
+# ---- all -------------------------------------------------------------------------------------------------------------
+
+
+def without_compiler():
+    """DeepSpeed as between machines, by gloo. On one it would compile a way of its own to add, for a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def main(folder, name):
+    if name == "ray":
+        on_ray(folder)
+        return
+    if name.startswith("zero"):
+        without_compiler()
+    Engine(name, folder).work()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
