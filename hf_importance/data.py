@@ -72,7 +72,8 @@ class ImportanceCollator:
                 f"data_collator must return a dict of tensors, but returned {type(batch).__name__}: "
                 "return a dict whose keys are the arguments of the model's forward."
             )
-        batch[DRAW_KEY] = replace(draw, lengths=_lengths_in_one_row(examples, batch))
+        lengths = _lengths_in_one_row(examples, batch)
+        batch[DRAW_KEY] = draw if lengths is None else replace(draw, lengths=lengths)
         return batch
 
 
