@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import SchedulerType
 
+from hf_importance.adapters.known import adapted_class
 from hf_importance.config import ImportanceConfig
 from hf_importance.lengths import name_of_tokens, refuse_unknown_lengths
 from hf_importance.losses.heads import with_inputs
@@ -179,7 +180,7 @@ def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deep
 # ---- what users have written -----------------------------------------------------------------------------------------
 
 
-def refuse_overrides(cls: type, mixin: type, adapted: type | None, has_loss_function: bool) -> None:
+def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
     """Refuse classes of users that would be silently ignored, or would switch importance sampling off.
 
     An override that calls `super()` is honoured. Whether one does can only be seen at the first step, which
@@ -188,13 +189,12 @@ def refuse_overrides(cls: type, mixin: type, adapted: type | None, has_loss_func
     Args:
         cls: of the trainer.
         mixin: ours among its bases; what comes after it is called by it, if at all.
-        adapted: the one among them whose loss is known; what comes after that is not of users.
         has_loss_function: whether there is a `per_example_loss_func`.
 
     Raises:
         ValueError: with what to do instead.
     """
-    theirs = list(_theirs(cls, mixin, adapted))
+    theirs = list(_theirs(cls, mixin))
     for owner, is_before in theirs:
         for name, way_out in _HOOKS.items():
             counts = is_before or name == "_get_train_sampler"
@@ -249,8 +249,9 @@ def unmeasured(cls: type, mixin: type) -> ValueError:
     )
 
 
-def _theirs(cls: type, mixin: type, adapted: type | None = None) -> Iterator[tuple[type, bool]]:
-    """Classes that users have written, and whether they come before ours."""
+def _theirs(cls: type, mixin: type) -> Iterator[tuple[type, bool]]:
+    """Classes that users have written, and whether they come before ours; none from that of a known library on."""
+    adapted = adapted_class(cls)
     order = cls.__mro__ if adapted is None else cls.__mro__[: cls.__mro__.index(adapted)]
     for place, owner in enumerate(order):
         if owner.__module__.split(".")[0] not in ("transformers", "hf_importance", "builtins"):

@@ -25,6 +25,7 @@ from hf_importance.data import LABEL_COLUMNS, mean_over_examples, refuse_texts_a
 from hf_importance.fingerprint import fingerprint
 from hf_importance.lengths import Lengths, find_lengths, name_of_tokens
 from hf_importance.loader import PreviewLoader, training_loader
+from hf_importance.losses.first_batch import without_peft
 from hf_importance.losses.heads import Labels, PerExampleLoss
 from hf_importance.losses.objective import Measured, Objective
 from hf_importance.randomness import own_randomness
@@ -63,8 +64,8 @@ class ImportanceTrainerMixin(ReportMixin):
             model returns, as `outputs["logits"]`, and does not couple the examples of a batch. `labels` is what the
             collator makes of them, a dict if the model has several label names, and where there are none the inputs of
             the model. With a third argument that has no default, or one called `inputs`, it gets the inputs of the
-            model as well, without the labels. It is the loss of evaluations, too. The mean is over all
-            examples of a batch, also those whose loss is 0.
+            model as well, without the labels. It is the loss of evaluations, too. The mean is over all examples of a
+            batch, also those whose loss is 0.
         report_examples_to_hub: let `push_to_hub` upload the whole report, in which training examples, their labels and
             predictions can be seen; by default only importances and plots.
         *args, **kwargs: as for `Trainer`.
@@ -111,8 +112,7 @@ class ImportanceTrainerMixin(ReportMixin):
         refuse_arguments(self)
         if self.train_dataset is not None:
             refuse_training(self, self._schedule_passed)
-            has_loss = self.per_example_loss_func is not None
-            refuse_overrides(type(self), ImportanceTrainerMixin, adapted_class(type(self)), has_loss)
+            refuse_overrides(type(self), ImportanceTrainerMixin, self.per_example_loss_func is not None)
 
     def _find_label_names(self) -> None:
         """Of a model whose `forward` has no labels: they are in the data, for our loss alone, or there are none."""
@@ -377,8 +377,8 @@ class ImportanceTrainerMixin(ReportMixin):
             self._adapter.start()
             return self._adapter
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # of PEFT
-        names = {cls.__name__ for cls in type(base).__mro__}  # FSDP2 puts a class of its own before that of the model
+        classes = type(without_peft(self.model)).__mro__  # FSDP2 puts one of its own before that of the model
+        names = {cls.__name__ for cls in classes}
         causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         return Objective(
             self.model,

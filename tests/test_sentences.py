@@ -50,15 +50,14 @@ WIDTH, N = 16, 22
 UNIFORM = {"metric": "uniform", **tiny.FIXED}
 
 
-class Mixed(ImportanceTrainerMixin):
+class Mixed(tiny.Recording, ImportanceTrainerMixin):
     """Keeps what was drawn, and the gradients of the steps."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.draws, self.gradients = [], []
+        self.gradients = []
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.draws.append(self._step.of(inputs, self._sampler.is_outstanding))
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.gradients.append([p.grad.clone() for p in self.model.parameters() if p.grad is not None])
         return loss
@@ -176,24 +175,13 @@ def rows(texts=2, label="score", n=N, seed=1):
 def run(tmp_path, folder, kind, loss, data, ours=True, importance=UNIFORM, more=None, model=None, **changes):
     """A trainer. `model`: arguments of [`model_of`]; `loss`: what makes it, of the model."""
     theirs, mixed, arguments = KINDS[kind]
-    settings = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
+    small = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "logging_steps": 1}
     more = dict(more or {})
     if ours:
         more["importance"] = ImportanceConfig(**importance)
     network = model_of(folder, kind, **(model or {}))
     torch.manual_seed(2)  # of the layers that a loss has
-    args = arguments(**{**settings, **changes})
+    args = tiny.arguments(tmp_path, arguments, **{**small, **changes})
     return (mixed if ours else theirs)(
         model=network, args=args, train_dataset=data, loss=None if loss is None else loss(network), **more
     )
@@ -445,7 +433,7 @@ def test_gradients_are_weighted(case, tmp_path, folder):
         ours.model.zero_grad()
         for index, weight in zip(weighted.index, weights, strict=True):
             batch = ours._prepare_inputs(ours.data_collator([data[index]]))
-            loss = type(ours).__mro__[2].compute_loss(ours, ours.model, batch)
+            loss = super(ImportanceTrainerMixin, ours).compute_loss(ours.model, batch)
             (weight * loss / len(weights)).backward()
         own = [p.grad for i, p in enumerate(ours.model.parameters()) if i in places and p.grad is not None]
         found = max((a - b).abs().max().item() for a, b in zip(own, gradients, strict=True))

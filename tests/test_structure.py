@@ -29,6 +29,7 @@ ORDER = [
     "sampling.progress",
     "sampling.sampler",
     "adapters.base",
+    "adapters.fused_head",
     "adapters.sft",
     "adapters.preference",
     "adapters.sentences",

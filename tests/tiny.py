@@ -122,8 +122,8 @@ class Plain(Trainer):
         self.loss_is_scaled_for_ga = False
 
 
-class Recorder(ImportanceTrainer):
-    """Keeps what was drawn, step by step."""
+class Recording:
+    """Keeps what was drawn, step by step; first among the bases."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -134,7 +134,11 @@ class Recorder(ImportanceTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def arguments(tmp_path, **changes):
+class Recorder(Recording, ImportanceTrainer):
+    pass
+
+
+def arguments(tmp_path, cls=TrainingArguments, **changes):
     settings = {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": 8,
@@ -147,7 +151,7 @@ def arguments(tmp_path, **changes):
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(**{**settings, **changes})
+    return cls(**{**settings, **changes})
 
 
 def trainer(tmp_path, model, data, cls=ImportanceTrainer, importance=None, more=None, **changes):

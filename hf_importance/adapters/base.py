@@ -13,6 +13,7 @@ from hf_importance.losses.first_batch import same
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
 
+_METRICS = ("logit_gradient", "loss", "uniform")
 UNKNOWN = (
     "So it is not known how to weight the examples with these settings or in this version of the library: use its own "
     "trainer."
@@ -34,7 +35,6 @@ class LossAdapter(ABC):
         ValueError: for settings with which there are no losses per example.
     """
 
-    metrics = ("logit_gradient", "loss", "uniform")
     takes_own_loss = False
     """Whether a `per_example_loss_func` can take the place of the loss of the trainer."""
 
@@ -42,9 +42,9 @@ class LossAdapter(ABC):
         self.trainer = trainer
         self._metric = trainer.importance.metric
         self._compared = False
-        if self._metric not in self.metrics:
+        if self._metric not in _METRICS:
             raise ValueError(
-                f"metric must be one of {list(self.metrics)} for {self.name}, but is {self._metric!r}: it looks at the "
+                f"metric must be one of {list(_METRICS)} for {self.name}, but is {self._metric!r}: it looks at the "
                 "last layer of models that this trainer calls by itself."
             )
 

@@ -30,7 +30,7 @@ _COUPLED = {
     "KTOTrainer": "the loss of an example has in it the mean KL divergence of the batch, of prompts with the "
     "completions of others, so that it changes with what else is drawn",
 }
-_FROM_LOGITS = "its loss is not known here"
+_UNKNOWN_LOSS = "its loss is not known here"
 _LIBRARIES = ("trl", "sentence_transformers")
 
 
@@ -48,7 +48,7 @@ def adapted_class(cls: type) -> type | None:
         if (library, base.__name__) in _ADAPTERS:
             return base
         if library in _LIBRARIES and {"compute_loss", "_compute_loss"} & set(vars(base)):
-            reason = _COUPLED.get(base.__name__, _FROM_LOGITS)
+            reason = _COUPLED.get(base.__name__, _UNKNOWN_LOSS)
             first = next(c.__name__ for c in cls.__mro__ if c.__module__.split(".")[0] == library)
             known = [name for package, name in _ADAPTERS if package == library]
             raise ValueError(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, outputs_of
-from hf_importance.losses import per_example
+from hf_importance.adapters.fused_head import added_by, ask_for_squares, squares_of
 from hf_importance.losses.objective import Measured, seen_of
 from hf_importance.sampling.draw import Draw
 
@@ -18,7 +18,6 @@ _COUPLED = {
     "aot_unpaired": "sorts the log ratios of the batch",
     "sft": "is a mean over the tokens of all pairs",
 }
-_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 class RewardLoss(LossAdapter):
@@ -49,16 +48,13 @@ class DPOLoss(LossAdapter):
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        from trl.trainer.utils import add_fused_lm_head
-
         for kind in trainer.loss_types:
             if kind in _COUPLED:
                 raise ValueError(
                     f"loss_type={kind!r} {_COUPLED[kind]}, so that there is no loss of one pair to be weighted: take "
                     "another loss_type, or DPOTrainer."
                 )
-        model = trainer.model
-        add_fused_lm_head(model.get_base_model() if hasattr(model, "get_base_model") else model, outputs=_OUTPUTS)
+        ask_for_squares(trainer.model, ("log_probs", "entropy", "mean_logits", "is_top1"))
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
@@ -74,15 +70,15 @@ class DPOLoss(LossAdapter):
         if len(means) < len(weights):
             raise ValueError(f"{self.name} takes no mean over the losses of pairs. {UNKNOWN}")
         losses = sum(weight * loss for weight, loss in zip(weights, means, strict=False))
+        means.clear()  # the class that holds them lives until garbage is collected
 
         def of_logits() -> Tensor:
             (slope,) = torch.autograd.grad(losses.sum(), log_probs, retain_graph=True)
-            squares = per_example.squares_of_fused_head(*log_probs, outputs.log_sum_sq_probs)
-            of_answers = (slope.float().square() * squares.masked_fill(~outputs.label_mask, 0.0)).sum(1)
+            of_answers = (slope.float().square() * squares_of(outputs, *log_probs)).sum(1)
             return of_answers.view(2, pairs).sum(0).sqrt()
 
-        added = self.trainer.router_aux_loss_coef * outputs.aux_loss if self.trainer.aux_loss_enabled else 0.0
-        return Measured(losses, self.importance(losses, of_logits), seen_of(losses), added, None)
+        importance = self.importance(losses, of_logits)
+        return Measured(losses, importance, seen_of(losses), added_by(self.trainer, outputs), None)
 
 
 def _watched(values: Tensor, size: int, means: list[Tensor]) -> Tensor:

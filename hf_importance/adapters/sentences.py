@@ -1,4 +1,4 @@
-"""The trainers of sentence-transformers, with losses that are the mean of one loss of torch."""
+"""The trainers of sentence-transformers, with losses that are made of means of losses of torch."""
 
 from __future__ import annotations
 

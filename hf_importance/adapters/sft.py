@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance.adapters.base import ComputeLoss, LossAdapter, outputs_of
+from hf_importance.adapters.fused_head import added_by, ask_for_squares, squares_of
 from hf_importance.losses import per_example
 from hf_importance.losses.heads import predicted
 from hf_importance.losses.objective import Measured, seen_of
 from hf_importance.losses.rows import rows_of, sum_of_rows
 from hf_importance.sampling.draw import Draw
-
-_OUTPUTS = ("log_probs", "entropy", "is_top1", "log_sum_sq_probs")
 
 
 class SFTLoss(LossAdapter):
@@ -28,42 +27,35 @@ class SFTLoss(LossAdapter):
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        from trl.trainer.utils import add_fused_lm_head
-
-        model = trainer.model
-        add_fused_lm_head(model.get_base_model() if hasattr(model, "get_base_model") else model, outputs=_OUTPUTS)
+        ask_for_squares(trainer.model, ("log_probs", "entropy", "is_top1"))
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
-        labels = inputs["labels"]
+        labels, batch = inputs["labels"], len(draw.index)
+        counted = self.count(labels, draw.lengths)
         outputs = outputs_of(compute_loss, model, inputs)[0]  # later ones are for metrics, without gradient
-        if getattr(outputs, "log_probs", None) is None:
+        if getattr(outputs, "log_probs", None) is None:  # then TRL leaves out what experts add, too
             losses, squares = self._smoothed(outputs["logits"], labels)
+            added, self._scored = 0.0, counted
         else:
             losses, squares = self._fused(outputs)
-        batch = len(draw.index)
+            added, self._scored = added_by(self.trainer, outputs), outputs.label_mask
         rows = rows_of(labels, batch, draw.lengths)
         losses = sum_of_rows(losses, rows, batch)
         importance = self.importance(losses, lambda: sum_of_rows(squares, rows, batch).sqrt())
-        counted = self.count(labels, draw.lengths)
-        self._virtual = getattr(outputs, "label_mask", counted).sum() - counted.sum()
-        added = self.trainer.router_aux_loss_coef * outputs.aux_loss if self.trainer.aux_loss_enabled else 0.0
         seen = seen_of(losses / counted.clamp(min=1))
         return Measured(losses, importance, seen, added, None, counted, are_sums=True)
 
     def mean_of(self, measured: Measured) -> Tensor:
         """See [`LossAdapter`]. For one batch TRL also counts tokens that virtual ones predict."""
-        return measured.weighted_mean(torch.ones_like(measured.losses), measured.counted.sum() + self._virtual)
+        return measured.weighted_mean(torch.ones_like(measured.losses), self._scored.sum())
 
     def _fused(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Of each position, `[rows, positions]`: the loss, and ‖∂loss/∂logits‖²; 0 where there is none."""
-        log_p = outputs.log_probs
-        squares = per_example.squares_of_fused_head(log_p, outputs.log_sum_sq_probs)
-        losses = -log_p
+        losses, squares = -outputs.log_probs, squares_of(outputs, outputs.log_probs)
         if self.trainer.args.loss_type == "dft":  # p · −log p with p a constant (Wu et al. 2025, arXiv 2508.05629)
-            p = log_p.detach().exp()
+            p = outputs.log_probs.detach().exp()
             losses, squares = losses * p, squares * p.square()
-        squares = squares.masked_fill(~outputs.label_mask, 0.0)
         return F.pad(losses, (0, 1)), F.pad(squares, (0, 1))  # the last token predicts none
 
     def _smoothed(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

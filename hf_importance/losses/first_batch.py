@@ -117,5 +117,9 @@ def takes(model: nn.Module, names: Collection[str]) -> bool:
 
 def may_skip_logits(model: nn.Module) -> bool:
     """Whether it builds no logits in training when it is given labels, unless told to, as with the kernels of Liger."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
-    return "skip_logits" in inspect.signature(model.forward).parameters
+    return "skip_logits" in inspect.signature(without_peft(model).forward).parameters
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model in the wrapper of PEFT; itself if it is in none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

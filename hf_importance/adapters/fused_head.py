@@ -1,0 +1,36 @@
+"""The fused head of TRL: it multiplies by the weights and takes the softmax at once, and no logits are built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_importance.losses import per_example
+from hf_importance.losses.first_batch import without_peft
+
+
+def ask_for_squares(model: nn.Module, outputs: tuple[str, ...]) -> None:
+    """Have the head of the model also return Σ p² of each token, from which its importance follows.
+
+    Args:
+        model: of a trainer of TRL, maybe in the wrapper of PEFT.
+        outputs: what else the trainer wants of it.
+
+    Raises:
+        ImportError: if this version of TRL has no such head.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(without_peft(model), outputs=(*outputs, "log_sum_sq_probs"))
+
+
+def squares_of(outputs: Any, log_probs: Tensor) -> Tensor:
+    """‖p − e_y‖² of each token, `[rows, positions]`; 0 where it has no loss."""
+    squares = per_example.squares_of_fused_head(log_probs, outputs.log_sum_sq_probs)
+    return squares.masked_fill(~outputs.label_mask, 0.0)
+
+
+def added_by(trainer: Any, outputs: Any) -> Tensor | float:
+    """What a mixture of experts adds to the loss of a batch."""
+    return trainer.router_aux_loss_coef * outputs.aux_loss if trainer.aux_loss_enabled else 0.0
