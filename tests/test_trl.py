@@ -128,7 +128,10 @@ def pairs(tmp_path, cls, importance=UNIFORM, more=None, model=None, **changes):
     else:
         model = qwen(Qwen2ForSequenceClassification, num_labels=1)
     args = settings(kind, tmp_path, **{"max_length": 64, **changes})
-    return cls(model=model, args=args, train_dataset=rows("pairs"), processing_class=tokenizer(), **more)
+    data = rows("pairs")
+    if kind is trl.RewardConfig:
+        data = data.add_column("margin", [0.5 * (i % 3) for i in range(len(data))])
+    return cls(model=model, args=args, train_dataset=data, processing_class=tokenizer(), **more)
 
 
 def train(run):
@@ -328,11 +331,15 @@ def test_evaluation_is_that_of_trl(tmp_path):
         )
 
 
-def test_the_report_and_the_card_know_the_texts(tmp_path):
-    run = train(sft(tmp_path, importance=tiny.FIXED, data="prompt", save_strategy="epoch"))
-    page = run.importance_report()
-    assert page.exists()
-    assert run.importances.isfinite().any()
+def test_the_report_has_the_mean_loss_of_the_tokens(tmp_path):
+    run = train(sft(tmp_path, importance=tiny.EVEN, learning_rate=0.0, num_train_epochs=1, save_strategy="epoch"))
+    assert run.importance_report().exists()
+    expected = []
+    for row in run.train_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            expected.append(run.model(input_ids=ids, labels=ids).loss)
+    torch.testing.assert_close(run._findings().columns["loss"], torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 class Penalty(trl.SFTTrainer):
@@ -464,11 +471,12 @@ def test_importances_of_reward_pairs(centering, tmp_path):
                 [run.model(input_ids=torch.tensor([row[k]])).logits[0, 0] for k in ("chosen_ids", "rejected_ids")]
             )
         z = z.double().requires_grad_()
-        loss = -torch.nn.functional.logsigmoid(z[0] - z[1]) + (centering or 0.0) * (z[0] + z[1]) ** 2
+        difference = z[0] - z[1] - row["margin"]
+        loss = -torch.nn.functional.logsigmoid(difference) + (centering or 0.0) * (z[0] + z[1]) ** 2
         (gradient,) = torch.autograd.grad(loss, z)
         expected.append(gradient.norm())
         if centering is None:
-            assert gradient.norm().item() == pytest.approx(2**0.5 * torch.sigmoid(z[1] - z[0]).item())
+            assert gradient.norm().item() == pytest.approx(2**0.5 * torch.sigmoid(-difference).item())
     torch.testing.assert_close(run.importances.double(), torch.stack(expected), rtol=1e-4, atol=1e-6)
     assert run.importances.std() > 1e-3, "premise"
 
