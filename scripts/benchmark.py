@@ -37,6 +37,7 @@ TABLES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
     "overhead": ("overhead", overhead.tables),
     "draws": ("draws", draws.tables),
     "label_errors": ("label_errors", label_errors.tables),
+    "texts": ("texts", texts.tables),
 }
 """What stands between which marks of the README: made of which file, and how."""
 

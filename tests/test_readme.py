@@ -83,6 +83,7 @@ FIGURES = {
     "overhead": ("ratio",),
     "draws": ("batch_mean",),
     "label_errors": ("auroc_mean_loss",),
+    "texts": ("loss", "tokens"),
 }
 """Some that the tables are made of."""
 

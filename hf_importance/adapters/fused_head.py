@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_importance.losses import per_example
 from hf_importance.losses.first_batch import without_peft
 
 
@@ -23,12 +22,6 @@ def ask_for_squares(model: nn.Module, outputs: tuple[str, ...]) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(without_peft(model), outputs=(*outputs, "log_sum_sq_probs"))
-
-
-def squares_of(outputs: Any, log_probs: Tensor) -> Tensor:
-    """‖p − e_y‖² of each token, `[rows, positions]`; 0 where it has no loss."""
-    squares = per_example.squares_of_fused_head(log_probs, outputs.log_sum_sq_probs)
-    return squares.masked_fill(~outputs.label_mask, 0.0)
 
 
 def added_by(trainer: Any, outputs: Any) -> Tensor | float:

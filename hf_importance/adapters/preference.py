@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, outputs_of
-from hf_importance.adapters.fused_head import added_by, ask_for_squares, squares_of
+from hf_importance.adapters.fused_head import added_by, ask_for_squares
+from hf_importance.losses import per_example
 from hf_importance.losses.objective import Measured, seen_of
 from hf_importance.sampling.draw import Draw
 
@@ -74,7 +75,8 @@ class DPOLoss(LossAdapter):
 
         def of_logits() -> Tensor:
             (slope,) = torch.autograd.grad(losses.sum(), log_probs, retain_graph=True)
-            of_answers = (slope.float().square() * squares_of(outputs, *log_probs)).sum(1)
+            squares = per_example.squares_of_fused_head(*log_probs, outputs.log_sum_sq_probs)
+            of_answers = (slope.float().square() * squares).sum(1)
             return of_answers.view(2, pairs).sum(0).sqrt()
 
         importance = self.importance(losses, of_logits)

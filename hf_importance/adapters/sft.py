@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance.adapters.base import ComputeLoss, LossAdapter, outputs_of
-from hf_importance.adapters.fused_head import added_by, ask_for_squares, squares_of
+from hf_importance.adapters.fused_head import added_by, ask_for_squares
 from hf_importance.losses import per_example
 from hf_importance.losses.heads import predicted
 from hf_importance.losses.objective import Measured, seen_of
@@ -52,9 +52,10 @@ class SFTLoss(LossAdapter):
 
     def _fused(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Of each position, `[rows, positions]`: the loss, and ‖∂loss/∂logits‖²; 0 where there is none."""
-        losses, squares = -outputs.log_probs, squares_of(outputs, outputs.log_probs)
+        log_p = outputs.log_probs
+        losses, squares = -log_p, per_example.squares_of_fused_head(log_p, outputs.log_sum_sq_probs)
         if self.trainer.args.loss_type == "dft":  # p · −log p with p a constant (Wu et al. 2025, arXiv 2508.05629)
-            p = outputs.log_probs.detach().exp()
+            p = log_p.detach().exp()
             losses, squares = losses * p, squares * p.square()
         return F.pad(losses, (0, 1)), F.pad(squares, (0, 1))  # the last token predicts none
 

@@ -155,6 +155,9 @@ def squares_of_fused_head(log_p: Tensor, log_sum_sq: Tensor) -> Tensor:
         log_p: log p_y of the label, of any shape.
         log_sum_sq: log Σ p² over all classes, likewise.
 
+    Returns:
+        Of that shape, in 0 … 2; 0 where log p_y is 0, as such heads return it of tokens without a loss.
+
     >>> p = torch.tensor([0.5, 0.3, 0.2])
     >>> squares_of_fused_head(p[0].log(), p.square().sum().log())
     tensor(0.3800)
