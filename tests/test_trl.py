@@ -404,7 +404,7 @@ def test_an_older_trl_is_told_when_it_is_made(tmp_path, monkeypatch):
         original(self, trainer)
 
     monkeypatch.setattr(adapter.SFTLoss, "__init__", without_head)
-    with pytest.raises(ImportError, match=r"trl \d+\.\d+.* does not have .*install trl>=1.15"):
+    with pytest.raises(ImportError, match=r"trl \d+\.\d+.* does not have .*install trl>=1.16"):
         sft(tmp_path, Old)
 
 

@@ -17,7 +17,7 @@ _ADAPTERS = {
     ("sentence_transformers", "MultiVectorEncoderTrainer"): "sentences.SentenceLoss",
 }
 """By package and class."""
-_TOO_OLD = {"trl": "trl>=1.15", "sentence_transformers": "sentence-transformers>=5.2.3"}
+_TOO_OLD = {"trl": "trl>=1.16", "sentence_transformers": "sentence-transformers>=5.2.3"}
 _ON_POLICY = (
     "it trains on completions that it has the model write, and compares those of one prompt with each other, so that "
     "the loss of one alone does not exist"
