@@ -572,6 +572,8 @@ def test_sums_over_one_row_are_those_over_many():
     by_prediction = values[0].split([2, 1, 5])  # a position is of the example of the next token
     assert found.tolist() == pytest.approx([x.sum().item() for x in by_prediction])
     assert found.tolist() != pytest.approx([x.sum().item() for x in by_token]), "control"
+    virtual = torch.cat([torch.full((1, 2), 9.0), torch.nn.functional.pad(values, (0, 2))], 1)
+    assert torch.equal(sum_of_rows(virtual, rows, 3), found), "what virtual tokens before them predict is left out"
 
 
 @pytest.mark.parametrize(("shape", "lengths"), [((2, 5), None), ((1, 5), None), ((1, 5), [3, 4, 5])])
@@ -591,3 +593,13 @@ def test_squares_of_a_fused_head_do_not_cancel(logit, precision):
     naive = given[1].exp() - 2 * given[0].exp() + 1
     if logit == 20.0:
         assert naive.abs().sqrt().item() != pytest.approx(exact, rel=precision), "control"
+
+
+@pytest.mark.parametrize("logit", [10.0, 12.0, 13.0, 14.0, 15.0, 16.0])
+def test_squares_of_a_fused_head_are_as_large_as_they_can_be(logit):
+    """(1 − p)² to twice that, as the rest is on many classes or on one, whatever rounding makes of Σ p²."""
+    log_p = torch.tensor([logit, 0.3, -0.2, 0.1], dtype=torch.float64).log_softmax(0)
+    log_sum_sq = (2 * log_p).logsumexp(0).float()
+    of_label = torch.expm1(log_p[0]).square().item()
+    for wrong in (log_sum_sq - 1e-6, log_sum_sq + 1e-6):
+        assert 0.999 * of_label < per_example.squares_of_fused_head(log_p[0].float(), wrong).item() < 2.001 * of_label
