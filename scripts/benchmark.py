@@ -1,18 +1,17 @@
 """Benchmarks: what importance sampling saves, what it costs, what it finds.
 
-    python scripts/benchmark.py accuracy             # tasks × methods × budgets × seeds: an hour on two cores
+    python scripts/benchmark.py accuracy             # tasks × methods × budgets × seeds: hours on two cores
     python scripts/benchmark.py accuracy --quick     # ten minutes
-    python scripts/benchmark.py overhead             # a step over one of Trainer; nothing else should run meanwhile
+    python scripts/benchmark.py seconds              # of whole trainings; nothing else should run meanwhile
+    python scripts/benchmark.py overhead             # a step relative to Trainer; nothing else should run meanwhile
     python scripts/benchmark.py draws                # a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # are wrong labels found?
-    python scripts/benchmark.py texts                # of their natural length: padding, tokens, what is written
-    python scripts/benchmark.py readme               # puts the tables of all of them into the README
+    python scripts/benchmark.py pages                # puts the tables of all of them into the pages
 
 Each part fills a file in scripts/results, or `--output`. What is already there is not run again, so that a grid may be
-interrupted and gone on with. `--show` prints the tables that are made of the file, and runs nothing. The tasks with
-Fashion-MNIST need FASHION_MNIST=PATH, an npz file with train_images, train_labels, test_images, test_labels. The task
-banking77, minutes per run and only done where it is named, needs BANKING77=PATH, a folder with train.csv and test.csv,
-and takes its model from the Hub, or from MINILM=PATH.
+interrupted and gone on with. `--show` prints the tables that are made of the file, and runs nothing. Without
+BENCHMARK_DATA=FOLDER only the tasks with embedded data are run; scripts/results/README.md says what belongs into it,
+and how to add a task or a method.
 """
 
 from __future__ import annotations
@@ -26,20 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import accuracy, draws, effective, label_errors, overhead, results, texts
+from benchmarks import accuracy, comparison, draws, label_errors, overhead, results, seconds
 from benchmarks.methods import METHODS
+from benchmarks.plot import plot
 from benchmarks.tasks import TASKS
 
-TABLES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
-    "saved": ("accuracy", effective.claims),
-    "effective": ("accuracy", effective.tables),
-    "accuracy": ("accuracy", accuracy.tables),
-    "overhead": ("overhead", overhead.tables),
-    "draws": ("draws", draws.tables),
-    "label_errors": ("label_errors", label_errors.tables),
-    "texts": ("texts", texts.tables),
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "scripts/results/README.md")
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "saved": (("accuracy",), comparison.claims),
+    "decision": (("accuracy", "seconds"), comparison.decision_table),
+    "whole": (("accuracy",), comparison.whole_table),
+    "match": (("accuracy",), comparison.match_table),
+    "figures": (("accuracy",), comparison.figures_table),
+    "overhead": (("overhead",), overhead.tables),
+    "draws": (("draws",), draws.tables),
+    "label_errors": (("label_errors",), label_errors.tables),
 }
-"""What stands between which marks of the README: made of which file, and how."""
+"""What stands between which marks of the pages: made of which files, and how."""
 
 
 def run_accuracy(arguments: argparse.Namespace) -> str:
@@ -47,17 +50,30 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
     path = _file_of(arguments)
     seeds, budgets = range(1, arguments.seeds + 1), arguments.budgets
     if arguments.quick:
-        seeds, budgets = (1,), (0.5, 1.0)
-    grid = itertools.product(seeds, arguments.tasks, arguments.methods, budgets)
-    grid = [(task, method, budget, seed) for seed, task, method, budget in grid]
+        seeds, budgets = (1,), (0.7, 1.0)
+    grid = [
+        (task, method, budget, seed)
+        for seed, task, method in itertools.product(seeds, arguments.tasks, arguments.methods)
+        for budget in budgets or TASKS[task].budgets
+        if METHODS[method].runs_at(budget, TASKS[task].of_texts)
+    ]
     for bound in (False, True):  # those that have as many steps as others have taken come after them
-        points = [point for point in grid if METHODS[point[1]].runs_at(point[2], bound)]
+        points = [point for point in grid if bound == (METHODS[point[1]].as_long_as is not None)]
         steps = {tuple(found[key] for key in accuracy.KEYS): found["steps"] for found in results.load(path)["runs"]}
         run = functools.partial(accuracy.run, steps_taken=steps)
         runs = _filled(arguments, accuracy.KEYS, points, run, accuracy.settings)
-    accuracy.plot(runs, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(accuracy.details(runs), encoding="utf-8")
-    return "\n\n".join([effective.tables(runs), accuracy.tables(runs)])
+    tables = [comparison.decision_table(runs), comparison.whole_table(runs), comparison.match_table(runs)]
+    if comparison.tasks(runs):
+        plot(runs, path.with_suffix(".png"))
+    return "\n\n".join([*tables, comparison.figures_table(runs)])
+
+
+def run_seconds(arguments: argparse.Namespace) -> str:
+    """Tasks × seeds, one after the other."""
+    arguments.processes = 1
+    grid = ((task, seed) for seed, task in itertools.product(range(1, arguments.seeds + 1), arguments.tasks))
+    runs = _filled(arguments, seconds.KEYS, grid, seconds.run)
+    return "\n".join(f"{task}: {comparison.share_of_seconds(runs, task)}" for task in {run["task"]: 0 for run in runs})
 
 
 def run_overhead(arguments: argparse.Namespace) -> str:
@@ -85,29 +101,23 @@ def run_label_errors(arguments: argparse.Namespace) -> str:
     return label_errors.tables(_filled(arguments, label_errors.KEYS, points, label_errors.run))
 
 
-def run_texts(arguments: argparse.Namespace) -> str:
-    """Tasks × methods × seeds."""
-    grid = itertools.product(range(1, arguments.seeds + 1), arguments.tasks, arguments.methods)
-    points = ((task, method, seed) for seed, task, method in grid)
-    return texts.tables(_filled(arguments, texts.KEYS, points, texts.run))
-
-
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
     """The text with the tables of the files between its marks, `<!-- NAME -->` and `<!-- /NAME -->`."""
-    for name, (part, tables) in TABLES.items():
+    for name, (parts, tables) in TABLES.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if start in text:
             before, rest = text.split(start)
-            runs = results.load(folder / f"{part}.json")["runs"]
-            text = f"{before}{start}\n{tables(runs)}\n\n{end}{rest.split(end)[1]}"
+            runs = [results.load(folder / f"{part}.json")["runs"] for part in parts]
+            text = f"{before}{start}\n{tables(*runs)}\n\n{end}{rest.split(end)[1]}"
     return text
 
 
-def run_readme(_: argparse.Namespace) -> str:
-    """Put the tables into the README."""
-    readme = Path(__file__).parent.parent / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    return f"The tables were put into {readme}"
+def run_pages(_: argparse.Namespace) -> str:
+    """Put the tables into the pages."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (ROOT / page).write_text(with_tables(text), encoding="utf-8")
+    return f"The tables were put into {' and '.join(PAGES)}"
 
 
 def _file_of(arguments: argparse.Namespace) -> Path:
@@ -126,6 +136,11 @@ def _filled(
     return results.load(_file_of(arguments))["runs"]
 
 
+def _tasks_at_hand() -> list[str]:
+    everything = "BENCHMARK_DATA" in os.environ
+    return [name for name, task in TASKS.items() if task.embedded or (everything and not task.slow)]
+
+
 def new_parser() -> argparse.ArgumentParser:
     """Of the flags of all parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,9 +152,11 @@ def new_parser() -> argparse.ArgumentParser:
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("accuracy", parents=[common], help="what comes of a budget?")
     part.add_argument("--quick", action="store_true", help="one seed, two budgets")
-    part.add_argument("--tasks", nargs="+", choices=TASKS, default=[task for task in TASKS if task != "banking77"])
+    part.add_argument("--tasks", nargs="+", choices=TASKS, default=_tasks_at_hand())
     part.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    part.add_argument("--budgets", nargs="+", type=float, default=list(accuracy.BUDGETS))
+    part.add_argument("--budgets", nargs="+", type=float, help="shares of the full training, if not those of the task")
+    part = parts.add_parser("seconds", parents=[common], help="how long does a training take?")
+    part.add_argument("--tasks", nargs="+", choices=TASKS, default=_tasks_at_hand())
     part = parts.add_parser("overhead", parents=[common], help="what does a step cost?")
     part.add_argument("--models", nargs="+", choices=overhead.MODELS)
     part.add_argument("--workers", nargs="+", type=int, default=[0, 4])
@@ -147,10 +164,7 @@ def new_parser() -> argparse.ArgumentParser:
     part = parts.add_parser("label_errors", parents=[common], help="are wrong labels found?")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(label_errors.TASKS))
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
-    part = parts.add_parser("texts", parents=[common], help="what of texts of their natural length?")
-    part.add_argument("--tasks", nargs="+", choices=texts.TASKS, default=list(texts.TASKS))
-    part.add_argument("--methods", nargs="+", choices=texts.METHODS, default=list(texts.METHODS))
-    parts.add_parser("readme", help="put the tables into the README")
+    parts.add_parser("pages", help="put the tables into the pages")
     return parser
 
 
@@ -161,8 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         "overhead": run_overhead,
         "draws": run_draws,
         "label_errors": run_label_errors,
-        "texts": run_texts,
-        "readme": run_readme,
+        "seconds": run_seconds,
+        "pages": run_pages,
     }[arguments.part]
     print(run(arguments))
 

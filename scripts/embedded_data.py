@@ -44,8 +44,10 @@ def digits() -> datasets.DatasetDict:
     return data.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
 
 
-def docstrings(per_package: int = 1000) -> datasets.DatasetDict:
-    """First paragraphs of docstrings of installed packages, labelled with the package; a fifth is the test.
+def docstrings(per_package: int = 1000, whole: bool = False) -> datasets.DatasetDict:
+    """First paragraphs of docstrings of installed packages, or `whole` ones, labelled with the package.
+
+    A fifth is the test.
 
     Of texts that begin or end with the same six words only one is kept, so that no near copy crosses the split. The
     first call reads source files (some seconds); `datasets` caches the result for these versions of the packages.
@@ -55,7 +57,7 @@ def docstrings(per_package: int = 1000) -> datasets.DatasetDict:
     data = datasets.Dataset.from_generator(
         _texts,
         features=datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names)),
-        gen_kwargs={"versions": versions, "per_package": per_package},
+        gen_kwargs={"versions": versions, "per_package": per_package, "whole": whole},
     )
     return data.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
 
@@ -89,11 +91,11 @@ def _folders(versions: dict[str, str]) -> list[Path]:
     return [*folders, Path(sysconfig.get_path("stdlib"))]
 
 
-def _texts(versions: dict[str, str], per_package: int) -> Iterator[dict[str, object]]:
+def _texts(versions: dict[str, str], per_package: int, whole: bool) -> Iterator[dict[str, object]]:
     seen: set[str] = set()
     for label, folder in enumerate(_folders(versions)):
         found = 0
-        for _, text in _documented(folder):
+        for _, text in _documented(folder, whole):
             ends = _ends(text)
             if seen.isdisjoint(ends):
                 yield {"text": text, "label": label}
@@ -108,8 +110,8 @@ def _ends(text: str) -> tuple[str, str]:
     return "^" + " ".join(words[:_FEWEST_WORDS]), "$" + " ".join(words[-_FEWEST_WORDS:])
 
 
-def _documented(folder: Path) -> Iterator[tuple[ast.AST, str]]:
-    """First paragraphs of at least six words, file by file in an order that mixes the subpackages."""
+def _documented(folder: Path, whole: bool = False) -> Iterator[tuple[ast.AST, str]]:
+    """First paragraphs of at least six words, or all of them, file by file in an order that mixes the subpackages."""
     relative = [path.relative_to(folder) for path in folder.rglob("*.py")]
     files = [path for path in relative if {"site-packages", "tests", "test"}.isdisjoint(path.parts)]
     for path in sorted(files, key=lambda path: zlib.crc32(path.as_posix().encode())):
@@ -120,7 +122,8 @@ def _documented(folder: Path) -> Iterator[tuple[ast.AST, str]]:
         except (SyntaxError, UnicodeDecodeError):  # templates and test material of other packages
             continue
         for node in _definitions(tree):
-            paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            text = ast.get_docstring(node) or ""
+            paragraph = " ".join((text if whole else text.split("\n\n")[0]).split())
             if len(re.findall(r"[A-Za-z]+", paragraph)) >= _FEWEST_WORDS:
                 yield node, paragraph
 

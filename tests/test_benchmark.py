@@ -7,10 +7,26 @@ from dataclasses import replace
 
 import benchmark
 import pytest
+import tiny
 import torch
-from benchmarks import accuracy, draws, effective, label_errors, overhead, results, tasks
-from benchmarks.methods import LOW, METHODS, InfoBatch, Method, Presampling, Rival, RivalTrainer, SeTa
-from scipy.optimize import minimize
+from benchmarks import accuracy, comparison, draws, from_scratch, label_errors, overhead, pretrained, results, seconds
+from benchmarks.from_scratch import Perceptron, with_wrong_labels
+from benchmarks.methods import METHODS, Method
+from benchmarks.rivals import (
+    ESWP,
+    KAKURENBO,
+    EvolvedSampling,
+    InfoBatch,
+    Rival,
+    RivalTrainer,
+    Seen,
+    SeTa,
+    SeTaHalf,
+)
+from benchmarks.task import Rows, Task, collate, predict
+from benchmarks.tasks import TASKS
+
+from hf_importance.losses.objective import Objective
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +40,10 @@ def small(monkeypatch):
     }
     numbers = {**columns, "labels": columns["values"].sum(1)}
     found = {
-        "digits": tasks.Task(columns, columns, lambda: tasks.Perceptron(8, 16, 4), 4, 16, 1e-2),
-        "image": tasks.Task(numbers, numbers, lambda: tasks.Perceptron(8, 16, 1), 4, 16, 1e-2),
+        "digits": Task(columns, columns, lambda: Perceptron(8, 16, 4), 4, 16, 1e-2),
+        "image": Task(numbers, numbers, lambda: Perceptron(8, 16, 1), 4, 16, 1e-2),
     }
-    for module in (accuracy, label_errors):
+    for module in (accuracy, label_errors, seconds):
         monkeypatch.setattr(module, "task_of", found.__getitem__)
     return found
 
@@ -45,7 +61,7 @@ def test_a_run_has_the_steps_of_its_budget(method, task):
     cost = METHODS[method].cost
     for budget in (1.0, 0.5):
         found = accuracy.run(task, method, budget, seed=1)
-        assert found["steps"] == 24 * budget / cost
+        assert found["steps"] == round(24 * budget / cost)
         assert found["score"] == (found["accuracy"] if task == "digits" else -found["error"])
         assert ("pruned" in found) == (METHODS[method].settings is not None)
 
@@ -116,183 +132,323 @@ def test_rival_is_uniform_reshuffling(small, tmp_path):
     assert set(weight.tolist()) == {1.0}
 
 
+def seen(losses, right=True, confidence=1.0):
+    losses = torch.as_tensor(losses, dtype=torch.float32)
+    return Seen(losses, torch.full_like(losses, confidence), torch.full(losses.shape, right))
+
+
+def started(rival, progress):
+    """The same, that far in its training."""
+    rival.step, rival.epoch = round(progress * rival.steps), 1
+    return rival
+
+
 def test_infobatch_leaves_out_half_of_the_easy_and_weighs_the_rest():
     torch.manual_seed(0)
     rival = InfoBatch(100, 10, 80)
     assert len(rival.choose()[0]) == 100, "nothing is known"
-    rival.observe(torch.arange(100), torch.cat([torch.zeros(60), torch.ones(40)]))
+    rival.observe(torch.arange(100), seen(torch.cat([torch.zeros(60), torch.ones(40)])))
     total, visits = torch.zeros(100), 400
     for index, weight in epochs(rival, visits):
-        assert len(index.unique()) == len(index)
+        assert len(index) == len(index.unique()) == 70
         assert set(weight[index < 60].tolist()) == {2.0}
         assert set(weight[index >= 60].tolist()) == {1.0}
-        assert (index >= 60).sum() == 40
         total.index_add_(0, index, weight)
     torch.testing.assert_close(total / visits, torch.ones(100), atol=0.2, rtol=0)  # 4 σ of a fair coin
-    rival.step = 70
-    assert len(rival.choose()[0]) == 100, "the last eighth has all"
+    assert len(started(rival, 0.86).choose()[0]) == 70
+    assert len(started(rival, 0.875).choose()[0]) == 100, "the last eighth has all"
 
 
-def test_seta_slides_from_easy_to_hard():
-    rival = SeTa(1000, 10, 800)
-    assert len(rival.choose()[0]) == 1000
-    rival.observe(torch.arange(1000), torch.arange(1000) // 100 + 0.0)
-    rival.step = 1
+@pytest.mark.parametrize(
+    ("cls", "first"), [(SeTa, [1, 0, 1, 0]), (SeTaHalf, [1, 2, 3, 4, 5, 0, 1])], ids=["code", "paper"]
+)
+def test_seta_slides_from_easy_to_hard(cls, first):
+    rival = cls(1000, 10, 800)
+    assert len(rival.choose()[0]) == 1000 * cls.kept
+    rival.observe(torch.arange(1000), seen(torch.arange(1000) // (1000 // cls.groups)))
     lowest = []
-    for index, weight in epochs(rival, 7):
-        assert 400 < len(index) < 500
+    for rival.epoch in range(1, 1 + len(first)):
+        index, weight = rival.choose()
+        assert len(index) == len(index.unique())
+        assert len(index) == pytest.approx(1000 * cls.kept * cls.window / cls.groups, rel=0.1)
         assert set(weight.tolist()) == {1.0}
-        groups = (index // 100).unique().tolist()
-        assert groups == list(range(groups[0], groups[0] + 5))
+        groups = (index // (1000 // cls.groups)).unique().tolist()
+        assert groups == list(range(groups[0], groups[0] + cls.window))
         lowest.append(groups[0])
-    assert lowest == [0, 1, 2, 3, 4, 5, 0]
+    assert lowest == first
+    rival.step = 700
+    assert len(rival.choose()[0]) == 1000 * cls.kept, "the last eighth has no window"
 
 
-def test_low_solves_its_problem():
-    g = torch.Generator().manual_seed(1)
-    importance = torch.rand(8, generator=g) * 1.4
-    weight = LOW(8, 8, 1).reweigh(torch.ones(8), importance).double()
-    gain = importance.double() ** 2
+def test_kakurenbo_hides_what_is_low_right_and_sure():
+    rival, looked = KAKURENBO(100, 10, 100), []
+    rival.look = lambda index: looked.append(index) or seen(torch.full((len(index),), 9.0), right=False)
+    assert len(rival.choose()[0]) == 100, "nothing is known"
+    losses = torch.arange(100.0)
+    rival.observe(torch.arange(100), Seen(losses, torch.where(losses < 20, 0.8, 0.6), losses % 2 == 0))
+    started(rival, 0.1)
+    index, weight = rival.choose()
+    assert sorted(set(range(100)) - set(index.tolist())) == list(range(0, 20, 2)), "of the lowest 30"
+    assert len(index) == 90
+    assert set(weight.tolist()) == {1.0}
+    assert not looked
+    assert len(rival.choose()[0]) == 100, "they have a high loss now"
+    assert sorted(looked[0].tolist()) == list(range(0, 20, 2))
+    rival.observe(torch.arange(100), seen(losses))
+    rival.look = lambda index: seen(losses[index])
+    for progress, hidden in ((0.0, 30), (0.3, 30), (0.31, 24), (0.6, 24), (0.7, 18), (0.9, 12), (1.0, 12)):
+        assert len(started(rival, progress).choose()[0]) == 100 - hidden
+        rival.epoch = 2
+        assert rival.learning_rate_factor() == pytest.approx(1 / (1 - hidden / 100))
+    rival.epoch = 1
+    assert rival.learning_rate_factor() == 1.0
 
-    def lost(w):
-        w = torch.from_numpy(w)
-        return (0.1 * (w - 1).square().sum() - (w * gain).sum()).item()
 
-    bounds, total = [(0, None)] * 8, {"type": "eq", "fun": lambda w: w.sum() - 8}
-    best = minimize(lost, [1.0] * 8, bounds=bounds, constraints=[total], method="SLSQP", options={"ftol": 1e-12})
-    torch.testing.assert_close(weight, torch.from_numpy(best.x), atol=1e-3, rtol=0)
-    assert (weight == 0).any(), "control: the bound is reached"
-    assert lost(weight.numpy()) < lost(torch.ones(8).double().numpy())
-
-
-def test_presampling_is_unbiased():
+def test_evolved_sampling_draws_a_quarter_by_the_evolved_losses():
     torch.manual_seed(0)
-    rival = Presampling(12, 4, 100)
-    importance = torch.tensor([0.1, 0.2, 0.3, 0.5, 1.0, 2.0])
-    total, draws = torch.zeros(6), 4000
+    rival, index = EvolvedSampling(40, 8, 100), torch.arange(8, 16)
+    losses = torch.tensor([0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0])
+    assert rival.select(index, lambda: pytest.fail("no need to look")).tolist() == list(range(8))
+    rival.observe(index, seen(losses))
+    average = 0.9 / 40 + 0.1 * losses
+    torch.testing.assert_close(rival.average[index], average)
+    assert rival.average[0] == 1 / 40
+    started(rival, 0.5)
+    chosen = rival.select(index, lambda: seen(losses))
+    assert len(chosen) == len(chosen.unique()) == 2
+    torch.testing.assert_close(rival.average[index], 0.9 * average + 0.1 * losses)
+    rival.observe(index[chosen], seen(losses[chosen]))
+    torch.testing.assert_close(rival.average[index], 0.9 * average + 0.1 * losses), "they were taken in already"
+    counts, draws = torch.zeros(8), 3000
+    rival.second = 1.0  # the average stays
+    weight = 0.2 * rival.average[index] + 0.8 * losses
     for _ in range(draws):
-        chosen, weight = rival.select(importance, importance)
-        assert len(chosen) == 4
-        total.index_add_(0, chosen, weight / 4)
-    torch.testing.assert_close(total / draws * 6, torch.ones(6), atol=0.25, rtol=0)
+        counts[rival.select(index, lambda: seen(losses))] += 1
+    p = weight / weight.sum()
+    second = [sum(p[j] * p[i] / (1 - p[j]) for j in range(8) if j != i) for i in range(8)]
+    torch.testing.assert_close(counts / draws, p + torch.stack(second), atol=0.04, rtol=0)
+    assert len(started(rival, 0.96).select(index, lambda: seen(losses))) == 8, "the last twentieth has all"
+
+
+def test_eswp_prunes_by_the_average():
+    torch.manual_seed(0)
+    rival = ESWP(100, 10, 100)
+    assert len(rival.choose()[0]) == 100
+    rival.average = torch.where(torch.arange(100) < 50, 1e-3, 1.0)
+    index, weight = started(rival, 0.5).choose()
+    assert len(index) == len(index.unique()) == 80
+    assert (index >= 50).sum() == 50
+    assert set(weight.tolist()) == {1.0}
+    assert len(started(rival, 0.97).choose()[0]) == 100
+
+
+def test_costs_of_the_rivals():
+    """A forward pass is a third of a step."""
+    assert EvolvedSampling.cost == pytest.approx(0.9 * (1 / 3 + 1 / 4) + 0.1)
+    shares = [0.3 * 0.3, 0.3 * 0.24, 0.2 * 0.18, 0.2 * 0.12]
+    assert KAKURENBO.cost == pytest.approx(1 + sum(shares) / 3 / (1 - sum(shares)), abs=2e-3)
+    assert InfoBatch.cost == SeTa.cost == 1
+
+
+def made_trainer(task, rival, folder):
+    arguments = task.arguments(str(folder), rival.steps, 1)
+    arguments.weight_decay = 0.0
+    rows = Rows(task.train)
+    return RivalTrainer(task.model(), arguments, rival=rival, train_dataset=rows, data_collator=collate)
 
 
 def test_weights_reach_the_loss(small, tmp_path):
-    """A rival that weighs all examples with nothing trains nothing; one that weighs them with 1 trains."""
+    task, index = small["digits"], torch.arange(16)
+    trainer, weight = made_trainer(task, Rival(96, 16, 6), tmp_path), torch.linspace(0, 2, 16)
+    batch = {name: column[index] for name, column in task.train.items()}
+    losses = torch.nn.functional.cross_entropy(trainer.model(batch["values"]).logits, batch["labels"], reduction="none")
+    found = trainer.compute_loss(trainer.model, {**batch, "index": index, "weight": weight})
+    torch.testing.assert_close(found, (weight * losses).mean())
+    assert not torch.allclose(found, losses.mean(), rtol=1e-3), "control"
+    assert trainer.rival.step == 1
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), losses.mean())
 
-    class Weighing(Rival):
-        value = 0.0
 
-        def reweigh(self, weight, importance):
-            return weight * self.value
+def test_a_rival_sees_the_losses_of_its_examples_and_may_look_and_raise_the_learning_rate(small, tmp_path):
+    class Looking(Rival):
+        def observe(self, index, found):
+            logits = trainer.model(values=small["digits"].train["values"][index]).logits
+            labels = small["digits"].train["labels"][index]
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            torch.testing.assert_close(found.losses, losses.detach())
+            torch.testing.assert_close(found.confidence, logits.detach().softmax(1).amax(1))
+            assert torch.equal(found.right, logits.argmax(1) == labels)
+            assert torch.equal(self.look(index).losses, found.losses)
+            rates.append(trainer.lr_scheduler.get_last_lr()[0])
 
-    for value, same in ((0.0, True), (1.0, False)):
-        torch.manual_seed(0)
-        task, rival = small["digits"], Weighing(96, 16, 6)
-        rival.value = value
-        model = task.model()
-        before = [p.clone() for p in model.parameters()]
-        arguments = task.arguments(str(tmp_path), 6, 1)
-        arguments.weight_decay = 0.0
-        rows = tasks.Rows(task.train)
-        RivalTrainer(model, arguments, rival=rival, train_dataset=rows, data_collator=tasks.collate).train()
-        assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)) == same
-        assert rival.step == 6
+        def select(self, index, look):
+            assert len(look().losses) == len(index)
+            return torch.arange(4)
+
+        def learning_rate_factor(self):
+            return 3.0
+
+    rates = []
+    trainer = made_trainer(small["digits"], Looking(96, 16, 6), tmp_path)
+    trainer.train()
+    assert max(rates) == pytest.approx(3e-2)
+
+
+def test_of_tokens_a_rival_sees_the_mean():
+    model, batch = tiny.token_bert().eval(), tiny.pad(tiny.token_rows(6))
+    labels = batch.pop("labels")
+    found = Seen.of(Objective(model)(model, batch, {"labels": labels}, 6))
+    losses = torch.nn.functional.cross_entropy(model(**batch).logits.mT, labels, reduction="none")
+    wanted = (losses.sum(1) / (labels != -100).sum(1)).detach()
+    torch.testing.assert_close(found.losses, wanted)
+    torch.testing.assert_close(found.confidence, (-wanted).exp())
+    assert found.right.all()
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_cut_to_their_length_and_batches_to_their_longest():
+    columns = tiny.pad(tiny.token_rows(12))
+    columns["numbers"] = torch.arange(12)
+    lengths = columns["attention_mask"].sum(1)
+    rows, index = Rows(columns), [3, 7, 1]
+    for i in range(12):
+        assert len(rows[i]["input_ids"]) == len(rows[i]["labels"]) == lengths[i]
+    assert rows.real == rows.padded == 0, "only batches are counted"
+    batch = collate(rows.__getitems__(index))
+    longest = max(lengths[index])
+    assert longest < max(lengths), "premise"
+    for name, column in columns.items():
+        wanted = column[index] if name == "numbers" else column[index, :longest]
+        assert torch.equal(batch[name], wanted)
+    assert (rows.real, rows.padded) == (lengths[index].sum(), 3 * longest)
+    assert torch.equal(collate([rows[5]])["labels"], columns["labels"][5:6, : lengths[5]])
+    assert accuracy.tokens(rows) == {"tokens": rows.real, "padded_tokens": rows.padded}
+    assert accuracy.tokens(Rows({"labels": torch.zeros(3)})) == {}
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_predictions_of_tokens_are_those_that_have_a_label(shifts, monkeypatch):
+    monkeypatch.setattr("benchmarks.task._EVALUATED", 5)
+    model, columns = tiny.token_bert(), tiny.pad(tiny.token_rows(12))
+    outputs, labels = predict(model, columns, shifts)
+    found = []
+    for i, row in enumerate(tiny.token_rows(12)):
+        logits = model(input_ids=row["input_ids"][None], attention_mask=row["attention_mask"][None]).logits[0].detach()
+        wanted = [(logits[t - shifts], y) for t, y in enumerate(row["labels"]) if y != -100 and t >= shifts]
+        assert wanted, f"premise: {i}"
+        found += wanted
+    torch.testing.assert_close(outputs, torch.stack([logits for logits, _ in found]))
+    assert labels.tolist() == [int(y) for _, y in found]
+
+
+def test_kinds_of_words():
+    source = "def f(self, n=1):\n    x = self.go(n, how='a')  # no\n    return [x for x in y.z]\n"
+    found = [(word, pretrained.KINDS[kind]) for word, kind in pretrained._kinds(source)]
+    other = "other name"
+    assert found == [
+        *[("def", "keyword"), ("f", "defined"), ("self", other), ("n", "named argument"), ("1", "number")],
+        *[("x", other), ("self", other), ("go", "called"), ("n", other), ("how", "named argument"), ("'a'", "string")],
+        *[("return", "keyword"), ("x", other), ("for", "keyword"), ("x", other), ("in", "keyword")],
+        *[("y", other), ("z", "attribute")],
+    ]
+
+
+def test_all_tasks_are_told_apart():
+    assert len({entry.what for entry in TASKS.values()}) == len(TASKS)
+    for entry in TASKS.values():
+        assert entry.budgets[-1] == 1.0
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def found_runs(gain=0.1):
-    """Two methods, budgets and seeds, with figures that are easy to see through."""
+def found_runs():
+    """Of two seeds, with figures that are easy to see through.
+
+    On the digits uniform has .80 and .82, ours .005 more with 60 % of the steps; InfoBatch has .04 less with half the
+    budget and .04 more with all of it. On the image ours is worse.
+    """
     runs = []
-    for method, more in (("uniform", 0.0), ("ours, all steps", gain)):
-        for budget in (0.5, 1.0):
-            for seed in (1, 2):
-                value = budget / 2 + more + seed / 100
-                run = {"task": "digits", "method": method, "budget": budget, "seed": seed, "steps": 1, "seconds": 1.0}
-                runs.append(run | {"accuracy": value, "cross_entropy": 1 - budget / 2, "score": value})
+    for seed in (1, 2):
+        uniform = 0.78 + 0.02 * seed
+
+        def add(method, budget, steps, change, worse, seed=seed, uniform=uniform):
+            head = {"method": method, "budget": budget, "seed": seed, "steps": steps}
+            reached = {"accuracy": uniform + change, "cross_entropy": 0.5 - change, "scaled_cross_entropy": 0.4}
+            runs.append({"task": "digits", **head, "score": reached["accuracy"], **reached, "tokens": 10 * steps})
+            runs.append({"task": "image", **head, "score": 0.0, "error": 0.01 * (1 + worse)})
+
+        add("uniform", 0.5, 50, -0.1, 1.0)
+        add("uniform", 1.0, 100, 0.0, 0.0)
+        add("ours", 1.0, 60, 0.005, 0.2 + 0.1 * seed)
+        add("uniform, as many steps", 1.0, 60, -0.05, 0.1)
+        add("InfoBatch", 0.5, 50, -0.04, 0.5)
+        add("InfoBatch", 1.0, 100, 0.04, -0.5)
     return runs
 
 
-def test_budget_to_reach():
-    curve = {0.5: 0.2, 1.0: 0.4, 1.5: 0.4}
-    assert accuracy.budget_to_reach(curve, 0.3) == pytest.approx(0.75)
-    assert accuracy.budget_to_reach(curve, 0.1) == 0.5, "as low as the grid tells"
-    assert accuracy.budget_to_reach(curve, 0.41) == math.inf
+def test_what_is_as_good():
+    runs = found_runs()
+    assert comparison.tasks(runs) == ["digits", "image"]
+    assert comparison.shortfalls(runs, "digits") == []
+    assert comparison.shortfalls(runs, "image") == ["error +0.0035 ± 0.0005"]
+    worse = [run | ({"cross_entropy": 0.501} if run["method"] == "ours" else {}) for run in runs]
+    assert comparison.shortfalls(worse, "digits") == ["cross-entropy +0.001 ± 0.000"]
+    unsure = [run | ({"cross_entropy": 0.485 + 0.012 * run["seed"]} if run["method"] == "ours" else {}) for run in runs]
+    assert comparison.shortfalls(unsure, "digits") == [], "control: within a standard error"
+    one = [run for run in runs if run["seed"] == 1 or run["method"] == "uniform"]
+    assert comparison.tasks(one) == [], "of one seed there is no error"
 
 
-def test_compute_to_match():
-    """Uniform has 0.5 + seed at 1; ours has 0.35 + seed at 0.5 and 0.6 + seed at 1."""
-    assert accuracy.compute_to_match(found_runs(), "digits", "uniform") == pytest.approx((1.0, 1.0, 1.0))
-    assert accuracy.compute_to_match(found_runs(), "digits", "ours, all steps") == pytest.approx((0.8, 0.8, 0.8))
-    assert accuracy.compute_to_match(found_runs(-0.1), "digits", "ours, all steps")[0] == math.inf
-    assert accuracy.compute_to_match(found_runs(), "digits", "LOW") is None
-    noisy = found_runs()
-    for run in noisy:
-        run["score"] += (run["seed"] - 1.5) * 0.1 * (run["method"] == "ours, all steps")
-    value, low, high = accuracy.compute_to_match(noisy, "digits", "ours, all steps")
-    assert low < value < high, "seeds that differ make an interval"
+def test_share_to_match():
+    """InfoBatch crosses uniform's accuracy half way between .5 and 1, its error at three quarters."""
+    runs = found_runs()
+    assert comparison.share_to_match(runs, "digits", "uniform") == 1.0
+    assert comparison.share_to_match(runs, "digits", "InfoBatch") == pytest.approx(0.75)
+    assert comparison.share_to_match(runs, "image", "InfoBatch") == pytest.approx(0.75)
+    assert comparison.share_to_match(runs, "digits", "KAKURENBO") == math.inf
+    assert comparison.best_rival(runs, "digits") == ("InfoBatch", pytest.approx(0.75))
+    late = [
+        run | ({"cross_entropy": 0.48 + 0.02 * run["budget"]} if run["method"] == "InfoBatch" else {}) for run in runs
+    ]
+    assert comparison.share_to_match(late, "digits", "InfoBatch") == pytest.approx(0.75), "both figures count"
+    never = [run | ({"cross_entropy": 0.6} if run["method"] == "InfoBatch" else {}) for run in runs]
+    assert comparison.share_to_match(never, "digits", "InfoBatch") == math.inf
 
 
 def test_tables(tmp_path, capsys):
-    path = tmp_path / "accuracy.json"
-    results.save(path, results.load(path) | {"runs": found_runs()}, accuracy.KEYS)
+    path, runs = tmp_path / "accuracy.json", found_runs()
+    results.save(path, results.load(path) | {"runs": runs}, accuracy.KEYS)
     benchmark.main(["accuracy", "--show", "--output", str(path)])
     printed = capsys.readouterr().out
-    assert "| digits | uniform | 26.50 ± 0.50 (0.750) | 51.50 ± 0.50 (0.500) |" in printed
-    assert "| digits | ours, all steps | 36.50 ± 0.50 (0.750) | 61.50 ± 0.50 (0.500) |" in printed
-    assert "| ours, all steps | 0.80 (0.80–0.80) |" in printed
+    what = TASKS["digits"].what
+    row = f"| **digits**: {what} | 81.00 %, 0.500 | +0.50 ± 0.00, -0.005 ± 0.000 | 60 % | 60 % |  | 75 % (InfoBatch) |"
+    assert row in printed
+    assert "| 0.01 | +0.0035 ± 0.0005 (short) | 60 % |  |  | 75 % (InfoBatch) |" in printed
+    assert (
+        "| digits | uniform, as many steps | 2 | 60 % | 60 % | 76.00 ± 1.00 | 0.550 ± 0.000 | 0.400 ± 0.000 |"
+        in printed
+    )
+    assert "| digits | 0.60 | 1.00 | 0.75 |\n| image | never | 1.00 | 0.75 |\n| mean | 0.80 | 1.00 | 0.75 |" in printed
+    assert "| digits | InfoBatch | 77.00 ± 1.00 (0.540) | 85.00 ± 1.00 (0.460) |" in printed
     assert path.with_suffix(".png").stat().st_size > 1000
-    assert "| uniform | 2.0 | 2.0 |\n| ours, all steps | 1.0 | 1.0 |" in printed
-    details = path.with_suffix(".md").read_text()
-    assert "| digits | ours, all steps | 36.50" in details
-    assert "| seconds, budget 1 | digits |\n|---|---|\n| uniform | 1.0 |" in details
+    pairs = [{"task": "digits", "uniform": 10.0, "ours": ours} for ours in (6.0, 7.0, 9.0)]
+    assert "| 60 % | 60 % | 70 % | 75 % (InfoBatch) |" in comparison.decision_table(runs, pairs)
 
 
-def ended_runs():
-    """Of what ends by itself, two seeds: on the digits as good as uniform, on the image worse."""
-    figures = {
-        "uniform": (100, {"accuracy": 0.8, "cross_entropy": 0.5}, 0.01),
-        "ours": (60, {"accuracy": 0.81, "cross_entropy": 0.49}, 0.012),
-        "uniform, as many steps": (60, {"accuracy": 0.7, "cross_entropy": 0.6}, 0.02),
-        "uniform, as many, raised": (60, {"accuracy": 0.75, "cross_entropy": 0.6}, 0.02),
-    }
-    runs = []
-    for method, (steps, reached, error) in figures.items():
-        for seed in (1, 2):
-            head = {"method": method, "budget": 1.0, "seed": seed, "seconds": steps / 10}
-            more = {"scaled_cross_entropy": 0.4, "score": reached["accuracy"]}
-            accurate = reached | {"accuracy": reached["accuracy"] + 0.01 * seed}
-            runs.append({"task": "digits", "steps": steps, **head, **accurate, **more})
-            runs.append({"task": "image", "steps": 2 * steps + 20 * seed, **head, "error": error, "score": -error})
-    return runs
-
-
-def test_tables_of_what_ends_when_enough_was_learnt():
-    runs = ended_runs() + found_runs()[:2]  # which are of another budget
-    table = effective.tables(runs)
-    assert "| digits | uniform | 1.00 | 81.50 ± 0.50 | 0.500 ± 0.000 | 0.400 ± 0.000 | 10.0 |" in table
-    assert "| digits | ours | 0.60 | 82.50 ± 0.50 | 0.490 ± 0.000 | 0.400 ± 0.000 | 6.0 |" in table
-    assert "| digits | uniform, as many steps | 0.60 | 71.50" in table
-    assert "| image | ours | 0.65 | error 1.20e-02 ± 0.00e+00 |  |  | 6.0 |" in table
-    claims = effective.claims(runs)
-    assert "took 63 % of the steps in the mean over 2 tasks, from 60 % (digits) to 65 % (image)" in claims
-    assert "On 1 of them" in claims
-    assert "it was: image (error by 20.0 ± 0.0 %)." in claims
-    assert claims.endswith("was behind it on 2 of the 2.")
-    better = [run | ({"score": 0.9} if run["method"].endswith("raised") else {}) for run in runs]
-    assert effective.claims(better).endswith("was behind it on 0 of the 2."), "control"
-    for run in runs:
-        if run.get("error") == 0.012:
-            run["error"] = 0.01
-    assert "On none" in effective.claims(runs), "control"
-    assert effective.short_of_uniform(runs, "digits") == []
-    runs = [run | {"accuracy": 0.8} if run["task"] == "digits" and run["method"] == "ours" else run for run in runs]
-    assert effective.short_of_uniform(runs, "digits") == ["accuracy by 1.50 ± 0.50 points"]
-    assert effective.tables([run for run in runs if run["method"] != "ours"]).count("\n") == 1, "nothing to compare"
-    one = [run for run in runs if run["seed"] == 1 or (run["method"] == "uniform" and run["task"] == "digits")]
-    assert effective.tables(one).count("\n") == 1, "of one seed there is no error"
+def test_claims():
+    runs = found_runs()
+    claims = comparison.claims(runs)
+    assert "took 60 % of the steps in the mean over 2 tasks, from 60 % (digits) to 60 % (digits)." in claims
+    assert "On 1 of them no figure was worse" in claims
+    assert "it was: image (error +0.0035 ± 0.0005)." in claims
+    assert claims.endswith("was behind it in every figure on 1 of 2.")
+    tuned = [run | ({"task": "clothes"} if run["task"] == "digits" else {}) for run in runs]
+    assert "; 60 % in the mean over the 1 that fine-tune." in comparison.claims(tuned)
+    fewer = [run for run in runs if run["method"] != "uniform, as many steps"]
+    assert "as many steps was behind" not in comparison.claims(fewer)
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------
@@ -319,7 +475,7 @@ class SameProcess:
 def test_what_is_there_is_not_run_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
     path = tmp_path / "accuracy.json"
-    grid = ["--tasks", "digits", "--methods", "uniform", "LOW", "--budgets", "0.5", "1.0", "--output", str(path)]
+    grid = ["--tasks", "digits", "--methods", "uniform", "InfoBatch", "--budgets", "0.5", "1.0", "--output", str(path)]
     benchmark.main(["accuracy", *grid, "--seeds", "1"])
     assert "0 of 4 runs are in" in capsys.readouterr().out
     before = json.loads(path.read_text())
@@ -380,17 +536,35 @@ def test_label_errors(tmp_path, capsys, monkeypatch):
 
 def test_wrong_labels_are_wrong(small):
     task = small["digits"]
-    train, wrong = tasks.with_wrong_labels(task, 0.25, seed=3)
+    train, wrong = with_wrong_labels(task, 0.25, seed=3)
     assert wrong.sum() == 24
     assert torch.equal(train["labels"] != task.train["labels"], wrong)
     assert 0 <= train["labels"].min() <= train["labels"].max() < 4
-    assert not torch.equal(wrong, tasks.with_wrong_labels(task, 0.25, seed=4)[1])
+    assert not torch.equal(wrong, with_wrong_labels(task, 0.25, seed=4)[1])
+
+
+def test_seconds_are_of_both(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
+    path = tmp_path / "seconds.json"
+    benchmark.main(["seconds", "--tasks", "digits", "--seeds", "2", "--output", str(path)])
+    runs = json.loads(path.read_text())["runs"]
+    assert [(run["task"], run["seed"]) for run in runs] == [("digits", 1), ("digits", 2)]
+    assert all(run["ours"] > 0 < run["uniform"] for run in runs)
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("digits: ")
+
+
+def test_texts_are_grouped_where_there_are_texts():
+    assert METHODS["uniform, grouped"].runs_at(1.0, of_texts=True)
+    assert not METHODS["uniform, grouped"].runs_at(1.0, of_texts=False)
+    assert not METHODS["ours"].runs_at(0.5, of_texts=True)
+    assert METHODS["InfoBatch"].runs_at(0.5, of_texts=False)
 
 
 def test_a_task_without_its_data_says_so(monkeypatch):
-    monkeypatch.delenv("FASHION_MNIST", raising=False)
-    with pytest.raises(SystemExit, match="need FASHION_MNIST=PATH"):
-        tasks.fashion_mnist_task()
+    monkeypatch.delenv("BENCHMARK_DATA", raising=False)
+    for make in (from_scratch.fashion_mnist_task, pretrained.tweets_task):
+        with pytest.raises(SystemExit, match="needs BENCHMARK_DATA=FOLDER, a folder with"):
+            make()
 
 
 # ---- what a step and a draw cost -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import re
 import shlex
 from dataclasses import fields
 from importlib.util import find_spec
-from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import pytest
@@ -12,16 +12,18 @@ import run_image_classification
 import run_text_classification
 import tiny
 from arguments import parse
-from benchmarks import accuracy, results
+from benchmarks import from_scratch, methods, results, rivals
+from benchmarks.methods import METHODS
+from benchmarks.tasks import Entry
 from PIL import Image
 
 from hf_importance import ImportanceConfig
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README, RESULTS = ((benchmark.ROOT / page).read_text(encoding="utf-8") for page in benchmark.PAGES)
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def test_python_runs(tmp_path):
@@ -43,18 +45,36 @@ def test_python_runs(tmp_path):
     assert names["trainer"].importances.isfinite().sum() == 16
 
 
-def commands(script):
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+def commands(script, page=README):
+    text = "\n".join(blocks("bash", page)).replace("\\\n", " ")
     return [
         shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(f"python scripts/{script}")
     ]
 
 
-@pytest.mark.parametrize("command", commands("benchmark"), ids=lambda words: words[2])
-def test_parts_of_the_benchmark_are_known(command, capsys):
+@pytest.mark.parametrize("command", commands("benchmark", RESULTS), ids=lambda words: words[2])
+def test_parts_of_the_benchmark_are_known(command, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "hardest", METHODS["InfoBatch"])
     assert benchmark.new_parser().parse_args(command[2:]).part == command[2]
     with pytest.raises(SystemExit):
         benchmark.new_parser().parse_args([*command[2:], "--unknown"])
+
+
+def test_a_method_and_a_task_are_added_as_the_page_says(tmp_path):
+    method, task = blocks("python", RESULTS)
+    names = {**vars(rivals), **vars(from_scratch)}
+    exec(compile(method, "README.md", "exec"), names)
+    exec(compile(task, "README.md", "exec"), names)
+    for line in ("Method(rival=Hardest)", 'Method({"uniform_fraction": 0.5})'):
+        assert line in RESULTS
+        added = eval(line, {**vars(methods), **names})
+        parity = names["parity_task"]()
+        assert added.trainer(parity, 20, 1, str(tmp_path)).train().global_step == 20
+    (entry,) = re.findall(r'"parity": (Entry\(.*?\)), ?`|"parity": (Entry\(.*?\))`', RESULTS)
+    assert eval(entry[0] or entry[1], {"Entry": Entry, "from_scratch": SimpleNamespace(**names)}).embedded
+    assert "hardest" not in METHODS, "it needs to be named there"
+    with pytest.raises(SystemExit):
+        benchmark.new_parser().parse_args(["accuracy", "--methods", "hardest"])
 
 
 @pytest.mark.parametrize("command", commands("run"), ids=lambda words: words[1])
@@ -79,11 +99,14 @@ def test_settings_are_those_of_the_config():
 
 
 FIGURES = {
-    "accuracy": ("accuracy", "steps"),
+    "saved": ("steps",),
+    "decision": ("steps", "ours"),
+    "whole": ("accuracy", "error"),
+    "match": ("accuracy", "error"),
+    "figures": ("accuracy", "error"),
     "overhead": ("ratio",),
     "draws": ("batch_mean",),
     "label_errors": ("auroc_mean_loss",),
-    "texts": ("loss", "tokens"),
 }
 """Some that the tables are made of."""
 
@@ -93,17 +116,25 @@ def runs_of(part):
 
 
 def test_tables_are_those_of_the_results():
-    assert set(re.findall(r"^<!-- (\w+) -->$", README, flags=re.MULTILINE)) == set(benchmark.TABLES)
-    assert benchmark.with_tables(README) == README, "run: python scripts/benchmark.py readme"
-    for name, (part, tables) in benchmark.TABLES.items():
-        runs = runs_of(part)
-        assert len(runs) >= 4
-        changed = [run | {figure: 0.123 for figure in FIGURES[part] if figure in run} for run in runs]
-        assert tables(changed) not in README, f"control: {name}"
+    pages = {page: (benchmark.ROOT / page).read_text(encoding="utf-8") for page in benchmark.PAGES}
+    marks = {page: re.findall(r"^<!-- (\w+) -->$", text, flags=re.MULTILINE) for page, text in pages.items()}
+    assert {mark for found in marks.values() for mark in found} == set(benchmark.TABLES)
+    for text in pages.values():
+        assert benchmark.with_tables(text) == text, "run: python scripts/benchmark.py pages"
+    for name, (parts, tables) in benchmark.TABLES.items():
+        runs = [runs_of(part) for part in parts]
+        assert len(runs[0]) >= 4
+        changed = [[_changed(run, FIGURES[name], 1 + i % 3) for i, run in enumerate(part)] for part in runs]
+        for text in (text for page, text in pages.items() if name in marks[page]):
+            assert tables(*runs) in text
+            assert tables(*changed) not in text, f"control: {name}"
 
 
-def test_the_plot_and_the_figures_of_all_methods_are_those_of_the_results():
+def _changed(run, figures, factor):
+    return {name: factor * value if name in figures else value for name, value in run.items()}
+
+
+def test_the_plot_is_that_of_the_results():
     runs = runs_of("accuracy")
     assert Image.open(results.FOLDER / "accuracy.png").text["Source"] == results.digest(runs)
-    assert (results.FOLDER / "accuracy.md").read_text() == accuracy.details(runs)
     assert results.digest(runs[1:]) != results.digest(runs), "control"

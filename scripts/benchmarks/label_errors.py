@@ -18,8 +18,10 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from transformers import Trainer, set_seed
 
+from benchmarks.from_scratch import with_wrong_labels
 from benchmarks.results import grouped, mean_and_error
-from benchmarks.tasks import Columns, Rows, Task, collate, predict, task_of, with_wrong_labels
+from benchmarks.task import Columns, Rows, Task, collate, predict
+from benchmarks.tasks import task_of
 from hf_importance import ImportanceConfig, ImportanceTrainer
 
 KEYS = ("task", "share", "seed")
@@ -48,7 +50,7 @@ def run(name: str, share: float, seed: int) -> dict[str, Any]:
     trainer = _trained(partial(ImportanceTrainer, importance=SETTINGS), task, train, seed)
     seconds = time.perf_counter() - start
     findings = trainer._findings()
-    logits = predict(trainer.model, train).double()
+    logits = predict(trainer.model, train)[0].double()
     final_loss = torch.nn.functional.cross_entropy(logits, train["labels"], reduction="none")
     probability = _out_of_fold(task, train, seed)
     start_of_rival = time.perf_counter() - start - seconds
@@ -82,7 +84,7 @@ def _out_of_fold(task: Task, train: Columns, seed: int) -> np.ndarray:
     fold = torch.randperm(len(probability), generator=torch.Generator().manual_seed(seed)) % _FOLDS
     for k in range(_FOLDS):
         seen, held_out = _part(train, fold != k), _part(train, fold == k)
-        probability[fold == k] = predict(_trained(Trainer, task, seen, seed).model, held_out).double().softmax(1)
+        probability[fold == k] = predict(_trained(Trainer, task, seen, seed).model, held_out)[0].double().softmax(1)
     return probability.numpy()
 
 

@@ -1,0 +1,321 @@
+"""The rivals behind one interface: what an epoch visits, with what weights, and what is learnt of it.
+
+They are our own implementations, from their descriptions, of what decides which examples are trained on. Everything
+else is the same for all: model, data, optimizer, schedule, number of steps. What a rival looks at without training on
+it is charged: a forward pass is a third of a step.
+
+To add one, derive from [`Rival`] and name it in `methods.METHODS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from benchmarks.task import Columns, Rows, collate
+from hf_importance.losses.objective import Measured, Objective
+from hf_importance.record import SEEN
+
+_UNSEEN = 3.0
+"""Loss of an example that was not seen, of InfoBatch and SeTa."""
+_LAST = 0.875
+"""Share of the training after which InfoBatch and SeTa choose otherwise."""
+_FORWARD = 1 / 3
+"""Cost of a forward pass without gradients, in steps."""
+
+
+@dataclass
+class Seen:
+    """What was seen of some examples, `[examples]` each.
+
+    Args:
+        losses: of an example; of tokens their mean.
+        confidence: highest probability of a class; of tokens e^−loss; 1 where numbers are predicted.
+        right: whether that is the class of the label; of tokens, and numbers, all are.
+    """
+
+    losses: Tensor
+    confidence: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, measured: Measured) -> Seen:
+        """A batch."""
+        label, loss, prediction, probability = (measured.seen[SEEN.index(name)].cpu() for name in SEEN)
+        unknown = probability.isnan()
+        confidence = torch.where(unknown, (-loss).exp() if measured.are_sums else 1.0, probability)
+        return cls(loss, confidence, unknown | (prediction == label))
+
+
+class Rival:
+    """Uniform reshuffling; what a rival does otherwise it overrides. One object per training.
+
+    Args:
+        examples: number of them.
+        batch: examples per step.
+        steps: of the whole training.
+    """
+
+    cost = 1.0
+    """Of a step, in steps of uniform training."""
+
+    def __init__(self, examples: int, batch: int, steps: int) -> None:
+        self.examples, self.batch, self.steps = examples, batch, steps
+        self.step = self.epoch = 0
+        self.look: Callable[[Tensor], Seen] | None = None
+        """Forwards examples without training on them; the trainer puts it here."""
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that was made."""
+        return self.step / self.steps
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Without end: positions and weights, `[batch]` each."""
+        while True:
+            index, weight = self.choose()
+            self.epoch += 1
+            yield from zip(index.split(self.batch), weight.split(self.batch), strict=True)
+
+    def choose(self) -> tuple[Tensor, Tensor]:
+        """What an epoch visits, in order, with what weights."""
+        index = torch.randperm(self.examples)
+        return index, torch.ones(len(index))
+
+    def select(self, index: Tensor, look: Callable[[], Seen]) -> Tensor:
+        """Of a batch the positions to train on; `look` forwards it without gradients."""
+        return torch.arange(len(index))
+
+    def learning_rate_factor(self) -> float:
+        """Of the learning rate of the schedule."""
+        return 1.0
+
+    def observe(self, index: Tensor, seen: Seen) -> None:
+        """What was seen of examples."""
+
+
+class InfoBatch(Rival):
+    """Qin et al., ICLR 2024: a random half of the examples with a loss below the mean is left out of each epoch.
+
+    The kept ones of them weigh 2. In the last eighth of the training nothing is left out.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.losses = torch.full((self.examples,), _UNSEEN)
+
+    def choose(self) -> tuple[Tensor, Tensor]:
+        if self.progress >= _LAST:
+            return super().choose()
+        low = (self.losses < self.losses.mean()).nonzero().flatten()
+        weight = torch.ones(self.examples)
+        weight[low] = 0.0
+        weight[low[torch.randperm(len(low))[: len(low) // 2]]] = 2.0
+        index = torch.randperm(self.examples)
+        index = index[weight[index] > 0]
+        return index, weight[index]
+
+    def observe(self, index: Tensor, seen: Seen) -> None:
+        self.losses[index] = seen.losses
+
+
+class SeTa(Rival):
+    """Zhou et al., CVPR 2025, with the settings of its scripts: a window over groups of equal difficulty.
+
+    Each epoch takes a random 90 % of the examples and divides them into five groups by k-means of their losses. From
+    the second epoch on it visits those in a window of four groups, which slides from easy to hard and begins again. No
+    weights. In the last eighth of the training it takes a random 90 %, without a window: "partial annealing", in the
+    code a number and in the paper a probability.
+    """
+
+    kept, groups, window = 0.9, 5, 4
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.losses = torch.full((self.examples,), _UNSEEN)
+
+    def choose(self) -> tuple[Tensor, Tensor]:
+        index = torch.randperm(self.examples)[: int(self.kept * self.examples)]
+        losses = self.losses[index].numpy().astype(np.float64)
+        if self.epoch > 0 and self.progress < _LAST and losses.min() < losses.max():
+            found = KMeans(self.groups, n_init=1, random_state=0).fit(losses[:, None])
+            rank = torch.from_numpy(np.argsort(np.argsort(found.cluster_centers_[:, 0])))
+            first = self.epoch % (self.groups - self.window + 1)
+            group = rank[torch.from_numpy(found.labels_).long()]
+            index = index[(first <= group) & (group < first + self.window)]
+        return index, torch.ones(len(index))
+
+    def observe(self, index: Tensor, seen: Seen) -> None:
+        self.losses[index] = seen.losses
+
+
+class SeTaHalf(SeTa):
+    """The same with what its class has by default: half of ten groups, of all the examples."""
+
+    kept, groups, window = 1.0, 10, 5
+
+
+class KAKURENBO(Rival):
+    """Thao Nguyen et al., NeurIPS 2023: of the 30 % lowest losses, what is right and sure is hidden for an epoch.
+
+    "Sure" is a confidence of at least 0.7. The 30 % become 24, 18 and 12 at 30, 60 and 80 % of the training. What was
+    hidden is looked at after the epoch. The learning rate is 1/(1 − F) as high while a share F may be hidden.
+    """
+
+    fractions = ((0.3, 0.3), (0.6, 0.24), (0.8, 0.18), (1.0, 0.12))  # until which progress
+    sure = 0.7
+    cost = 1 + _FORWARD * 0.22 / (1 - 0.22)
+    """The forward pass over what is hidden, 22 % in the mean where all that may be is."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.losses = torch.full((self.examples,), math.inf)
+        self.may_be_hidden = torch.zeros(self.examples, dtype=torch.bool)
+        self.hidden = torch.zeros(0, dtype=torch.long)
+
+    @property
+    def fraction(self) -> float:
+        """F."""
+        return next(fraction for until, fraction in self.fractions if self.progress <= until)
+
+    def choose(self) -> tuple[Tensor, Tensor]:
+        if len(self.hidden):
+            self.observe(self.hidden, self.look(self.hidden))
+        lowest = self.losses.sort(stable=True).indices[: int(self.fraction * self.examples)]
+        self.hidden = lowest[self.may_be_hidden[lowest]]
+        visited = torch.ones(self.examples, dtype=torch.bool)
+        visited[self.hidden] = False
+        index = torch.randperm(self.examples)
+        index = index[visited[index]]
+        return index, torch.ones(len(index))
+
+    def learning_rate_factor(self) -> float:
+        return 1 / (1 - self.fraction) if self.epoch > 1 else 1.0
+
+    def observe(self, index: Tensor, seen: Seen) -> None:
+        self.losses[index] = seen.losses
+        self.may_be_hidden[index] = seen.right & (seen.confidence >= self.sure)
+
+
+class EvolvedSampling(Rival):
+    """Evolved Sampling 2025 (arXiv 2509.23461): all of a batch is forwarded, and a quarter of it trained on.
+
+    Drawn without replacement in proportion to w = β₁ s + (1 − β₁) ℓ, where s is the moving average of the losses,
+    s ← β₂ s + (1 − β₂) ℓ, with (β₁, β₂) = (0.2, 0.9). No weights. In the first and last twentieth of the training all
+    of a batch is trained on. The share of a quarter and the twentieths are not in what could be read of the paper.
+    """
+
+    first, second = 0.2, 0.9  # β
+    share, plain = 0.25, 0.05
+    cost = (1 - 2 * plain) * (_FORWARD + share) + 2 * plain
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.average = torch.full((self.examples,), 1 / self.examples)
+
+    def select(self, index: Tensor, look: Callable[[], Seen]) -> Tensor:
+        if not self.plain <= self.progress < 1 - self.plain:
+            return super().select(index, look)
+        losses = look().losses
+        weight = (self.first * self.average[index] + (1 - self.first) * losses).clamp(min=1e-12)
+        self._take_in(index, losses)
+        return torch.multinomial(weight, max(1, round(self.share * len(index))))
+
+    def observe(self, index: Tensor, seen: Seen) -> None:
+        if not self.plain <= self.progress < 1 - self.plain:
+            self._take_in(index, seen.losses)
+
+    def _take_in(self, index: Tensor, losses: Tensor) -> None:
+        self.average[index] = self.second * self.average[index] + (1 - self.second) * losses
+
+
+class ESWP(EvolvedSampling):
+    """The same with pruning: each epoch visits 80 % of the examples, drawn in proportion to s; (β₁, β₂) = (0.2, 0.8).
+
+    How those are chosen, and how many, is not in what could be read of the paper.
+    """
+
+    second, kept = 0.8, 0.8
+
+    def choose(self) -> tuple[Tensor, Tensor]:
+        if self.epoch == 0 or not self.plain <= self.progress < 1 - self.plain:
+            return super().choose()
+        index = torch.multinomial(self.average.double().clamp(min=1e-12), int(self.kept * self.examples))
+        return index, torch.ones(len(index))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class RivalTrainer(Trainer):
+    """`Trainer` with the batches, and the weights, of a rival."""
+
+    def __init__(self, *args: Any, rival: Rival, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rival = rival
+        self.loss_is_scaled_for_ga = False
+        self._objective = Objective(self.model)
+        rival.look = self._look
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As long as the training, with position and weight in the batch."""
+        return _Batches(self.train_dataset, self.rival)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LambdaLR:
+        """Times the factor of the rival."""
+        schedule = super().create_scheduler(*args, **kwargs)
+        schedule.lr_lambdas = [
+            lambda step, usual=usual: usual(step) * self.rival.learning_rate_factor() for usual in schedule.lr_lambdas
+        ]
+        return schedule
+
+    def compute_loss(self, model: nn.Module, inputs: Columns, *args: Any, **kwargs: Any) -> Tensor:
+        """Weighted mean."""
+        if "index" not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        index, weight = inputs.pop("index"), inputs.pop("weight")
+        chosen = self.rival.select(index, lambda: self._forward(model, inputs))
+        inputs = {name: column[chosen] for name, column in inputs.items()}
+        measured = self._measure(model, inputs)
+        self.rival.observe(index[chosen], Seen.of(measured))
+        self.rival.step += 1
+        return measured.weighted_mean(weight[chosen])
+
+    def _measure(self, model: nn.Module, inputs: Columns) -> Measured:
+        labels = {"labels": inputs["labels"]}
+        inputs = {name: column for name, column in inputs.items() if name != "labels"}
+        return self._objective(model, inputs, labels, len(labels["labels"]))
+
+    @torch.no_grad()
+    def _forward(self, model: nn.Module, inputs: Columns) -> Seen:
+        return Seen.of(self._measure(model, inputs))
+
+    def _look(self, index: Tensor) -> Seen:
+        parts = [self._forward(self.model, self.train_dataset.take(part)) for part in index.split(self.rival.batch)]
+        found = zip(*((part.losses, part.confidence, part.right) for part in parts), strict=True)
+        return Seen(*map(torch.cat, found))
+
+
+class _Batches:
+    """An iterable with a length, which is all that `Trainer` asks of a loader."""
+
+    def __init__(self, rows: Rows, rival: Rival) -> None:
+        self.dataset, self.rival = rows, rival
+        self.batch_size = rival.batch
+
+    def __len__(self) -> int:
+        return self.rival.steps
+
+    def __iter__(self) -> Iterator[Columns]:
+        for index, weight in self.rival.batches():
+            yield {**collate(self.dataset.__getitems__(index.tolist())), "index": index, "weight": weight}

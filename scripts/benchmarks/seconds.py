@@ -1,0 +1,28 @@
+"""Seconds of whole trainings, `Trainer` and ours in alternation. Nothing else should run meanwhile."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+from transformers import set_seed
+
+from benchmarks.methods import METHODS
+from benchmarks.tasks import task_of
+
+KEYS = ("task", "seed")
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """One training of each; which is first changes from seed to seed."""
+    task = task_of(name)
+    found = {}
+    for method in ("uniform", "ours") if seed % 2 else ("ours", "uniform"):
+        set_seed(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = METHODS[method].trainer(task, METHODS[method].steps(task, 1.0), seed, folder)
+            start = time.perf_counter()
+            trainer.train()
+            found[method] = round(time.perf_counter() - start, 2)
+    return found
