@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
-from benchmarks.comparison import OURS, UNIFORM, Runs, differences, figures, of, rivals, share, tasks
+from benchmarks.comparison import OURS, UNIFORM, Figure, Runs, differences, figures, of, rivals, share, tasks
 from benchmarks.results import digest, mean_and_error
 from benchmarks.tasks import TASKS
 
-_OURS, _GREY, _DARK = "#d1495b", "#9ca3af", "#4b5563"
-_GAP = 0.055
+_OURS, _GREY, _DARK = "#d1495b", "#a8b0bb", "#374151"
+_LEAST = 0.5
+"""Share of the steps from which on it is drawn: with fewer all are far below."""
+_LINE = 0.062
 """Between names, of the height of a panel."""
 
 
@@ -24,54 +27,59 @@ def plot(runs: Runs, path: Path) -> None:
     names = tasks(runs)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(5 * columns, 3.5 * rows), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.4 * rows), squeeze=False)
     for panel, task in zip(panels.flat, names, strict=False):
         _panel(panel, runs, task)
     for panel in panels.flat[len(names) :]:
         panel.set_axis_off()
+    figure.tight_layout(h_pad=2, w_pad=1)
     figure.savefig(path, dpi=100, metadata={"Source": digest(runs)})
     plt.close(figure)
 
 
-def _panel(panel: object, runs: Runs, task: str) -> None:
+def _panel(panel: Any, runs: Runs, task: str) -> None:
     judged = figures(runs, task)[0]
-    whole = abs(statistics.mean(judged.of(run) for run in of(runs, task, UNIFORM)))
-    scale = 1.0 if judged.name == "accuracy" else 100 / whole
-    ends = {}
-    for method in (*rivals(runs), UNIFORM):
-        points = {}
-        for budget in sorted({run["budget"] for run in runs if (run["task"], run["method"]) == (task, method)}):
-            found = differences(runs, task, method, judged, budget)
-            if found:
-                points[budget] = scale * statistics.mean(found)
-        if points:
-            colour, style = (_DARK, "--") if method == UNIFORM else (_GREY, "-")
-            panel.plot(*zip(*points.items(), strict=True), style, color=colour, linewidth=1.3, zorder=2)
-            ends[method] = list(points.items())[-1]
-    mean, error = mean_and_error(differences(runs, task, OURS, judged))
-    at = share(runs, task, OURS)
-    panel.errorbar(
-        at, scale * mean, scale * error, fmt="o", color=_OURS, markersize=8, capsize=3, linewidth=2, zorder=4
-    )
-    panel.annotate(
-        f"ours: {100 * at:.0f} % of the steps", (at, scale * mean), (-9, 0), textcoords="offset points",
-        color=_OURS, weight="bold", ha="right", va="center", zorder=5,
-    )  # fmt: skip
+    whole = statistics.mean(judged.of(run) for run in of(runs, task, UNIFORM))
+    scale = judged.sign * (1.0 if judged.name == "accuracy" else 100 / whole)  # up is better
+    lines = {method: _line(runs, task, method, judged, scale) for method in (*rivals(runs), UNIFORM)}
+    lines = {method: points for method, points in lines.items() if points}
+    for method, points in lines.items():
+        colour, style = (_DARK, "--") if method == UNIFORM else (_GREY, "-")
+        panel.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.4, zorder=2)
     panel.axhline(0, color=_DARK, linewidth=0.8, zorder=1)
-    low, high = panel.get_ylim()
-    place = None
-    for method, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        place = y if place is None else max(y, place + _GAP * (high - low))
+    at = share(runs, task, OURS)
+    mean, error = (scale * x for x in mean_and_error(differences(runs, task, OURS, judged)))
+    panel.errorbar(at, mean, abs(error), fmt="o", color=_OURS, markersize=9, capsize=4, linewidth=2, zorder=4)
+    panel.annotate(
+        f"ours\n{100 * at:.0f} %",
+        (at, mean),
+        xytext=(0, 12),
+        textcoords="offset points",
+        color=_OURS,
+        weight="bold",
+        ha="center",
+        va="bottom",
+        zorder=5,
+    )
+    low = min(1.4 * min(y for _, y in lines[UNIFORM]), 1.4 * mean)  # what is far below is cut off
+    high = max(mean, *(y for points in lines.values() for _, y in points))
+    panel.set_ylim(low, high + 0.35 * (high - low))
+    step = _LINE * 1.35 * (high - low)
+    ends = {method: max(points[-1][1], low) for method, points in lines.items()}
+    place = low - step
+    for method in sorted(ends, key=ends.__getitem__):
+        place = max(ends[method], place + step)
         colour = _DARK if method == UNIFORM else "#6b7280"
-        panel.annotate(
-            method, (x, y), (x + 0.02, place), color=colour, fontsize=7.5, va="center", annotation_clip=False
-        )
-    unit = "accuracy, points" if judged.name == "accuracy" else "squared error, %"
-    panel.set(title=f"{task}: {TASKS[task].what}", xlabel="share of uniform's steps", ylabel=f"difference in {unit}")
-    panel.title.set_fontsize(9)
-    panel.set_xlim(right=1.3)
-    panel.set_xticks([x / 10 for x in range(3, 11, 1) if x / 10 >= min(p[0] for p in ends.values()) - 0.8])
-    if judged.sign < 0:
-        panel.invert_yaxis()
+        panel.text(1.02, place, method, color=colour, fontsize=8, va="center", clip_on=False)
+    unit = "accuracy, points" if judged.name == "accuracy" else "squared error, % less"
+    panel.set_title(f"$\\bf{{{task.replace('_', chr(92) + '_')}}}$: {TASKS[task].what}", fontsize=9, loc="left")
+    panel.set(xlabel="share of the steps", ylabel=unit, xlim=(_LEAST - 0.05, 1.01))
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.2)
+
+
+def _line(runs: Runs, task: str, method: str, judged: Figure, scale: float) -> list[tuple[float, float]]:
+    """Budgets, and the mean difference."""
+    budgets = sorted({run["budget"] for run in runs if (run["task"], run["method"]) == (task, method)})
+    found = {budget: differences(runs, task, method, judged, budget) for budget in budgets if budget >= _LEAST}
+    return [(budget, scale * statistics.mean(values)) for budget, values in found.items() if values]
