@@ -160,7 +160,7 @@ def _load(path: Path, rank: int, ranks: int) -> dict[str, Any]:
             raise ValueError(f"its format is {state['format']!r}, wanted is {_FORMAT}")
         if (state["rank"], state["ranks"]) != (rank, ranks):
             raise ValueError(f"it is that of process {state['rank']} of {state['ranks']}, under another name")
-        for name in ("sampler", "settings", "data", "objective", "logged_until"):
+        for name in ("sampler", "settings", "data", "objective", "reported"):
             if not isinstance(state[name], dict):
                 raise ValueError(f"{name} is a {type(state[name]).__name__}")
     except Exception as error:  # of a damaged file there is hardly one that does not come

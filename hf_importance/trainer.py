@@ -31,12 +31,14 @@ from hf_importance.losses.objective import Measured, Objective
 from hf_importance.randomness import own_randomness
 from hf_importance.record import VisitRecord
 from hf_importance.report.hooks import ReportMixin
+from hf_importance.report.logs import shorten
+from hf_importance.report.tokens import Token, token_losses
+from hf_importance.report.training import Training
 from hf_importance.sampling.draw import Draw, Shard
 from hf_importance.sampling.memory import ImportanceMemory, unimportant
 from hf_importance.sampling.rates import per_cost
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow, unwrapped
-from hf_importance.state import read_number
 from hf_importance.step import StepDraws
 from hf_importance.support import (
     TrainingWatch,
@@ -107,6 +109,7 @@ class ImportanceTrainerMixin(ReportMixin):
                 if type(bar) is ProgressCallback:  # one of the user's stays
                     self.remove_callback(bar)
                     self.add_callback(EffectiveProgress(self._effective))
+        shorten(self.callback_handler.callbacks, EffectiveProgress)
 
     def _refuse_unsupported(self) -> None:
         refuse_arguments(self)
@@ -125,7 +128,7 @@ class ImportanceTrainerMixin(ReportMixin):
             self.can_return_loss = True  # so that `Trainer` evaluates it
 
     def _start_measuring(self) -> None:
-        self._examples_to_show: Any = None
+        self._examples_to_show = None
         self._sampler: ImportanceBatchSampler | None = None
         self._objective: Objective | LossAdapter | None = None
         self._loop_wants_loader = False
@@ -135,10 +138,10 @@ class ImportanceTrainerMixin(ReportMixin):
         self._mean_over_examples: Callable[..., float] | None = None
         self._mean_positions: float | None = None
         self._columns: Columns | None = None
+        self._reported: Training | None = None
         self._draw: Draw | None = None  # of the batch that is trained on
         self._data_are: dict[str, Any] | None = None  # their fingerprint
         self._lengths: Lengths | None = None
-        self._logged_until: dict[str, float] = {}
 
     # ---- the training data -------------------------------------------------------------------------------------------
 
@@ -153,10 +156,12 @@ class ImportanceTrainerMixin(ReportMixin):
         base = self._base_loader()
         if not self._loop_wants_loader:
             return PreviewLoader(base, partial(self._new_sampler, records=False), self.args.device)
-        self._step, self._logged_until = StepDraws([]), {}
+        self._step = StepDraws([])
         self._sampler = self._new_sampler(self._sampler)
         self._mean_over_examples = partial(mean_over_examples, base.dataset, base.collate_fn)
         self._columns = Columns(self._sampler, self.is_world_process_zero())
+        has_lengths = self._lengths.length is not None
+        self._reported = Training(self._sampler, self._columns, self._effective, has_lengths, self._token_losses)
         if self.args.save_strategy != "no":
             self._fingerprint()  # before anything changes the data set, as by `set_epoch`
         self._loop_loader = training_loader(base, self._sampler, self.accelerator)
@@ -434,6 +439,17 @@ class ImportanceTrainerMixin(ReportMixin):
         tokens = None if self._lengths is None or self._lengths.tokens is None else self._lengths.tokens.float()
         return (~unimportant(per_cost(self.importances, tokens), self.importance.prune_mass)).nonzero().flatten()
 
+    def _training(self) -> Training | None:
+        return self._reported
+
+    def _token_losses(self, index: list[int]) -> dict[int, list[Token]]:
+        """Of a model that several processes share none: it takes forward passes, which one alone cannot make."""
+        if self.args.world_size > 1 or not hasattr(self.processing_class, "decode"):
+            return {}
+        base, shifts = self._base_loader(), self._get_objective().shifts
+        given = (self.model, base.dataset, base.collate_fn, self._prepare_inputs, self.processing_class, shifts)
+        return token_losses(*given, index)
+
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
@@ -470,7 +486,7 @@ class ImportanceTrainerMixin(ReportMixin):
             "sampler": self._sampler.state_dict(),
             "effective": None if self._effective is None else self._effective.state_dict(),
             "objective": self._get_objective().state_dict(),
-            "logged_until": self._logged_until,
+            "reported": self._reported.state_dict(),
         }
         save_state(output_dir, self.args.process_index, self.args.world_size, state)
         self._columns.gather(self._sum_on_device)
@@ -500,8 +516,7 @@ class ImportanceTrainerMixin(ReportMixin):
         with reading(checkpoint):
             dropped = resume(self._sampler, states, rank, skip, data, self._settings())
             if dropped is None:
-                logged = states[rank]["logged_until"]
-                self._logged_until = {name: read_number(logged, name) for name in logged}
+                self._reported.load_state_dict(states[rank]["reported"])
                 self._get_objective().load_state_dict(states[rank]["objective"])
             if self._effective is not None:
                 self._resume_effective(states, done, exactly=dropped is None)

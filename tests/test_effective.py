@@ -124,7 +124,7 @@ def test_a_sample_of_a_large_model_is_small():
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 
-def test_training_ends_early_and_says_so(tmp_path, capsys):
+def test_training_ends_early_and_says_so(tmp_path, caplog):
     trainer, watch = trainer_of(tmp_path)
     output = trainer.train()
     assert 12 < output.global_step < 60
@@ -132,20 +132,20 @@ def test_training_ends_early_and_says_so(tmp_path, capsys):
     assert trainer.state.max_steps == output.global_step
     assert output.metrics["train_share_of_steps"] == output.global_step / 60
     assert output.metrics["train_effective_epochs"] == 6.0
-    said = capsys.readouterr().out
+    said = caplog.text
     assert f"ended after {output.global_step} of 60 steps" in said
     assert said.count("training will end after about") == 1
     logged = [log["importance/effective_epoch"] for log in trainer.state.log_history if "loss" in log]
     assert logged == [value / 10 for value in watch.values[1:]]
 
 
-def test_a_fixed_budget_has_all_steps(tmp_path, capsys):
+def test_a_fixed_budget_has_all_steps(tmp_path, caplog):
     """The control."""
     trainer, _ = trainer_of(tmp_path, budget=1.0)
     output = trainer.train()
     assert output.global_step == 60
     assert "train_share_of_steps" not in output.metrics
-    assert "of 60 steps" not in capsys.readouterr().out
+    assert "of 60 steps" not in caplog.text
 
 
 def test_max_steps_are_effective_ones(tmp_path):
@@ -154,11 +154,11 @@ def test_max_steps_are_effective_ones(tmp_path):
     assert watch.values[-1] >= 50
 
 
-def test_alike_importances_have_nothing_to_gain(tmp_path, capsys):
+def test_alike_importances_have_nothing_to_gain(tmp_path, caplog):
     trainer, watch = trainer_of(tmp_path, importance=ImportanceConfig(metric="uniform"))
     assert trainer.train().global_step == 60
     assert watch.values == [float(step) for step in range(61)]
-    assert "little to gain" in capsys.readouterr().out
+    assert "little to gain" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
@@ -341,12 +341,12 @@ class Stop(TrainerCallback):
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_what_somebody_else_has_ended_was_not_ended_by_us(tmp_path, capsys, stopped):
+def test_what_somebody_else_has_ended_was_not_ended_by_us(tmp_path, caplog, stopped):
     trainer, _ = trainer_of(tmp_path)
     if stopped:
         trainer.add_callback(Stop())
     trainer.train()
-    assert ("ended after" in capsys.readouterr().out) != stopped
+    assert ("ended after" in caplog.text) != stopped
 
 
 class Bar(ProgressCallback):

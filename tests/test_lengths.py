@@ -209,12 +209,12 @@ def test_looking_at_batches_shows_the_groups(tmp_path):
 
 
 @pytest.mark.parametrize(("of_tokens", "settings"), [(True, {}), (False, GROUPED), (False, {})])
-def test_what_is_saved_is_told_in_tokens_too(tmp_path, capsys, of_tokens, settings, small_gains):
+def test_what_is_saved_is_told_in_tokens_too(tmp_path, caplog, of_tokens, settings, small_gains):
     rows = rows_of(of_tokens=of_tokens)
     more = {"importance": {}, "num_train_epochs": 8, "logging_steps": 1, **settings}
     run = trainer_of(tmp_path, rows, **more)
     output, length = run.train(), lengths(rows)
-    steps, said = output.global_step, capsys.readouterr().out
+    steps, said = output.global_step, caplog.text
     assert f"ended after {steps} of 240 steps ({steps / 240:.0%})" in said
     assert 100 < steps < 240, "premise: it ends early"
     if not of_tokens and not settings:

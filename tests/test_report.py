@@ -148,14 +148,14 @@ def test_pictures_become_contact_sheets(tmp_path):
 
 @pytest.mark.parametrize("shape", [(3, 6, 4), (1, 6, 4), (6, 4, 3)])
 def test_pixel_values_become_pictures(shape):
-    from hf_importance.report.page import _picture
+    from hf_importance.report.examples import picture_of
 
     values = torch.linspace(-2, 3, math.prod(shape)).view(shape)
-    picture = _picture({"pixel_values": values, "labels": 1})
+    picture = picture_of({"pixel_values": values, "labels": 1})
     assert picture.size == (4, 6)
     pixels = np.asarray(picture)
     assert (pixels.min(), pixels.max()) == (0, 255)
-    assert _picture({"input_ids": [1, 2]}) is None
+    assert picture_of({"input_ids": [1, 2]}) is None
 
 
 @pytest.mark.parametrize(
@@ -165,19 +165,19 @@ def test_pixel_values_become_pictures(shape):
         ({"text": "one", "label": 3}, "one"),
         ({"question": "why", "context": "so"}, "question: why\ncontext: so"),
         ({"input_ids": [5, 6]}, "5+6"),
-        ({"values": [1.0]}, None),
-        (7, None),
+        ({"values": [1.0]}, ""),
+        (7, ""),
         ({"text": "x" * 900}, "x" * 499 + "…"),
     ],
 )
 def test_texts(example, text):
-    from hf_importance.report.page import _text
+    from hf_importance.report.examples import text_of
 
     class Tokenizer:
         def decode(self, ids, skip_special_tokens):
             return "+".join(map(str, ids))
 
-    assert _text(example, Tokenizer()) == text
+    assert text_of(example, Tokenizer()) == text
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -196,11 +196,11 @@ def test_plots_are_drawn_for_both_pages(theme):
 # ---- of real trainings -----------------------------------------------------------------------------------------------
 
 
-def test_report_of_a_training(tmp_path, capsys):
+def test_report_of_a_training(tmp_path, caplog):
     rows = datasets.Dataset.from_list([{**row, "text": f"text {i}"} for i, row in enumerate(tiny.texts(24))])
     a = tiny.trainer(tmp_path / "out", tiny.opinionated_bert(), rows, importance={"prune_mass": 0.1, **tiny.FIXED})
     a.train()
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Importance sampling: ")]
+    printed = [line for line in caplog.messages if line.startswith("Importance sampling: ")]
     assert printed == [a._findings().summary()]
     assert "72 visits of 24 examples" in printed[0]
     page = a.importance_report()
@@ -270,11 +270,11 @@ def test_what_is_refused(tmp_path):
     assert a.importance_report(tmp_path).exists()
 
 
-def test_without_record(tmp_path, capsys):
+def test_without_record(tmp_path, caplog):
     a = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), importance={"record": False, **tiny.FIXED}, max_steps=1)
     with pytest.raises(ValueError, match=r"needs ImportanceConfig\(record=True\)"):
         a.importance_report()
-    assert "Importance sampling:" not in capsys.readouterr().out
+    assert "Importance sampling:" not in caplog.text
     a.create_model_card()
     assert "Importance sampling" not in (tmp_path / "README.md").read_text()
 

@@ -37,6 +37,8 @@ class LossAdapter(ABC):
 
     takes_own_loss = False
     """Whether a `per_example_loss_func` can take the place of the loss of the trainer."""
+    shifts = True
+    """Whether tokens, where there are labels for them, are predicted from those before them."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

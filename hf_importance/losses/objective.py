@@ -155,6 +155,11 @@ class Objective:
         rest = (outputs,) if isinstance(outputs, Tensor) else outputs[int(gave) :]
         return loss, (loss, *rest)
 
+    @property
+    def shifts(self) -> bool:
+        """Whether tokens are predicted from those before them."""
+        return self._shifts
+
     def state_dict(self) -> dict[str, Any]:
         """What the first batch has shown, so that a resumed training does not look again."""
         return {

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_importance.record import suspects
+from hf_importance.report.texts import readable
 
+_MOST_CLASSES = 1000
+"""That are told one by one."""
 _MOST_VISITS = 0.9
 """The share of the visits of which we say how many examples got it."""
+
+
+@dataclass(frozen=True)
+class ClassFindings:
+    """What was found out about the examples with one label.
+
+    Args:
+        name: of the class.
+        examples: with this label.
+        importance: their mean.
+        share_of_visits: that they got, of all.
+        suspects: of them.
+        mean_loss: of their visits.
+    """
+
+    name: str
+    examples: int
+    importance: float
+    share_of_visits: float
+    suspects: int
+    mean_loss: float
 
 
 @dataclass
@@ -23,18 +48,21 @@ class Findings:
         columns: `[examples]` each: `importance`, `pruned`, and those of `record.COLUMNS`.
         distributions: visits per example, and percentiles of the importances then; see [`record.distribution`].
         history: what was logged, as in `TrainerState.log_history`.
-        label_names: of the classes; empty if they have none.
+        label_names: of the classes, by number or in their order; empty if they have none.
         settings: of the sampler.
     """
 
     columns: dict[str, Tensor]
     distributions: Sequence[tuple[float, Tensor]] = ()
     history: Sequence[Mapping[str, Any]] = ()
-    label_names: Mapping[int, str] = field(default_factory=dict)
+    label_names: Mapping[Any, str] | Sequence[str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.columns = {**self.columns, "suspect": suspects(self.columns)}
+        names = self.label_names
+        pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+        self.label_names = {int(number): readable(str(name)) for number, name in pairs}  # JSON has texts as keys
 
     def __len__(self) -> int:
         return len(self.columns["importance"])
@@ -60,7 +88,7 @@ class Findings:
         """Largest share of the examples that was left out at a time, as far as it was logged."""
         return max([self.columns["pruned"].double().mean().item(), *self.logged("pruned")[1]])
 
-    @property
+    @cached_property
     def decides(self) -> bool:
         """Whether the model puts each example into one of several classes."""
         return bool(self.columns["probability"].isfinite().any())
@@ -90,6 +118,41 @@ class Findings:
         if self.decides:
             return str(self.label_names.get(int(number), int(number)))
         return f"{number:.4g}"
+
+    def names_of(self, numbers: Tensor) -> tuple[list[str], Tensor]:
+        """Of classes: the names that occur, and int64 `[examples]` which of them each has; −1 where unknown."""
+        known = numbers.isfinite()
+        found, which = numbers[known].unique(return_inverse=True)
+        return list(map(self.name_of, found.tolist())), torch.full(numbers.shape, -1).masked_scatter_(known, which)
+
+    def by_class(self) -> list[ClassFindings]:
+        """Those with the most suspects first; none where examples have no single label."""
+        if not self.decides:
+            return []
+        names, which = self.names_of(self.columns["label"])
+        labelled = which >= 0
+        which = which[labelled]
+
+        def total(values: Tensor) -> Tensor:
+            values = values[labelled].double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            return torch.zeros(len(names), dtype=torch.float64).index_add_(0, which, values)
+
+        def mean(name: str) -> Tensor:
+            return total(self.columns[name]) / total(self.columns[name].isfinite())
+
+        examples, visits = total(labelled), total(self.columns["visits"]) / max(self.visits, 1)
+        figures = (examples, mean("importance"), visits, total(self.columns["suspect"]), mean("mean_loss"))
+        rows = zip(names, *(figure.tolist() for figure in figures), strict=True)
+        found = [ClassFindings(name, int(n), q, share, int(s), loss) for name, n, q, share, s, loss in rows]
+        return sorted(found, key=lambda row: (-row.suspects, -row.mean_loss))[:_MOST_CLASSES]
+
+    def mixed_up(self, number: int) -> list[tuple[str, str, int]]:
+        """Label, prediction, and how many suspects have both; the most frequent pairs first."""
+        chosen = self.columns["suspect"] & (self.columns["label"] != self.columns["prediction"])
+        pairs = torch.stack([self.columns[name][chosen] for name in ("label", "prediction")], 1)
+        pairs, counts = pairs.unique(dim=0, return_counts=True)
+        order = counts.sort(descending=True, stable=True).indices[:number].tolist()
+        return [(self.name_of(pairs[i, 0].item()), self.name_of(pairs[i, 1].item()), int(counts[i])) for i in order]
 
     def figures(self) -> dict[str, str]:
         """The most important ones, in words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,82 +11,56 @@ from transformers.utils import logging
 
 from hf_importance.report.findings import Findings
 from hf_importance.report.hub import CARD, FOLDER, extend_card, pushing
+from hf_importance.report.logs import say
+from hf_importance.report.training import Training
 
 logger = logging.get_logger(__name__)
 
 _REPORT_NEEDS = "jinja2, matplotlib, pillow and pyarrow: pip install 'hf_importance[report]'"
 
 
-class ReportMixin:
-    """The part of [`ImportanceTrainerMixin`] that shows what was learnt. It reads the memory and changes nothing."""
+class ReportMixin(ABC):
+    """The part of [`ImportanceTrainerMixin`] that shows what was learnt. It changes nothing in training."""
+
+    report_examples_to_hub: bool
+    _examples_to_show: Any = None
+
+    @abstractmethod
+    def _training(self) -> Training | None:
+        """What there is to be told; None before anything was trained."""
 
     # ---- logs --------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; beside a training loss it puts what was measured since the last one."""
-        if "loss" in logs:
-            logs.update(self._measurements())
-        if "train_runtime" in logs and self._effective is not None:
-            progress = self._effective.progress
+        training = self._training()
+        if training is not None and "loss" in logs:
+            logs.update(training.measured())
+        if training is not None and "train_runtime" in logs and training.progress is not None:
+            progress = training.progress
             logs["train_samples_per_second"] *= self.state.max_steps / progress.steps  # not all of them were made
             logs["train_effective_epochs"] = min(progress.value, progress.steps) / progress.steps_per_epoch
             logs["train_share_of_steps"] = self.state.global_step / progress.steps
-            if (tokens := self._share_of_tokens()) is not None:
+            if (tokens := training.share_of_tokens(self.state.global_step)) is not None:
                 logs["train_share_of_tokens"] = tokens
         super().log(logs, *args, **kwargs)
 
-    def _measurements(self) -> dict[str, float]:
-        if self._sampler is None:
-            return {}
-        memory, visits = self._sampler.memory, self._sampler.visits
-        moments, before = self._sampler.moments, self._logged_until
-        new = {name: value - before.get(name, 0.0) for name, value in moments.items()}
-        self._logged_until = moments
-        logs = {
-            "importance/seen": memory.known / len(memory),
-            "importance/pruned": 0.0 if visits.pruned is None else visits.pruned.double().mean().item(),
-            "importance/uniform_fraction": visits.floor,
-        }
-        if new["visits"]:
-            logs["importance/effective_sample_size"] = new["weight"] ** 2 / (new["weight_square"] * new["visits"])
-        if new["uniform"]:
-            logs["importance/mean"] = new["importance"] / new["inverse_rate"]
-            cost = new["cost"] / new["visits"]
-            logs["importance/variance_ratio"] = new["ours"] / new["uniform"] * cost
-            if self._lengths.length is not None:
-                logs["importance/cost"] = cost
-        if self._effective is not None:
-            logs["importance/effective_epoch"] = self._effective.progress.epochs
-        return logs
-
-    def _share_of_tokens(self) -> float | None:
-        """That the steps so far have cost, of those that uniform sampling has in all its steps; None: lengths unknown.
-
-        With several processes it is that of this one, whose examples are a random part of the data.
-        """
-        if self._sampler is None or self._lengths.length is None:
-            return None
-        self._sampler.flush(everything=True)
-        moments = self._sampler.moments
-        if not moments["visits"]:
-            return None
-        return self.state.global_step / self._effective.progress.steps * moments["cost"] / moments["visits"]
-
     def _summarise(self) -> None:
         """Say what was won."""
-        if self._effective is not None and self._effective.progress.finished:
-            steps, planned = self.state.global_step, self._effective.progress.steps
-            tokens = self._share_of_tokens()
+        training = self._training()
+        if training.progress is not None and training.progress.finished:
+            steps, planned = self.state.global_step, training.progress.steps
+            tokens = training.share_of_tokens(steps)
             self._say(
                 f"Importance sampling: ended after {steps:,} of {planned:,} steps ({steps / planned:.0%})"
                 f"{'' if tokens is None else f', with {tokens:.0%} of the tokens'}."
             )
-        if self._sampler is not None and self._sampler.record is not None and self.is_world_process_zero():
+        if training.has_record and self.is_world_process_zero():
             self._say(self._findings().summary())
 
     def _say(self, line: str) -> None:
         if self.is_world_process_zero():
-            print(line)
+            say(line)
 
     # ---- report ------------------------------------------------------------------------------------------------------
 
@@ -128,18 +103,21 @@ class ReportMixin:
         except ImportError as error:
             raise ImportError(f"importance_report needs {_REPORT_NEEDS} ({error})") from error
         title = f"Importance report: {Path(self.args.output_dir).resolve().name}"
-        return write_report(folder, findings, examples, self.processing_class, number, title)
+        tokens = self._training().token_losses(findings.hardest(number))
+        quiet = self.args.disable_tqdm
+        return write_report(folder, findings, examples, self.processing_class, number, title, tokens, quiet)
 
     def _refuse_report(self, folder: Path, examples: Any, number: int) -> None:
-        if self._sampler is None:
+        training = self._training()
+        if training is None:
             raise ValueError("importance_report must come after train(): nothing was learnt yet.")
-        if self._sampler.record is None:
-            raise ValueError("importance_report needs ImportanceConfig(record=True): nothing was taken down.")
+        if not training.has_record:
+            raise ValueError("importance_report needs ImportanceConfig(record=True): no visits were recorded.")
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"number must be an int of at least 1, but is {number!r}.")
-        if not hasattr(examples, "__len__") or len(examples) != self._sampler.shard.length:
+        if not hasattr(examples, "__len__") or len(examples) != training.examples:
             found = len(examples) if hasattr(examples, "__len__") else type(examples).__name__
-            raise ValueError(f"examples must be the {self._sampler.shard.length} of train_dataset, but are {found}.")
+            raise ValueError(f"examples must be the {training.examples} of train_dataset, but are {found}.")
         model, folder = Path(self.args.output_dir).resolve(), folder.resolve()
         inside = folder == model or model in folder.parents
         left_out = inside and folder != model and folder.relative_to(model).parts[0].startswith(("_", "checkpoint-"))
@@ -152,10 +130,10 @@ class ReportMixin:
 
     def _findings(self) -> Findings:
         """Of the examples of all processes, in the first of them."""
-        config = getattr(self.model, "config", None)
+        config, training = getattr(self.model, "config", None), self._training()
         return Findings(
-            columns=self._columns.of_all(),
-            distributions=self._sampler.record.distributions,
+            columns=training.columns(),
+            distributions=training.distributions,
             history=self.state.log_history,
             label_names=getattr(config, "id2label", None) or {},
             settings=asdict(self.importance),
@@ -185,7 +163,8 @@ class ReportMixin:
         self._extend_card(Path(self.args.output_dir))
 
     def _extend_card(self, folder: Path) -> None:
-        if self._sampler is not None and self._sampler.record is not None and self.is_world_process_zero():
+        training = self._training()
+        if training is not None and training.has_record and self.is_world_process_zero():
             findings = self._findings()
             extend_card(folder / CARD, findings, self._write_for_hub(folder / FOLDER, findings))
 
@@ -214,7 +193,7 @@ class ReportMixin:
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.init_hf_repo`, which `--push_to_hub` has called before anything is trained."""
-        with pushing(self._repository(), None if self._sampler is None else self.args.output_dir):
+        with pushing(self._repository(), None if self._training() is None else self.args.output_dir):
             super().init_hf_repo(*args, **kwargs)
 
     def _finish_current_push(self) -> None:

@@ -1,0 +1,192 @@
+"""One example as a report shows it: a picture, a text, or a line that says why there is neither."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_importance.report.findings import Findings
+from hf_importance.report.texts import LONGEST_TEXT, cut, readable
+from hf_importance.report.tokens import Token
+
+_MOST_TOKENS = 4 * LONGEST_TEXT
+"""That are decoded for it."""
+_LARGEST_PICTURE = 160
+"""Pixels per side."""
+_SHARP = 64
+"""Larger ones are compressed with losses, so that the page stays small."""
+_WHOLE = 255
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example as it is shown.
+
+    Args:
+        index: in the training data.
+        label: its name.
+        prediction: likewise.
+        probability: of the prediction.
+        importance: as text.
+        mean_loss: likewise.
+        visits: how many.
+        suspect: whether the label is probably wrong.
+        text: where there is no picture: what it says, or why it cannot be shown.
+        picture: small.
+        tokens: with their losses, instead of the text.
+    """
+
+    index: int
+    label: str
+    prediction: str
+    probability: str
+    importance: str
+    mean_loss: str
+    visits: int
+    suspect: bool
+    text: str = ""
+    picture: Image.Image | None = None
+    tokens: Sequence[Token] = ()
+
+    @property
+    def picture_url(self) -> str:
+        """The picture itself, as a URL."""
+        buffer, kind = BytesIO(), "PNG" if max(self.picture.size) <= _SHARP else "JPEG"
+        self.picture.save(buffer, format=kind, quality=85)
+        return _url(buffer.getvalue(), kind.lower())
+
+    @property
+    def alternative(self) -> str:
+        """What to read where the picture is not seen."""
+        return f"Training example {self.index}, labelled {self.label}, predicted {self.prediction}"
+
+
+def show(findings: Findings, examples: Any, tokenizer: Any, index: int, tokens: Mapping[int, Sequence[Token]]) -> Shown:
+    """An example. Whatever is wrong with it is told in its place.
+
+    Args:
+        findings: what was found out about it.
+        examples: anything with positions.
+        tokenizer: decodes `input_ids`; may be None.
+        index: which one.
+        tokens: of some examples, with their losses.
+    """
+    values = {name: column[index].item() for name, column in findings.columns.items()}
+    picture, text = None, ""
+    try:
+        example = examples[index]
+        picture = picture_of(example)
+        text = text_of(example, tokenizer) if picture is None else ""
+    except Exception as error:  # of whoever made the example: files that cannot be read, data of any kind
+        text = f"(cannot be shown: {type(error).__name__}: {cut(readable(str(error)), 120)})"
+    return Shown(
+        index=index,
+        label=findings.name_of(values["label"]),
+        prediction=findings.name_of(values["prediction"]),
+        probability="" if values["probability"] != values["probability"] else f"{values['probability']:.0%}",
+        importance=f"{values['importance']:.3g}",
+        mean_loss=f"{values['mean_loss']:.3g}",
+        visits=values["visits"],
+        suspect=values["suspect"],
+        text=text if picture is not None or text else "(no text, image or tokens to show)",
+        picture=picture,
+        tokens=tokens.get(index, ()),
+    )
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def picture_of(example: Any) -> Image.Image | None:
+    """An image as it is, or `pixel_values`, whose smallest and largest value become black and white.
+
+    None where the example has neither.
+    """
+    if isinstance(example, Image.Image):
+        return _small(example)
+    if not isinstance(example, Mapping):
+        return None
+    images = [value for value in example.values() if isinstance(value, Image.Image)]
+    if images:
+        return _small(images[0])
+    pixels = example.get("pixel_values")
+    return None if pixels is None else _of_pixels(_array(pixels))
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """In RGB, of at most [`_LARGEST_PICTURE`]; what is transparent is white."""
+    image.load()  # here what is wrong with the file is found
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # 16 or 32 bits, or any range
+        image = Image.fromarray(_stretched(np.asarray(image, dtype=np.float32)))
+    elif image.mode in ("La", "RGBa"):  # colours that are multiplied by how opaque they are
+        image = image.convert(image.mode.upper())
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.thumbnail((_LARGEST_PICTURE, _LARGEST_PICTURE))
+    return image
+
+
+def _of_pixels(pixels: np.ndarray) -> Image.Image | None:
+    """Of `[channels, height, width]` or `[height, width, channels]` or `[height, width]`; of a film the first one."""
+    while pixels.ndim > 3:
+        pixels = pixels[0]
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    if pixels.ndim != 3 or 0 in pixels.shape:
+        return None
+    if pixels.shape[0] in (1, 3, 4) or pixels.shape[2] not in (1, 3, 4):
+        pixels = pixels.transpose(1, 2, 0)
+    pixels = _stretched(pixels)
+    return _small(Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3]))
+
+
+def _array(values: Any) -> np.ndarray:
+    """float32, of tensors of any type that may want gradients, too."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().float().cpu()
+    return np.asarray(values, dtype=np.float32)
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """uint8: the smallest finite value is black and the largest one white."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return ((values - low) / max(high - low, 1e-12) * _WHOLE).astype(np.uint8)
+
+
+def png_url(png: bytes) -> str:
+    """A picture as a URL."""
+    return _url(png, "png")
+
+
+def _url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def text_of(example: Any, tokenizer: Any) -> str:
+    """Decoded tokens, where there are some and a tokenizer; else the strings of an example; else nothing."""
+    if isinstance(example, str):
+        return cut(readable(example), LONGEST_TEXT)
+    if not isinstance(example, Mapping):
+        return ""
+    if "input_ids" in example and hasattr(tokenizer, "decode"):
+        ids = example["input_ids"][:_MOST_TOKENS]
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        return cut(readable(tokenizer.decode(ids, skip_special_tokens=True)), LONGEST_TEXT)
+    strings = {name: cut(readable(value), LONGEST_TEXT) for name, value in example.items() if isinstance(value, str)}
+    if len(strings) == 1:
+        return next(iter(strings.values()))
+    return "\n".join(f"{name}: {value}" for name, value in strings.items())

@@ -1,0 +1,109 @@
+"""What the report is told of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_importance.columns import Columns
+from hf_importance.sampling.progress import EffectiveVisits
+from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.schedule import EffectiveEpochs
+from hf_importance.state import read_number
+
+
+class Training:
+    """A training that runs, or is over: its figures for logs and report.
+
+    Args:
+        sampler: of this process.
+        columns: what is known of the examples of all.
+        effective: how much was learnt; None where all steps are made.
+        has_lengths: whether visits cost by the length of their text.
+        token_losses: of some examples the tokens with their losses, as far as there are.
+    """
+
+    def __init__(
+        self,
+        sampler: ImportanceBatchSampler,
+        columns: Columns,
+        effective: EffectiveEpochs | None,
+        has_lengths: bool,
+        token_losses: Callable[[list[int]], Mapping[int, Sequence[Any]]],
+    ) -> None:
+        self._sampler = sampler
+        self._columns = columns
+        self._effective = effective
+        self._has_lengths = has_lengths
+        self.token_losses = token_losses
+        self._before: dict[str, float] = {}  # moments, when measurements were asked for the last time
+
+    @property
+    def progress(self) -> EffectiveVisits | None:
+        """How much was learnt; None where all steps are made."""
+        return None if self._effective is None else self._effective.progress
+
+    @property
+    def examples(self) -> int:
+        """Of all processes."""
+        return self._sampler.shard.length
+
+    @property
+    def has_record(self) -> bool:
+        """Whether visits are recorded."""
+        return self._sampler.record is not None
+
+    @property
+    def distributions(self) -> Sequence[tuple[float, Tensor]]:
+        """See `VisitRecord`."""
+        return self._sampler.record.distributions
+
+    def columns(self) -> dict[str, Tensor]:
+        """Of the examples of all processes, in the first of them."""
+        return self._columns.of_all()
+
+    def measured(self) -> dict[str, float]:
+        """Since the last time, by the names under which it is logged."""
+        memory, visits = self._sampler.memory, self._sampler.visits
+        moments = self._sampler.moments
+        new = {name: value - self._before.get(name, 0.0) for name, value in moments.items()}
+        self._before = moments
+        logs = {
+            "importance/seen": memory.known / len(memory),
+            "importance/pruned": 0.0 if visits.pruned is None else visits.pruned.double().mean().item(),
+            "importance/uniform_fraction": visits.floor,
+        }
+        if new["visits"]:
+            logs["importance/effective_sample_size"] = new["weight"] ** 2 / (new["weight_square"] * new["visits"])
+        if new["uniform"]:
+            logs["importance/mean"] = new["importance"] / new["inverse_rate"]
+            cost = new["cost"] / new["visits"]
+            logs["importance/variance_ratio"] = new["ours"] / new["uniform"] * cost
+            if self._has_lengths:
+                logs["importance/cost"] = cost
+        if self.progress is not None:
+            logs["importance/effective_epoch"] = self.progress.epochs
+        return logs
+
+    def share_of_tokens(self, steps: int) -> float | None:
+        """That so many steps have cost, of those that uniform sampling has in all its steps; None: lengths unknown.
+
+        With several processes it is that of this one, whose examples are a random part of the data.
+        """
+        if not self._has_lengths:
+            return None
+        self._sampler.flush(everything=True)
+        moments = self._sampler.moments
+        if not moments["visits"]:
+            return None
+        return steps / self.progress.steps * moments["cost"] / moments["visits"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return dict(self._before)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where [`state_dict`] was taken."""
+        self._before = {name: read_number(state, name) for name in state}
