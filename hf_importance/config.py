@@ -64,7 +64,7 @@ class ImportanceConfig:
         "0 prunes nothing.",
     )
     record: bool = _setting(
-        True, "Keep what importance_report shows of every example: visits, loss, prediction; 24 bytes each."
+        True, "Keep what importance_report shows of every example: visits, loss, prediction; 28 bytes each."
     )
     seed: int | None = _setting(None, "Seed of the sampler; by default data_seed or seed of TrainingArguments.")
     metric: Metric = _setting(

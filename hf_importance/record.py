@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,27 @@ SEEN = ("label", "loss", "prediction", "probability")
 """What is seen at a visit; NaN where the task has no such thing."""
 COLUMNS = (*SEEN, "visits", "mean_loss")
 QUANTILES = 101
+_PER_EXAMPLE = ("seen", "visits", "total_loss", "kept_visits")
 _MOST_EXAMPLES = 2**16
 """Of which a distribution is taken."""
 
 
+class Distribution(NamedTuple):
+    """How importances and visits were spread at a moment, see [`distribution`].
+
+    Args:
+        visits: per example, until then.
+        importance: `[101]`.
+        visits_since: `[101]`, of the visits since the moment before.
+    """
+
+    visits: float
+    importance: Tensor
+    visits_since: Tensor
+
+
 class VisitRecord:
-    """Per example: how often it was visited, with what mean loss, and what was seen the last time. 24 bytes each.
+    """Per example: how often it was visited, with what mean loss, and what was seen the last time. 28 bytes each.
 
     The mean leaves out the first visit, at which the model may know nothing yet, unless it is the only one.
 
@@ -39,7 +54,8 @@ class VisitRecord:
         self._seen = torch.full((len(SEEN), length), torch.nan)
         self._visits = torch.zeros(length, dtype=torch.int32)
         self._total_loss = torch.zeros(length)
-        self.distributions: list[tuple[float, Tensor]] = []
+        self._kept_visits = torch.zeros(length, dtype=torch.int32)  # when a distribution was kept the last time
+        self.distributions: list[Distribution] = []
 
     def update(self, index: Tensor, seen: Tensor) -> None:
         """Take down visits; many at once cost hardly more than a few.
@@ -67,8 +83,10 @@ class VisitRecord:
         }
 
     def keep_distribution(self, importance: Tensor) -> None:
-        """Of the importances as they are now: see [`distribution`]; with the visits per example so far."""
-        self.distributions.append((self._visits.double().mean().item(), distribution(importance)))
+        """Of the importances as they are now, and of the visits since the last time."""
+        since = distribution((self._visits - self._kept_visits).float())
+        self.distributions.append(Distribution(self._visits.double().mean().item(), distribution(importance), since))
+        self._kept_visits.copy_(self._visits)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values."""
@@ -76,7 +94,8 @@ class VisitRecord:
             "seen": self._seen.clone(),
             "visits": self._visits.clone(),
             "total_loss": self._total_loss.clone(),
-            "distributions": list(self.distributions),
+            "kept_visits": self._kept_visits.clone(),
+            "distributions": [tuple(entry) for entry in self.distributions],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -85,16 +104,18 @@ class VisitRecord:
         self._seen.copy_(read_tensor(state, "seen", [len(SEEN), length], torch.float32))
         self._visits.copy_(read_tensor(state, "visits", [length], torch.int32))
         self._total_loss.copy_(read_tensor(state, "total_loss", [length], torch.float32))
+        self._kept_visits.copy_(read_tensor(state, "kept_visits", [length], torch.int32))
         self.distributions = [_read_distribution(*entry) for entry in state["distributions"]]
 
 
-def _read_distribution(visits: float, quantiles: Tensor) -> tuple[float, Tensor]:
-    entry = {"visits": visits, "quantiles": quantiles}
-    return read_number(entry, "visits"), read_tensor(entry, "quantiles", [QUANTILES], torch.float32)
+def _read_distribution(*values: Any) -> Distribution:
+    entry = dict(zip(Distribution._fields, values, strict=True))
+    percentiles = (read_tensor(entry, name, [QUANTILES], torch.float32) for name in Distribution._fields[1:])
+    return Distribution(read_number(entry, "visits"), *percentiles)
 
 
 def distribution(importance: Tensor) -> Tensor:
-    """`[101]`: minimum, percentiles and maximum of the known importances, of at most 65,536 examples, evenly spaced."""
+    """`[101]`: minimum, percentiles and maximum of what is known, of at most 65,536 examples, evenly spaced."""
     known = importance[:: math.ceil(len(importance) / _MOST_EXAMPLES)]
     known = known[known.isfinite()]
     return torch.full((QUANTILES,), torch.nan) if not len(known) else known.quantile(torch.linspace(0, 1, QUANTILES))
@@ -104,7 +125,7 @@ def join(states: Sequence[Mapping[str, Any]], index: Sequence[Tensor | slice], l
     """One state for all examples, of those of several ranks: `index` says which examples each of them had."""
     whole = VisitRecord(length).state_dict()
     for state, positions in zip(states, index, strict=True):
-        for name in ("seen", "visits", "total_loss"):
+        for name in _PER_EXAMPLE:
             mine = whole[name][..., positions]
             whole[name][..., positions] = read_tensor(state, name, mine.shape, mine.dtype)
     return whole | {"distributions": list(states[0]["distributions"])}
@@ -112,7 +133,7 @@ def join(states: Sequence[Mapping[str, Any]], index: Sequence[Tensor | slice], l
 
 def part(state: Mapping[str, Any], index: Tensor | slice) -> dict[str, Any]:
     """The state of some examples."""
-    return {**state, **{name: state[name][..., index] for name in ("seen", "visits", "total_loss")}}
+    return {**state, **{name: state[name][..., index] for name in _PER_EXAMPLE}}
 
 
 def suspects(columns: Mapping[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
-from hf_importance.record import suspects
+from hf_importance.record import Distribution, suspects
 from hf_importance.report.findings import Findings
 from hf_importance.report.page import write_report
 from hf_importance.report.plots import THEMES, plots
@@ -183,13 +183,18 @@ def test_texts(example, text):
 @pytest.mark.parametrize("theme", THEMES)
 def test_plots_are_drawn_for_both_pages(theme):
     found = findings()
-    found.distributions = [(1.0, torch.linspace(0.5, 1, 101))]
+    visits = torch.linspace(0, 2, 101)
+    found.distributions = [
+        Distribution(1.0, torch.linspace(0.5, 1, 101), torch.ones(101)),
+        Distribution(2.0, torch.full((101,), torch.nan), visits),
+    ]
     drawn = {plot.name: plot for plot in plots(found)}
-    assert list(drawn) == ["importances", "gain", "visits"], "nothing was logged of what was seen and pruned"
+    assert list(drawn) == ["importances", "spread", "gain", "visits"], "nothing was logged of what was seen and pruned"
     for plot in drawn.values():
         assert plot.png(theme).startswith(b"\x89PNG")
     assert "variance ratio 0.90 → 0.70" in drawn["gain"].text
     assert "from 1 to 16 visits" in drawn["visits"].text
+    assert "got 10% of them in the first pass and 19% in the last" in drawn["spread"].text
     assert "The median was 0.75 after 1.0 visits per example and 0.5 after 5.0" in drawn["importances"].text
 
 
@@ -303,6 +308,7 @@ def test_card_is_made_anew_each_time(tmp_path):
         "gain.png",
         "importances.csv",
         "importances.png",
+        "spread.png",
         "visits.png",
     ]
 

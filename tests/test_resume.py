@@ -419,7 +419,7 @@ DAMAGE = {
     "an objective in words": put("yes", "objective", "looked"),
     "less than no draws": put(-1, "sampler", "draws"),
     "less than no passes": put(-3, "sampler", "visits", "passes"),
-    "a distribution of two numbers": put([(1.0, torch.ones(2))], "sampler", "record", "distributions"),
+    "a distribution of two numbers": put([(1.0, torch.ones(2), torch.ones(101))], "sampler", "record", "distributions"),
     "logs in words": put({"visits": "many"}, "reported"),
     "a name of too many ranks": rename("importance_99999_of_99999999999.pt"),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.record import suspects
+from hf_importance.record import Distribution, suspects
 from hf_importance.report.texts import readable
 
 _MOST_CLASSES = 1000
@@ -46,14 +46,14 @@ class Findings:
 
     Args:
         columns: `[examples]` each: `importance`, `pruned`, and those of `record.COLUMNS`.
-        distributions: visits per example, and percentiles of the importances then; see [`record.distribution`].
+        distributions: how importances and visits were spread, from moment to moment.
         history: what was logged, as in `TrainerState.log_history`.
         label_names: of the classes, by number or in their order; empty if they have none.
         settings: of the sampler.
     """
 
     columns: dict[str, Tensor]
-    distributions: Sequence[tuple[float, Tensor]] = ()
+    distributions: Sequence[Distribution] = ()
     history: Sequence[Mapping[str, Any]] = ()
     label_names: Mapping[Any, str] | Sequence[str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -63,22 +64,19 @@ class Plot:
 
 def plots(findings: Findings) -> list[Plot]:
     """Those for which there are figures."""
-    drawn = [_distributions(findings), _gains(findings), _coverage(findings), _visits(findings)]
+    drawn = [_distributions(findings), _spread(findings), _gains(findings), _coverage(findings), _visits(findings)]
     return [plot for plot in drawn if plot is not None]
 
 
 def _distributions(findings: Findings) -> Plot | None:
-    visits = findings.visits / len(findings)
-    moments = [*findings.distributions, (visits, distribution(findings.columns["importance"]))]
-    moments = [(visits, percentiles) for visits, percentiles in moments if percentiles.isfinite().all()]
+    last = (findings.visits / len(findings), distribution(findings.columns["importance"]))
+    moments = [*((moment.visits, moment.importance) for moment in findings.distributions), last]
+    moments = _some([(visits, percentiles) for visits, percentiles in moments if percentiles.isfinite().all()])
     if not moments:
         return None
-    chosen = sorted({round(i * (len(moments) - 1) / (_MOST_CURVES - 1)) for i in range(_MOST_CURVES)})
-    moments = [moments[i] for i in chosen]
 
     def draw(axes: Axes, colours: dict[str, str]) -> None:
-        shades = mpl.colormaps["viridis"](torch.linspace(0.25, 0.85, len(moments)).numpy())  # seen on both pages
-        for shade, (visits, percentiles) in zip(shades, moments, strict=True):
+        for shade, (visits, percentiles) in zip(_shades(len(moments)), moments, strict=True):
             share = torch.linspace(0, 1, len(percentiles))
             axes.plot(percentiles.clamp(min=_SMALLEST), share, color=shade, linewidth=1.8, label=f"{visits:.1f}")
         axes.set(xscale="log", xlabel="importance", ylabel="examples with less")
@@ -92,6 +90,46 @@ def _distributions(findings: Findings) -> Plot | None:
         f"{moments[0][0]:.1f} visits per example and {medians[-1]:.3g} after {moments[-1][0]:.1f}."
     )
     return Plot("importances", "Importances", text, draw)
+
+
+def _spread(findings: Findings) -> Plot | None:
+    moments = [moment for moment in findings.distributions if moment.visits_since.sum() > 0]
+    if not moments:
+        return None
+
+    def draw(axes: Axes, colours: dict[str, str]) -> None:
+        chosen = _some(moments)
+        for shade, moment in zip(_shades(len(chosen)), chosen, strict=True):
+            share = torch.linspace(0, 1, len(moment.visits_since))
+            visits = moment.visits_since / moment.visits_since.mean()
+            axes.plot(share, visits, color=shade, linewidth=1.8, label=f"until {moment.visits:.1f}")
+        axes.set(xlabel="examples with fewer", ylabel="visits over their mean")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.legend(title="visits per example", frameon=False)
+
+    first, last = (_of_the_most_visited(moment.visits_since) for moment in (moments[0], moments[-1]))
+    text = (
+        f"How visits were spread in each pass. The tenth with the most got {first:.0%} of them in the first pass and "
+        f"{last:.0%} in the last one that was finished."
+    )
+    return Plot("spread", "Visits early and late", text, draw)
+
+
+def _of_the_most_visited(percentiles: torch.Tensor) -> float:
+    """The share of all visits that the tenth with the most have, on lines through the percentiles."""
+    between = (percentiles[1:] + percentiles[:-1]) / 2
+    return (between[-len(between) // 10 :].sum() / between.sum()).item()
+
+
+def _some(moments: list[Any]) -> list[Any]:
+    """At most [`_MOST_CURVES`] of them, evenly spaced, with the first and the last."""
+    chosen = sorted({round(i * (len(moments) - 1) / (_MOST_CURVES - 1)) for i in range(_MOST_CURVES)})
+    return [moments[i] for i in chosen] if moments else []
+
+
+def _shades(number: int) -> Any:
+    """From early to late; seen on both pages."""
+    return mpl.colormaps["viridis"](torch.linspace(0.25, 0.85, number).numpy())
 
 
 def _gains(findings: Findings) -> Plot | None:

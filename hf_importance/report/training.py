@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_importance.columns import Columns
+from hf_importance.record import Distribution
 from hf_importance.sampling.progress import EffectiveVisits
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.schedule import EffectiveEpochs
@@ -56,7 +57,7 @@ class Training:
         return self._sampler.record is not None
 
     @property
-    def distributions(self) -> Sequence[tuple[float, Tensor]]:
+    def distributions(self) -> Sequence[Distribution]:
         """See `VisitRecord`."""
         return self._sampler.record.distributions
 
