@@ -193,4 +193,5 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    tiny.expect_small_gains()
     main(Path(sys.argv[1]))

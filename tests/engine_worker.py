@@ -154,6 +154,7 @@ class Engine:
         return found
 
     def work(self):
+        tiny.expect_small_gains()
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
         torch.save(self.results(), self.folder / f"rank{dist.get_rank()}.pt")

@@ -16,6 +16,8 @@ from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SegmentedVisits
 
+pytestmark = pytest.mark.usual_guard
+
 
 def some(n, seed=0):
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

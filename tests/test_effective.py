@@ -177,7 +177,7 @@ def test_the_end_is_an_ordinary_one(tmp_path, strategy):
 
 
 @pytest.mark.parametrize("more", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"dataloader_num_workers": 1}])
-def test_it_ends_with_other_settings_too(tmp_path, more, small_gains):
+def test_it_ends_with_other_settings_too(tmp_path, more):
     trainer, watch = trainer_of(tmp_path, num_train_epochs=8, **more)
     planned = 8 * 10 // more.get("gradient_accumulation_steps", 1)
     assert trainer.train().global_step < planned

@@ -8,6 +8,7 @@ import math
 
 import oracles
 import pytest
+import tiny
 import torch
 from torch import tensor
 
@@ -18,6 +19,8 @@ from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SegmentedVisits
 
 PASSES = 12
+
+pytestmark = pytest.mark.usual_guard
 
 
 def ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_exponent=1.0):
@@ -181,6 +184,18 @@ def test_where_a_tenth_is_not_saved_visits_are_uniform(spread, floor):
     assert (moments[0] < 0.9 * moments[-1]) == (floor < 1)
     assert moments[0] < 0.97 * moments[-1], "premise: there is something to gain"
     assert guard.floor() == pytest.approx(floor)
+
+
+def test_a_training_with_little_to_gain_is_that_of_trainer(tmp_path, monkeypatch):
+    """From its second pass on, when visits have shown it."""
+    rows, weights_of = 10 * tiny.texts(), {}
+    for worth in (0.9, 1.0):
+        monkeypatch.setattr("hf_importance.sampling.guard._WORTH_WEIGHTS", worth)
+        run = tiny.trained(tmp_path, tiny.bert(), rows, tiny.Recorder, tiny.FIXED, learning_rate=1e-3)
+        half = len(run.draws) // 2
+        weights_of[worth] = {weight for draw in run.draws[half:] for weight in draw.weight}
+    assert weights_of[0.9] == {1.0}
+    assert len(weights_of[1.0]) > 100, "control"
 
 
 def test_evidence_is_forgotten():

@@ -125,7 +125,7 @@ def test_texts_of_equal_length_have_no_costs(tmp_path):
     assert tiny.difference(run, other) > 1e-4, "control: costs that differ"
 
 
-def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch, small_gains):
+def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch):
     """Correlation of the logarithms of importance and rate with that of the length."""
     rows = rows_of(300)
 
@@ -209,7 +209,7 @@ def test_looking_at_batches_shows_the_groups(tmp_path):
 
 
 @pytest.mark.parametrize(("of_tokens", "settings"), [(True, {}), (False, GROUPED), (False, {})])
-def test_what_is_saved_is_told_in_tokens_too(tmp_path, caplog, of_tokens, settings, small_gains):
+def test_what_is_saved_is_told_in_tokens_too(tmp_path, caplog, of_tokens, settings):
     rows = rows_of(of_tokens=of_tokens)
     more = {"importance": {}, "num_train_epochs": 8, "logging_steps": 1, **settings}
     run = trainer_of(tmp_path, rows, **more)

@@ -31,7 +31,10 @@ def record_of(run):
 def same_record(a, b):
     (columns, moments), (others, other_moments) = record_of(a), record_of(b)
     assert all(torch.equal(column, others[name]) for name, column in columns.items())
-    assert [visits for visits, _ in moments] == [visits for visits, _ in other_moments]
+    assert len(moments) == len(other_moments)
+    for mine, other in zip(moments, other_moments, strict=True):
+        assert mine.visits == other.visits
+        assert torch.equal(mine.visits_since, other.visits_since)
     return True
 
 

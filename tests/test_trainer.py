@@ -105,7 +105,7 @@ class Forgetful(Recorder):
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
 @pytest.mark.parametrize("budget", [1.0, "auto"])
-def test_the_loss_has_the_weights_of_the_draw(tmp_path, sampling, exponent, budget, small_gains):
+def test_the_loss_has_the_weights_of_the_draw(tmp_path, sampling, exponent, budget):
     """Each step of SGD by hand: w ← w − η (1/B) Σ wᵢ ∇ℓᵢ, though the memory was changed in between."""
     data, watched = tiny.texts(), Watched()
     importance = {"sampling": sampling, "weight_exponent": exponent, "budget": budget}
@@ -280,7 +280,7 @@ def test_other_metrics(tmp_path, metric):
 
 
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-def test_log_carries_the_measurements(tmp_path, sampling, small_gains):
+def test_log_carries_the_measurements(tmp_path, sampling):
     run = tiny.trained(
         tmp_path,
         tiny.opinionated_bert(),

@@ -48,6 +48,7 @@ def conflicts(examples: Any, labels: Tensor, quiet: bool = False) -> list[Confli
         labels: float32 `[examples]`, NaN where unknown.
         quiet: show no progress bar.
 
+    >>> import torch
     >>> found = conflicts(["Hello, you!", "hello you", "bye", "Hello  you"], torch.tensor([0.0, 1.0, 1.0, 0.0]))
     >>> found[0].index, found[0].labels
     ([0, 1, 3], [0.0, 1.0, 0.0])
