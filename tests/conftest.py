@@ -20,8 +20,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _small_gains(request, monkeypatch):
-    """Importance sampling also where it saves less than a tenth, as with most tiny models."""
-    if "usual_guard" not in request.keywords:
-        monkeypatch.setattr("hf_importance.sampling.guard._WORTH_WEIGHTS", 1.0)
+@pytest.fixture
+def small_gains(monkeypatch):
+    """Importance sampling also where it saves less than a tenth of the cost, as with tiny models of tokens."""
+    monkeypatch.setattr("hf_importance.sampling.guard._WORTH_WEIGHTS", 1.0)

@@ -193,5 +193,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    tiny.expect_small_gains()
     main(Path(sys.argv[1]))

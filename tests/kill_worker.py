@@ -91,5 +91,4 @@ def main(folder, kills, importance):
 
 
 if __name__ == "__main__":
-    tiny.expect_small_gains()
     main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -16,8 +16,6 @@ from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SegmentedVisits
 
-pytestmark = pytest.mark.usual_guard
-
 
 def some(n, seed=0):
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -285,6 +283,22 @@ def test_the_guard_compares_at_equal_cost(noise, power):
     wanted = next(floors[k] for k in teach if moments[k] * costs[k] <= 1.01 * least)
     worth = least <= 0.9 * moments[-1] * costs[-1]
     assert guard.floor() == pytest.approx(wanted if worth else 1.0)
+
+
+@pytest.mark.parametrize(("spread", "floor"), [(0.25, 1.0), (0.5, 0.2)])
+def test_where_a_tenth_is_not_saved_visits_are_uniform(spread, floor):
+    """Importances per cost that hold, and differ by little: 6 and 22 % would be saved."""
+    cost = lognormal(5000, 1, 0.3)
+    cost = cost / cost.mean()
+    q = lognormal(5000, 2, spread) * cost.sqrt()
+    guard, mean = guarded(q, cost, q)
+    spent = guard._second_moments * guard._costs
+    assert (spent[0] < 0.9 * spent[-1]) == (floor < 1)
+    assert spent[0] < 0.97 * spent[-1], "premise: there is something to gain"
+    assert guard.floor() == pytest.approx(floor)
+    free = Guard(0.2)
+    free.learn(q / cost.sqrt(), mean, q, torch.ones(5000), math.inf)
+    assert free.floor() < 1, "control: where all visits cost the same what there is is taken"
 
 
 def test_the_guard_without_costs_would_choose_otherwise():

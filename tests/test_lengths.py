@@ -125,7 +125,7 @@ def test_texts_of_equal_length_have_no_costs(tmp_path):
     assert tiny.difference(run, other) > 1e-4, "control: costs that differ"
 
 
-def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch):
+def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch, small_gains):
     """Correlation of the logarithms of importance and rate with that of the length."""
     rows = rows_of(300)
 
@@ -144,6 +144,18 @@ def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch):
     assert found["costs"][0] > 0.9, "premise: importance is mostly length"
     assert found["control"][1] > 0.9
     assert found["costs"][1] < 0.5
+
+
+def test_where_a_tenth_is_not_saved_token_losses_are_those_of_trainer(tmp_path, monkeypatch):
+    """From the second half on, when visits have shown it."""
+    weights_of = {}
+    for worth in (0.9, 1.0):
+        monkeypatch.setattr("hf_importance.sampling.guard._WORTH_WEIGHTS", worth)
+        run = trained(tmp_path, rows_of(300), importance=tiny.FIXED, num_train_epochs=4, learning_rate=1e-3)
+        half = len(run.draws) // 2
+        weights_of[worth] = {weight for draw in run.draws[half:] for weight in draw.weight}
+    assert weights_of[0.9] == {1.0}
+    assert len(weights_of[1.0]) > 100, "control"
 
 
 @pytest.mark.parametrize("settings", [{}, GROUPED])
@@ -209,7 +221,7 @@ def test_looking_at_batches_shows_the_groups(tmp_path):
 
 
 @pytest.mark.parametrize(("of_tokens", "settings"), [(True, {}), (False, GROUPED), (False, {})])
-def test_what_is_saved_is_told_in_tokens_too(tmp_path, caplog, of_tokens, settings):
+def test_what_is_saved_is_told_in_tokens_too(tmp_path, caplog, of_tokens, settings, small_gains):
     rows = rows_of(of_tokens=of_tokens)
     more = {"importance": {}, "num_train_epochs": 8, "logging_steps": 1, **settings}
     run = trainer_of(tmp_path, rows, **more)

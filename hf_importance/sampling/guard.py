@@ -16,7 +16,7 @@ _FLOORS = 8
 _GOOD_ENOUGH = 1.01
 """The lowest floor is taken whose second moment is within 1 % of the least."""
 _WORTH_WEIGHTS = 0.9
-"""Sampling is uniform where importances would save less than a tenth: a gain that small was lost again in training."""
+"""Where visits cost differently sampling is uniform unless it saves a tenth: less was lost again in training."""
 _FORGET = 0.9
 """Share of the evidence that is kept from segment to segment: half of it after a pass, about."""
 
@@ -26,13 +26,14 @@ class Guard:
 
     Every visit tells what was remembered of an example and what it has become, from which follows how large the
     estimate would be with another floor ([`rates.second_moments`]). Where importances tell nothing that is 1, uniform
-    sampling; also where the best floor saves less than a tenth of the second moment. Language models are such a case:
-    the importances of texts differ by little, at equal cost, and a training that prefers the hard ones for 3 to 5 % of
-    the variance learns them by heart.
+    sampling.
 
     Where visits cost differently, estimates are compared at equal cost: a visit of a given floor has the second moment
     M and costs C, so that n of them have M/n and cost n C, and M C is what counts. But M itself must not be above that
     of uniform sampling, or a step would teach less than a uniform one, and training take more of them than was asked.
+    And where the best floor spends more than nine tenths of what uniform sampling does, sampling is uniform. Language
+    models are such a case: at equal cost the importances of texts differ by little, and a training that prefers the
+    hard ones for 3 to 5 % of the variance learns them by heart.
 
     Args:
         uniform_fraction: the lowest floor, in [0, 1].
@@ -62,10 +63,12 @@ class Guard:
     def floor(self) -> float:
         """For the next segment."""
         teaches = self._second_moments <= _GOOD_ENOUGH * self._second_moments[-1]
-        spent = self._second_moments * self._costs if self._costs.any() else self._second_moments
+        costs = bool(self._costs.any())
+        spent = self._second_moments * self._costs if costs else self._second_moments
         least = spent[teaches].min()
-        worth_it = teaches & (spent <= _GOOD_ENOUGH * least)
-        enough = worth_it if least <= _WORTH_WEIGHTS * spent[-1] else self._floors == 1
+        enough = teaches & (spent <= _GOOD_ENOUGH * least)
+        if costs and least > _WORTH_WEIGHTS * spent[-1]:
+            enough = self._floors == 1
         self._second_moments *= _FORGET
         self._costs *= _FORGET
         return self._floors[enough][0].item()  # the lowest where nothing is known: all are 0
