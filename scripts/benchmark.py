@@ -7,6 +7,7 @@
     python scripts/benchmark.py draws                # a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # are wrong labels found?
     python scripts/benchmark.py pages                # puts the tables of all of them into the pages
+    python scripts/benchmark.py picture              # of a report, for the README
 
 Each part fills a file in scripts/results, or `--output`. What is already there is not run again, so that a grid may be
 interrupted and gone on with. `--show` prints the tables that are made of the file, and runs nothing. Without
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import accuracy, comparison, draws, label_errors, overhead, results, seconds
+from benchmarks import accuracy, comparison, draws, label_errors, overhead, picture, results, seconds
 from benchmarks.methods import METHODS
 from benchmarks.plot import plot
 from benchmarks.tasks import TASKS
@@ -120,6 +121,12 @@ def run_pages(_: argparse.Namespace) -> str:
     return f"The tables were put into {' and '.join(PAGES)}"
 
 
+def run_picture(_: argparse.Namespace) -> str:
+    """Of a report, for the README."""
+    picture.draw()
+    return f"The picture was drawn as {picture.PICTURE}"
+
+
 def _file_of(arguments: argparse.Namespace) -> Path:
     return arguments.output or results.FOLDER / f"{arguments.part}.json"
 
@@ -165,6 +172,7 @@ def new_parser() -> argparse.ArgumentParser:
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(label_errors.TASKS))
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
     parts.add_parser("pages", help="put the tables into the pages")
+    parts.add_parser("picture", help="draw the picture of a report")
     return parser
 
 
@@ -177,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         "label_errors": run_label_errors,
         "seconds": run_seconds,
         "pages": run_pages,
+        "picture": run_picture,
     }[arguments.part]
     print(run(arguments))
 

@@ -12,7 +12,7 @@ import run_image_classification
 import run_text_classification
 import tiny
 from arguments import parse
-from benchmarks import from_scratch, methods, results, rivals
+from benchmarks import from_scratch, methods, picture, results, rivals
 from benchmarks.methods import METHODS
 from benchmarks.tasks import Entry
 from PIL import Image
@@ -138,3 +138,9 @@ def test_the_plot_is_that_of_the_results():
     runs = runs_of("accuracy")
     assert Image.open(results.FOLDER / "accuracy.png").text["Source"] == results.digest(runs)
     assert results.digest(runs[1:]) != results.digest(runs), "control"
+
+
+def test_the_picture_of_a_report_is_of_the_page_as_it_is():
+    with Image.open(picture.PICTURE) as drawn:
+        assert drawn.text["Source"] == picture.digest(), "run: python scripts/benchmark.py picture"
+    assert f"](scripts/results/{picture.PICTURE.name})" in README
