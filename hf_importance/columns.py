@@ -30,7 +30,7 @@ class Columns:
         return self._of_all("importance", self._sampler.importance)
 
     def of_all(self) -> dict[str, Tensor]:
-        """`[examples]` each: what is recorded of them, `importance` and `pruned`."""
+        """`[examples]` each: what is recorded of them, `importance`, `pruned`; `down_weighted` where some are."""
         return {name: self._of_all(name, column) for name, column in self._mine().items()}
 
     def gather(self, add_up: Callable[[Tensor], Tensor]) -> None:
@@ -48,7 +48,9 @@ class Columns:
     def _mine(self) -> dict[str, Tensor]:
         record = self._sampler.record
         seen = {} if record is None else record.columns()
-        return {**seen, "importance": self._sampler.importance, "pruned": self._sampler.pruned}
+        columns = {**seen, "importance": self._sampler.importance, "pruned": self._sampler.pruned}
+        suspects = self._sampler.suspects
+        return columns if suspects is None else columns | {"down_weighted": suspects.flagged}
 
     def _of_all(self, name: str, mine: Tensor) -> Tensor:
         shard = self._sampler.shard

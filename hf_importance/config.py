@@ -42,7 +42,8 @@ def _setting(default: object, text: str) -> Any:
 class ImportanceConfig:
     """How importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
 
-    What people set: `budget`, `prune_mass`, `record`, `seed`. What experiments need: the others.
+    What people set: `budget`, `prune_mass`, `record`, `seed`, and where labels are wrong
+    `suspect_weight`. What experiments need: the others.
 
     Raises:
         ValueError: where a value is out of its range; the message says which and what to pass instead.
@@ -92,6 +93,13 @@ class ImportanceConfig:
         0.0,
         "Added to every known importance at the end of each pass, at least 0: the paper's way to forget no example.",
     )
+
+    suspect_weight: float = _setting(
+        1.0,
+        "Weight in the loss of examples whose label is probably wrong, in [0, 1]: 0 leaves them out. Less than 1 "
+        "changes what is minimised. It is for wrong labels, and puts rare classes at risk.",
+    )
+    suspects_from: float = _setting(2.0, "Effective epochs from which on suspect_weight holds, at least 0.")
 
     @classmethod
     def paper(cls, memory_momentum: float = 0.2, importance_increment: float = 1e-3) -> ImportanceConfig:
@@ -153,6 +161,8 @@ class ImportanceConfig:
         self._check_budget()
         self._check_range("prune_mass", "in [0, 1)", lambda x: 0 <= x < 1)
         self._check_range("importance_increment", "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        self._check_range("suspect_weight", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_range("suspects_from", "at least 0 and finite", lambda x: 0 <= x < math.inf)
         if self.seed is not None:
             if isinstance(self.seed, bool) or not isinstance(self.seed, int):
                 raise TypeError(self._message("seed", "an int or None"))
@@ -160,6 +170,8 @@ class ImportanceConfig:
                 raise ValueError(self._message("seed", "in 0 … 2^63 − 1"))
         if not isinstance(self.record, bool):
             raise TypeError(self._message("record", "True or False"))
+        if self.suspect_weight < 1 and not self.record:
+            raise ValueError("ImportanceConfig.suspect_weight below 1 needs record=True: suspects are found by it.")
 
     def _check_budget(self) -> None:
         if isinstance(self.budget, str) and self.budget != "auto":

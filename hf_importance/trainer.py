@@ -29,7 +29,7 @@ from hf_importance.losses.first_batch import without_peft
 from hf_importance.losses.heads import Labels, PerExampleLoss
 from hf_importance.losses.objective import Measured, Objective
 from hf_importance.randomness import own_randomness
-from hf_importance.record import VisitRecord
+from hf_importance.record import VisitRecord, suspects
 from hf_importance.report.hooks import ReportMixin
 from hf_importance.report.logs import shorten
 from hf_importance.report.tokens import Token, token_losses
@@ -38,6 +38,7 @@ from hf_importance.sampling.draw import Draw, Shard
 from hf_importance.sampling.memory import ImportanceMemory, unimportant
 from hf_importance.sampling.rates import per_cost
 from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.sampling.suspects import SuspectWeights
 from hf_importance.schedule import EffectiveEpochs, EffectiveProgress, follow, unwrapped
 from hf_importance.step import StepDraws
 from hf_importance.support import (
@@ -222,6 +223,10 @@ class ImportanceTrainerMixin(ReportMixin):
             record = VisitRecord(len(shard)) if config.record and records else None
         else:
             memory, record = before.memory, before.record
+        suspects = None
+        if record is not None and config.suspect_weight < 1:
+            epochs = self._effective_epochs
+            suspects = SuspectWeights(len(shard), config.suspect_weight, config.suspects_from, epochs)
         groups = None
         if self._groups_by_length:
             groups = self._lengths.groups(shard, self._train_batch_size, args.gradient_accumulation_steps)
@@ -236,6 +241,7 @@ class ImportanceTrainerMixin(ReportMixin):
             drop_last=args.dataloader_drop_last,
             seed=seed,
             record=record,
+            suspects=suspects,
             groups=groups,
             uniform_fraction=config.uniform_fraction,
             prune_mass=config.prune_mass,
@@ -247,6 +253,11 @@ class ImportanceTrainerMixin(ReportMixin):
                 f"batches of {sampler.batch_size}. Make the batch smaller, or leave dataloader_drop_last out."
             )
         return sampler
+
+    def _effective_epochs(self) -> float:
+        """That were learnt, or made, so far."""
+        progress = None if self._effective is None else self._effective.progress
+        return self.state.global_step / self._steps_per_epoch if progress is None else progress.epochs
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -438,6 +449,19 @@ class ImportanceTrainerMixin(ReportMixin):
         """
         tokens = None if self._lengths is None or self._lengths.tokens is None else self._lengths.tokens.float()
         return (~unimportant(per_cost(self.importances, tokens), self.importance.prune_mass)).nonzero().flatten()
+
+    @property
+    def suspects(self) -> Tensor:
+        """int64 `[suspects]`, ascending: examples of `train_dataset` whose label is probably wrong, see the report.
+
+        With several processes the first one knows those of all, as they were at the last checkpoint or at the end.
+
+        Raises:
+            ValueError: before training, and with `record=False`.
+        """
+        if self._reported is None or not self._reported.has_record:
+            raise ValueError("suspects come of train() with ImportanceConfig(record=True): no visits were recorded.")
+        return suspects(self._reported.columns()).nonzero().flatten()
 
     def _training(self) -> Training | None:
         return self._reported

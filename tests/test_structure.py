@@ -26,6 +26,7 @@ ORDER = [
     "sampling.segments",
     "sampling.replacement",
     "sampling.groups",
+    "sampling.suspects",
     "sampling.progress",
     "sampling.sampler",
     "adapters.base",

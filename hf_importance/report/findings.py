@@ -45,7 +45,7 @@ class Findings:
     """What a training found out about its examples.
 
     Args:
-        columns: `[examples]` each: `importance`, `pruned`, and those of `record.COLUMNS`.
+        columns: `[examples]` each: `importance`, `pruned`, those of `record.COLUMNS`, and `down_weighted` if any are.
         distributions: how importances and visits were spread, from moment to moment.
         history: what was logged, as in `TrainerState.log_history`.
         label_names: of the classes, by number or in their order; empty if they have none.
@@ -174,6 +174,10 @@ class Findings:
         if self.decides:
             number = int(self.columns["suspect"].sum())
             figures["suspected label errors"] = f"{number:,} ({number / len(self):.1%})"
+        if "down_weighted" in self.columns:
+            number, weight = int(self.columns["down_weighted"].sum()), self.settings.get("suspect_weight", 0.0)
+            told = "left out of the loss" if weight == 0 else f"counted {weight:g} times"
+            figures["suspects when it ended"] = f"{number:,} {told}"
         return figures
 
     @property

@@ -9,6 +9,7 @@ To read it, go upward, as the imports do:
 - `segments`: visits as even as reshuffling, planned a segment at a time.
 - `replacement`: independent draws, as in the paper.
 - `groups`: visits of texts of about the same length together.
+- `suspects`: examples whose label is probably wrong count for less.
 - `progress`: effective visits: how much was learnt, in steps of uniform sampling.
 - `sampler`: batches and epochs out of that; what was drawn and not used, what was measured and not remembered.
 """

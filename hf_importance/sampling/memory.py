@@ -103,6 +103,16 @@ class ImportanceMemory:
         """Add ε to every known importance: no example is forgotten (Salaün et al. 2023, the end of their epochs)."""
         self.importance += increment
 
+    def scale(self, which: Tensor, factor: float) -> None:
+        """Multiply what is remembered of some examples; NaN makes them unknown.
+
+        Args:
+            which: bool `[examples]`.
+            factor: ≥ 0 or NaN.
+        """
+        self.importance[which] *= factor
+        self.known = int(self.importance.isfinite().sum())
+
     def chunks(self) -> Iterator[slice]:
         """Of all examples, so that going through them takes little memory."""
         return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))

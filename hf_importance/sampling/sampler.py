@@ -20,6 +20,7 @@ from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import weights
 from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.segments import SegmentedVisits
+from hf_importance.sampling.suspects import SuspectWeights
 from hf_importance.state import read_number, read_tensor
 
 _MOST_WAITING = 64
@@ -52,6 +53,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         drop_last: leave out a last batch that is smaller.
         seed: of its own generators. No global generator is touched.
         record: what is taken down beside the importances, None for nothing.
+        suspects: how much examples count whose label is probably wrong; None: as much as the others. Takes a record.
         groups: that put visits of about the same length together; None: they come as planned.
         **rates: `uniform_fraction`, `prune_mass`, `increment`, `guard`: see [`SegmentedVisits`].
     """
@@ -69,6 +71,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         drop_last: bool = False,
         seed: int = 0,
         record: VisitRecord | None = None,
+        suspects: SuspectWeights | None = None,
         groups: LengthGroups | None = None,
         **rates: Any,
     ) -> None:
@@ -82,7 +85,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
             if sampling == "reshuffled"
             else IndependentVisits(memory, **rates)
         )
-        self._memory, self._record, self._groups = memory, record, groups
+        self._memory, self._record, self._suspects, self._groups = memory, record, suspects, groups
         self._weight_exponent = weight_exponent
         self._draws = 0
         self._outstanding: dict[int, Draw] = {}  # drawn, and not yet used
@@ -124,6 +127,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def _draw(self, size: int) -> Draw:
         index, rate = self._next_grouped(size) if self._groups is not None else self._next(size)
         weight = self.shard.weight * weights(rate, self._weight_exponent)
+        if self._suspects is not None:
+            weight = weight * self._suspects.of(index)
         draw = Draw(self._draws, self.shard.positions(index).tolist(), rate.tolist(), weight.tolist())
         self._outstanding[draw.number] = draw
         self._draws += 1
@@ -154,6 +159,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
             self.flush()
             if self.visits.begins_pass and self.visits.passes and self._record is not None:
                 self._record.keep_distribution(self._memory.importance)
+            if self._suspects is not None:
+                self._suspects.recheck(self._record, self._memory)
         return self.visits.next(most)
 
     # ---- what was measured -------------------------------------------------------------------------------------------
@@ -188,12 +195,15 @@ class ImportanceBatchSampler(Sampler[Draw]):
             torch.tensor(list(chain.from_iterable(values)), dtype=torch.float64)
             for values in ([draw.rate for draw in draws], [draw.weight for draw in draws])
         )
-        importance = rows[0]
+        importance, weight = rows[0], weight / self.shard.weight
+        if self._suspects is not None:  # the share s that a visit had at its draw: what is sampled is the mean of s·ℓ
+            undone = weights(rate, self._weight_exponent)
+            importance, weight = (importance * (weight / undone)).float(), undone
         batch = torch.arange(len(draws)).repeat_interleave(torch.tensor([len(draw.index) for draw in draws]))
         update = self._memory.update(index, importance, batch)
         self.visits.learn(update, importance, rate)
         cost = torch.ones_like(rate) if self._memory.cost is None else self._memory.cost[index].double()
-        self._sum_up(importance.double(), rate, weight / self.shard.weight, cost)
+        self._sum_up(importance.double(), rate, weight, cost)
         if self._record is not None and len(rows) > 1:
             self._record.update(index, rows[1:])
 
@@ -238,6 +248,11 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Bool `[examples of the shard]`: which are left out now."""
         return torch.zeros(len(self.shard), dtype=torch.bool) if self.visits.pruned is None else self.visits.pruned
 
+    @property
+    def suspects(self) -> SuspectWeights | None:
+        """How much examples count whose label is probably wrong."""
+        return self._suspects
+
     # ---- going on after an interruption ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,6 +265,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
             "visits": self.visits.state_dict(),
             "groups": None if self._groups is None else self._groups.state_dict(),
             "record": None if self._record is None else self._record.state_dict(),
+            "suspects": None if self._suspects is None else self._suspects.state_dict(),
             "shard": self.shard.index,
             "length": self.shard.length,
             "batch_size": self.batch_size,
@@ -282,6 +298,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
             self._groups.load_state_dict(state["groups"])
         if self._record is not None and state["record"] is not None:
             self._record.load_state_dict(state["record"])
+        if self._suspects is not None and state["suspects"] is not None:
+            self._suspects.load_state_dict(state["suspects"])
         self._draws, self._lags = read_number(state, "draws", int, 0), read_number(state, "lags", bool)
         self._moments = read_tensor(state, "moments", [len(_SUMS)], torch.float64)
         draws = [self._read_draw(draw) for draw in state["outstanding"]]
