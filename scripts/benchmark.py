@@ -6,6 +6,7 @@
     python scripts/benchmark.py overhead             # a step relative to Trainer; nothing else should run meanwhile
     python scripts/benchmark.py draws                # a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # are wrong labels found?
+    python scripts/benchmark.py suspects             # what comes of leaving them out?
     python scripts/benchmark.py pages                # puts the tables of all of them into the pages
     python scripts/benchmark.py picture              # of a report, for the README
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import accuracy, comparison, draws, label_errors, overhead, picture, results, seconds
+from benchmarks import accuracy, comparison, draws, label_errors, overhead, picture, results, seconds, suspects
 from benchmarks.methods import METHODS
 from benchmarks.plot import plot
 from benchmarks.tasks import TASKS
@@ -42,6 +43,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "overhead": (("overhead",), overhead.tables),
     "draws": (("draws",), draws.tables),
     "label_errors": (("label_errors",), label_errors.tables),
+    "suspects": (("suspects",), suspects.tables),
 }
 """What stands between which marks of the pages: made of which files, and how."""
 
@@ -100,6 +102,13 @@ def run_label_errors(arguments: argparse.Namespace) -> str:
     grid = itertools.product(seeds, arguments.shares, arguments.tasks)
     points = ((task, share, seed) for seed, share, task in grid)
     return label_errors.tables(_filled(arguments, label_errors.KEYS, points, label_errors.run))
+
+
+def run_suspects(arguments: argparse.Namespace) -> str:
+    """Cases × methods × seeds."""
+    grid = itertools.product(range(1, arguments.seeds + 1), suspects.CASES, arguments.methods)
+    points = ((*case, method, seed) for seed, case, method in grid)
+    return suspects.tables(_filled(arguments, suspects.KEYS, points, suspects.run))
 
 
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
@@ -171,6 +180,8 @@ def new_parser() -> argparse.ArgumentParser:
     part = parts.add_parser("label_errors", parents=[common], help="are wrong labels found?")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(label_errors.TASKS))
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
+    part = parts.add_parser("suspects", parents=[common], help="what comes of leaving suspects out?")
+    part.add_argument("--methods", nargs="+", choices=suspects.METHODS, default=list(suspects.METHODS))
     parts.add_parser("pages", help="put the tables into the pages")
     parts.add_parser("picture", help="draw the picture of a report")
     return parser
@@ -184,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         "draws": run_draws,
         "label_errors": run_label_errors,
         "seconds": run_seconds,
+        "suspects": run_suspects,
         "pages": run_pages,
         "picture": run_picture,
     }[arguments.part]

@@ -4,12 +4,24 @@ import json
 import math
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import benchmark
 import pytest
 import tiny
 import torch
-from benchmarks import accuracy, comparison, draws, from_scratch, label_errors, overhead, pretrained, results, seconds
+from benchmarks import (
+    accuracy,
+    comparison,
+    draws,
+    from_scratch,
+    label_errors,
+    overhead,
+    pretrained,
+    results,
+    seconds,
+    suspects,
+)
 from benchmarks.from_scratch import Perceptron, with_wrong_labels
 from benchmarks.methods import METHODS, Method
 from benchmarks.rivals import (
@@ -43,7 +55,7 @@ def small(monkeypatch):
         "digits": Task(columns, columns, lambda: Perceptron(8, 16, 4), 4, 16, 1e-2),
         "image": Task(numbers, numbers, lambda: Perceptron(8, 16, 1), 4, 16, 1e-2),
     }
-    for module in (accuracy, label_errors, seconds):
+    for module in (accuracy, label_errors, seconds, suspects):
         monkeypatch.setattr(module, "task_of", found.__getitem__)
     return found
 
@@ -532,6 +544,31 @@ def test_label_errors(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "| digits | mean loss of the visits (ours) | " in printed
     assert "| digits | cleanlab | " in printed
+
+
+def test_suspects(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results, "ProcessPoolExecutor", SameProcess)
+    monkeypatch.setattr(suspects, "CASES", (("digits", 0.1),))
+    path = tmp_path / "suspects.json"
+    benchmark.main(["suspects", "--seeds", "2", "--output", str(path)])
+    runs = {(run["method"], run["seed"]): run for run in json.loads(path.read_text())["runs"]}
+    assert len(runs) == 2 * len(suspects.METHODS)
+    assert runs["uniform", 1]["flagged"] == runs["ours", 1]["flagged"] == 0
+    assert runs["uniform, without the flagged", 1]["flagged"] > 0
+    assert runs["uniform", 1]["accuracy"] != runs["uniform, generalised cross-entropy", 1]["accuracy"] or (
+        runs["uniform", 1]["cross_entropy"] != runs["uniform, generalised cross-entropy", 1]["cross_entropy"]
+    )
+    assert "| digits, 10% wrong | ours, left out | " in capsys.readouterr().out
+
+
+def test_generalised_cross_entropy_is_between_two_losses():
+    """Cross-entropy as q goes to 0, and the probability that is missing with q = 1 (Zhang & Sabuncu 2018)."""
+    outputs = SimpleNamespace(logits=torch.randn(6, 4, dtype=torch.float64))
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    p = outputs.logits.softmax(1)[torch.arange(6), labels]
+    wanted = {1e-6: -p.log().mean(), 1.0: (1 - p).mean()}
+    for q, loss in wanted.items():
+        torch.testing.assert_close(suspects._generalised(outputs, labels, q=q), loss, rtol=1e-4, atol=1e-6)
 
 
 def test_wrong_labels_are_wrong(small):

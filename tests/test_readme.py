@@ -107,6 +107,7 @@ FIGURES = {
     "overhead": ("ratio",),
     "draws": ("batch_mean",),
     "label_errors": ("auroc_mean_loss",),
+    "suspects": ("accuracy",),
 }
 """Some that the tables are made of."""
 
