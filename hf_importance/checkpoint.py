@@ -18,7 +18,7 @@ from hf_importance.record import join
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.state import read_number, read_tensor
 
-_FORMAT = 6
+_FORMAT = 7
 _FILES = "importance_*.pt"
 _ADVICE = (
     "Resume from another checkpoint, or remove its importance_*.pt to go on with the model as it is and importances "
@@ -143,10 +143,18 @@ def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str
     index = [slice(None) if state["shard"] is None else state["shard"] for state in samplers]
     for positions, state in zip(index, samplers, strict=True):
         mine = [len(importance[positions])]
-        importance[positions] = read_tensor(state["memory"], "importance", mine, torch.float32)
+        importance[positions] = _importance(state, mine)
     if any(state["record"] is None for state in samplers):
         return importance, None
     return importance, join([state["record"] for state in samplers], index, length)
+
+
+def _importance(state: dict[str, Any], shape: list[int]) -> Tensor:
+    """Of examples as they are; unknown where that of suspects was scaled, see [`SuspectWeights`]."""
+    importance = read_tensor(state["memory"], "importance", shape, torch.float32)
+    if state["suspects"] is None:
+        return importance
+    return importance.masked_fill(read_tensor(state["suspects"], "flagged", shape, torch.bool), torch.nan)
 
 
 def _name(rank: int, ranks: int) -> str:

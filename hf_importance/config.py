@@ -170,8 +170,8 @@ class ImportanceConfig:
                 raise ValueError(self._message("seed", "in 0 … 2^63 − 1"))
         if not isinstance(self.record, bool):
             raise TypeError(self._message("record", "True or False"))
-        if self.suspect_weight < 1 and not self.record:
-            raise ValueError("ImportanceConfig.suspect_weight below 1 needs record=True: suspects are found by it.")
+        if self.suspect_weight < 1:
+            self._check_suspects()
 
     def _check_budget(self) -> None:
         if isinstance(self.budget, str) and self.budget != "auto":
@@ -181,6 +181,15 @@ class ImportanceConfig:
             if isinstance(self.budget, str):
                 raise ValueError(self._message("budget", "'auto' or a number above 0"))
             self._check_range("budget", "'auto' or a number above 0 and finite", lambda x: 0 < x < math.inf)
+
+    def _check_suspects(self) -> None:
+        told = f"ImportanceConfig.suspect_weight={self.suspect_weight!r}, below 1, needs"
+        if not self.record:
+            raise ValueError(f"{told} record=True: suspects are found by what is recorded.")
+        if self.sampling != "reshuffled":
+            raise ValueError(f"{told} sampling='reshuffled', but sampling is {self.sampling!r}.")
+        if not self.suspect_weight and not self.uniform_fraction:
+            raise ValueError(f"{told} uniform_fraction above 0: else what was left out would never be looked at again.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

@@ -136,17 +136,26 @@ def part(state: Mapping[str, Any], index: Tensor | slice) -> dict[str, Any]:
     return {**state, **{name: state[name][..., index] for name in _PER_EXAMPLE}}
 
 
-def suspects(columns: Mapping[str, Tensor]) -> Tensor:
+def suspects(columns: Mapping[str, Tensor], classes: int | None = None) -> Tensor:
     """Whether the label is probably wrong: bool `[examples]`.
 
     It is suspect if over its visits it got less probability than chance: a mean loss above the logarithm of the number
     of classes. The mean over the visits tells more than the final loss: what is wrong is learnt late, and by the end it
     may have been learnt by heart (Pleiss et al. 2020, arXiv 2001.10528). None is where examples have no single label.
 
+    Args:
+        columns: those of [`VisitRecord.columns`].
+        classes: how many there are; by default as many as there are labels.
+
     >>> columns = {"label": [0.0, 1.0], "probability": [0.9, 0.9], "mean_loss": [2.3, 0.1]}
     >>> suspects({name: torch.tensor(column) for name, column in columns.items()})
     tensor([ True, False])
     """
     decided = columns["probability"].isfinite()
-    classes = len(columns["label"][decided].unique())
-    return decided & (columns["mean_loss"] > math.log(max(classes, 2)))
+    return decided & (columns["mean_loss"] > loss_of_chance(columns, classes))
+
+
+def loss_of_chance(columns: Mapping[str, Tensor], classes: int | None = None) -> float:
+    """Cross-entropy where all classes are equally probable: the logarithm of their number."""
+    classes = classes or len(columns["label"][columns["probability"].isfinite()].unique())
+    return math.log(max(classes, 2))

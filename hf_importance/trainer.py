@@ -223,10 +223,13 @@ class ImportanceTrainerMixin(ReportMixin):
             record = VisitRecord(len(shard)) if config.record and records else None
         else:
             memory, record = before.memory, before.record
+            if before.suspects is not None:
+                memory.scale(before.suspects.flagged, torch.nan)
         suspects = None
         if record is not None and config.suspect_weight < 1:
-            epochs = self._effective_epochs
-            suspects = SuspectWeights(len(shard), config.suspect_weight, config.suspects_from, epochs)
+            classes = getattr(getattr(self.model, "config", None), "num_labels", None)
+            given = (config.suspect_weight, config.suspects_from, self._effective_epochs, classes)
+            suspects = SuspectWeights(len(shard), *given)
         groups = None
         if self._groups_by_length:
             groups = self._lengths.groups(shard, self._train_batch_size, args.gradient_accumulation_steps)
@@ -426,7 +429,7 @@ class ImportanceTrainerMixin(ReportMixin):
 
     @property
     def importances(self) -> Tensor:
-        """float32 `[examples]` of `train_dataset`, as measured last; NaN where unknown.
+        """float32 `[examples]` of `train_dataset`, as measured last; NaN where unknown. Of suspects times their weight.
 
         With several processes those of the others are as they were at the last checkpoint, or at the end of training:
         nothing is sent, so that any process may ask. During training on a GPU it lags one step behind.
@@ -448,7 +451,10 @@ class ImportanceTrainerMixin(ReportMixin):
         that are sums over tokens as it is for each of these.
         """
         tokens = None if self._lengths is None or self._lengths.tokens is None else self._lengths.tokens.float()
-        return (~unimportant(per_cost(self.importances, tokens), self.importance.prune_mass)).nonzero().flatten()
+        importance = per_cost(self.importances, tokens)
+        if self._sampler is not None and self._sampler.suspects is not None:  # their importance says little of them
+            importance[self._reported.columns()["down_weighted"]] = torch.nan
+        return (~unimportant(importance, self.importance.prune_mass)).nonzero().flatten()
 
     @property
     def suspects(self) -> Tensor:

@@ -12,7 +12,7 @@ import tiny
 import torch
 from pages import findings, page_of
 from PIL import Image
-from transformers import PrinterCallback, ProgressCallback
+from transformers import BertForMultipleChoice, PrinterCallback, ProgressCallback, T5Config, T5ForConditionalGeneration
 
 from hf_importance.report.duplicates import conflicts
 from hf_importance.report.examples import picture_of, text_of
@@ -86,7 +86,7 @@ def test_what_is_transparent_is_white():
 def test_pixel_values_of_any_kind(values):
     picture = picture_of({"pixel_values": values, "labels": 1})
     assert picture.size == (8, 8)
-    assert np.asarray(picture).max() > 250
+    assert np.asarray(picture).max() > 240
 
 
 def test_pixel_values_that_are_no_numbers():
@@ -155,7 +155,15 @@ def test_long_and_odd_texts():
     assert readable("tab\tline\n\x00") == "tab\tline\n�"
 
 
-@pytest.mark.parametrize("names", [["a", "b"], {"0": "a", "1": "b"}, {0: "a", 1: "b"}, {0: "a", 1: "lone \ud83d"}])
+def test_tokens_of_several_texts_are_decoded_one_by_one():
+    assert text_of({"input_ids": [[5, 6], [7]]}, Numbers()) == "5+6\n7"
+    assert text_of({"input_ids": torch.tensor([[5, 6], [7, 8]])}, Numbers()) == "5+6\n7+8"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a", "b"], {"0": "a", "1": "b"}, {0: "a", 1: "b"}, {0: "a", 1: "lone \ud83d"}, {0: "a", 1: "b", "neg": 0}],
+)
 def test_names_of_classes(tmp_path, names):
     found = Findings({n: c for n, c in findings().columns.items() if n != "suspect"}, label_names=names)
     assert found.name_of(0.0) == "a"
@@ -166,13 +174,13 @@ def test_names_of_classes(tmp_path, names):
 
 
 def test_no_cell_is_a_formula(tmp_path):
-    texts = ['=HYPERLINK("http://example.invalid")', "+1", "-2+3", "@sum", "\t=1", "  =1", "a=1", "0.5"]
+    texts = ['=HYPERLINK("http://example.invalid")', "+1+1", "-2+3", "@sum", "\t=1", "\n =1", "a=1", "-0.5"]
     c = {name: torch.zeros(8) for name in ("label", "prediction", "probability", "loss", "mean_loss")}
     c |= {"importance": torch.arange(8, 0, -1.0), "visits": torch.ones(8).int(), "pruned": torch.zeros(8) > 0}
     write_report(tmp_path, Findings(c, label_names=["-x"]), [{"text": t} for t in texts], None, 8, "t")
     with (tmp_path / "hardest.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["text"] for row in rows[-2:]] == ["a=1", "0.5"], "what is harmless stays"
+    assert [row["text"] for row in rows[-2:]] == ["a=1", "-0.5"], "what is harmless stays"
     for row, text in zip(rows[:-2], texts, strict=False):
         assert row["text"].startswith("'"), text
     assert rows[0]["label"] == "'-x"
@@ -268,12 +276,81 @@ def test_equal_tokens_with_different_labels():
         assert found.index == [0, 2]
 
 
+@pytest.mark.parametrize(
+    "same", [("Hello, you!", "hello  YOU"), ("don't", "don t"), ("ﬁne", "FINE"), ("C#", "c#"), ("दिन।", "दिन")]
+)
+def test_texts_that_are_equal(same):
+    assert len(conflicts([*same, "other", "one more"], torch.tensor([0.0, 1.0, 0.0, 1.0]))) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("C++", "C#"),
+        ("C", "C#"),
+        ("दिन", "दान"),
+        ("great 😀", "great 😡"),
+        ("a + b", "a b"),
+        ("x" * 20_001, "x" * 20_002),
+    ],
+)
+def test_texts_that_are_not_equal(other):
+    assert conflicts([*other, "other", "one more"], torch.tensor([0.0, 1.0, 0.0, 1.0])) == []
+
+
+@pytest.mark.parametrize("make", [list, as_dataset])
+def test_columns_that_the_label_decides_say_nothing(make):
+    rows = [{"text": t, "label_text": f"class {int(y)}", "split": "train"} for t, y in zip(TEXTS, LABELS, strict=True)]
+    (found,) = conflicts(make(rows), LABELS)
+    assert found.index == [0, 1, 3]
+    assert found.text == TEXTS[0]
+    nothing = make([{"split": "train"} for _ in TEXTS])
+    assert conflicts(nothing, LABELS) == [], "a column that is the same for all is no text"
+
+
+def test_pictures_with_captions_are_not_compared():
+    rows = {"image": [Image.new("L", (2, 2))] * 8, "caption": TEXTS}
+    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    assert conflicts(datasets.Dataset.from_dict(rows, features=features), LABELS) == []
+    assert len(conflicts(as_dataset([{"caption": t} for t in TEXTS]), LABELS)) == 1, "control"
+
+
+def test_what_goes_wrong_costs_the_list_and_not_the_report(tmp_path, caplog):
+    class Odd(dict):
+        def get(self, *_):
+            raise RuntimeError("no such thing")
+
+    assert conflicts([Odd(text=t) for t in TEXTS], LABELS) == []
+    assert "The report is without equal texts: RuntimeError: no such thing" in caplog.text
+
+
+def test_report_of_a_multiple_choice(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(5, tiny.WORDS, (3, 6), generator=g), "labels": i % 3} for i in range(16)]
+    model = tiny.bert(cls=BertForMultipleChoice)
+    for data in (rows, as_dataset([{**row, "input_ids": row["input_ids"].tolist()} for row in rows])):
+        more = {"processing_class": Numbers()}
+        run = tiny.trained(tmp_path, model, data, more=more, max_steps=4)
+        assert "Hardest examples" in run.importance_report().read_text()
+    twice = [rows[0], {**rows[0], "labels": 1}, *rows[2:]]
+    (found,) = conflicts(twice, torch.tensor([float(row["labels"]) for row in twice]))
+    assert found.index == [0, 1]
+
+
+def test_the_page_shows_some_labels_of_a_group(tmp_path):
+    n = 40
+    c = {name: torch.zeros(n) for name in ("prediction", "probability", "loss", "mean_loss", "importance")}
+    c |= {"label": torch.arange(n) + 0.0, "visits": torch.ones(n).int(), "pruned": torch.zeros(n) > 0}
+    page = page_of(write_report(tmp_path, Findings(c), ["same", *["Same"] * (n - 2), "else"], None, 3, "t"))
+    assert "and 29 more labels" in page.text
+
+
 def test_what_is_not_stored_is_not_compared():
     transformed = as_dataset([{"text": t} for t in TEXTS])
     transformed.set_transform(lambda batch: pytest.fail("it was asked for"))
     assert conflicts(transformed, LABELS) == []
     assert conflicts(Broken(), LABELS[:4]) == []
-    assert conflicts([{"pixel_values": torch.zeros(1)}] * 8, LABELS) == []
+    assert conflicts([{"pixel_values": torch.zeros(1), "text": "t"}] * 8, LABELS) == []
 
 
 def test_they_are_on_the_page_and_in_a_file(tmp_path):
@@ -310,6 +387,15 @@ def test_losses_of_tokens(shifts):
         model.train()
 
 
+def test_what_an_encoder_decoder_writes_has_other_tokens():
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    rows = [{"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([8, 9, 1])}]
+    pad = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[8, 9, 1]])}
+    assert token_losses(model, rows, lambda _: dict(pad), lambda batch: batch, Numbers(), False, [0]) == {}
+
+
 def test_they_are_on_the_page_of_a_training(tmp_path, caplog):
     more = {"data_collator": tiny.pad, "processing_class": Numbers()}
     run = tiny.trained(tmp_path, tiny.token_bert(), tiny.token_rows(16), more=more, max_steps=4)
@@ -317,6 +403,8 @@ def test_they_are_on_the_page_of_a_training(tmp_path, caplog):
     heats = [a["style"] for tag, a in page.tags if tag == "span" and a.get("class") == "token"]
     assert "--heat:100%" in heats
     assert "the more of" in page.text
+    hidden = run.importance_report(examples=["(hidden)"] * 16).read_text()
+    assert 'class="token"' not in hidden, "what is shown is what was given"
     run.model.forward = lambda **_: 1 / 0
     assert 'class="token"' not in run.importance_report().read_text()
     assert "The report is without the losses of tokens: ZeroDivisionError" in caplog.text

@@ -264,7 +264,7 @@ def test_state_is_plain_and_small(tmp_path):
     visits = sampler["visits"]
     assert visits["index"].untyped_storage().nbytes() == 4 * len(visits["index"]), "not what it is a view of"
     assert {"format", "rank", "ranks", "settings", "data", "sampler", "effective", "objective"} <= set(state)
-    assert state["format"] == 6
+    assert state["format"] == 7
     assert state["effective"]["progress"]["value"] >= 4
     path = next((tmp_path / "checkpoint-4").glob("importance_*.pt"))
     assert path.stat().st_size < 40_000

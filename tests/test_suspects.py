@@ -99,18 +99,87 @@ def test_what_is_remembered_is_the_importance_of_what_is_minimised(weight):
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_they_come_back_when_their_label_is_believed(weight):
+    """At the last visit, whatever the mean of the earlier ones."""
     sampler = sampler_of(weight)
     next(iter(sampler))
     assert sampler.suspects.flagged.nonzero().flatten().tolist() == [3, 5]
-    for _ in range(40):
-        sampler.record.update(torch.tensor([3]), seen([0.01]))
+    sampler.record.update(torch.tensor([3]), seen([0.01]))
     memory = sampler.memory
     before = memory.importance[3].item()
+    assert suspects(sampler.record.columns())[3], "premise: by the mean it is one"
     sampler.suspects.recheck(sampler.record, memory)
     assert sampler.suspects.flagged.nonzero().flatten().tolist() == [5]
     now = memory.importance[3].item()
     assert math.isnan(now) if weight == 0 else now == pytest.approx(before / weight)
     assert memory.known == int(memory.importance.isfinite().sum())
+
+
+def test_what_was_drawn_before_counts_as_it_is_now():
+    """Of an example that becomes suspect between its draw and its loss; the moments have it as it was drawn."""
+    sampler = sampler_of(0.0, flagged=())
+    draw = next(iter(sampler))
+    i = draw.index[0]
+    sampler.suspects.flagged[i] = True
+    q = torch.full((1, len(draw.index)), 2.0)
+    sampler.update(draw, torch.cat([q, seen([0.1] * len(draw.index))]))
+    assert sampler.memory.importance[i] == 0.0
+    assert sampler.memory.importance[draw.index[1]] == 2.0, "control"
+    rate = torch.tensor(draw.rate, dtype=torch.float64)
+    assert sampler.moments["uniform"] == pytest.approx((4 / rate).sum().item())
+
+
+@pytest.mark.parametrize("flagged", [(3, 5), ()])
+def test_suspects_are_not_pruned(flagged):
+    """Though nothing is remembered of their importance; others that have little are."""
+    sampler = sampler_of(0.0, flagged=flagged)
+    next(iter(sampler))
+    memory = sampler.memory
+    memory.importance[7:9] = 0.0
+    assert memory.unimportant(0.1)[7:9].all()
+    assert not memory.unimportant(0.1)[list(flagged)].any()
+    if not flagged:
+        memory.importance[[3, 5]] = 0.0
+        assert memory.unimportant(0.1)[[3, 5]].all(), "control"
+
+
+def test_after_a_restart_they_are_looked_for_anew(tmp_path):
+    """With other settings; what was remembered of them is unknown, and not scaled twice."""
+    first = {"suspect_weight": 0.5, **tiny.FIXED}
+    settings = {"num_train_epochs": 14, "learning_rate": 5e-4, "max_steps": 33}
+    saving = {"save_strategy": "steps", "save_steps": 33}
+    tiny.trained(tmp_path, tiny.bert(), tiny.texts(), importance=first, **settings, **saving)
+    (file,) = (tmp_path / "checkpoint-33").glob("importance_*.pt")
+    state = torch.load(file)["sampler"]
+    flagged, remembered = state["suspects"]["flagged"], state["memory"]["importance"]
+    assert flagged.any()
+    for weight in (0.5, 1.0):
+        importance = {**first, "suspect_weight": weight, "uniform_fraction": 0.4}
+        again = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), tiny.Recorder, importance, **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-33"))
+        waits = torch.ones(40, dtype=torch.bool)
+        waits[[i for draw in again.draws for i in draw.index]] = False  # `Trainer` makes one step too many
+        assert (waits & flagged).any()
+        assert again.importances[waits & flagged].isnan().all()
+        torch.testing.assert_close(again.importances[waits & ~flagged], remembered[waits & ~flagged])
+
+
+def test_how_many_classes_there_are_is_that_of_the_model():
+    """Of a shard that lacks some of them."""
+    columns = {
+        "label": torch.tensor([0.0, 1.0]),
+        "probability": torch.full((2,), 0.5),
+        "mean_loss": torch.full((2,), 1.5),
+    }
+    assert suspects(columns).all()
+    assert not suspects(columns, classes=10).any()
+    record, memory = VisitRecord(4), ImportanceMemory(4)
+    memory.update(torch.arange(4), torch.ones(4))
+    for _ in range(2):
+        record.update(torch.arange(4), seen([1.5] * 4, classes=2))
+    for classes, found in ((None, True), (10, False)):
+        down = SuspectWeights(4, 0.0, 0.0, lambda: 1.0, classes)
+        down.recheck(record, memory)
+        assert down.flagged.any() == found
 
 
 def test_none_before_the_start_nor_after_one_visit():
@@ -178,7 +247,10 @@ def test_the_card_and_the_report_tell(tmp_path):
     assert number > 0
     assert f"{number} left out of the loss" in run.importance_report().read_text()
     run.create_model_card()
-    assert f"| suspects when it ended | {number} left out of the loss |" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert f"| suspects when it ended | {number} left out of the loss |" in card
+    assert "had the weight 0 in the loss (`suspect_weight`): what was minimised is not the mean loss" in card
+    assert run.kept_indices.tolist() == list(range(80)), "nothing is pruned, and no suspect"
     control = trained(tmp_path, 1.0)
     assert "suspects when it ended" not in control.importance_report().read_text()
     assert control._sampler.suspects is None
@@ -190,7 +262,7 @@ def test_the_card_and_the_report_tell(tmp_path):
 def test_exact_resume(tmp_path, weight, budget):
     def trainer(name, **settings):
         importance = {"suspect_weight": weight, "budget": budget}
-        more = {"num_train_epochs": 14, "learning_rate": 2e-3, **settings}
+        more = {"num_train_epochs": 14, "learning_rate": 5e-4, **settings}
         return tiny.trainer(tmp_path / name, tiny.bert(), tiny.texts(), tiny.Recorder, importance, **more)
 
     whole, again = trainer("whole", save_strategy="steps", save_steps=33), trainer("again")
@@ -212,8 +284,15 @@ def test_labels_of_other_kinds_have_no_suspects(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="suspect_weight below 1 needs record=True"):
-        ImportanceConfig(suspect_weight=0.5, record=False)
+    refused = {
+        "record=True": {"suspect_weight": 0.5, "record": False},
+        "sampling='reshuffled'": {"suspect_weight": 0.5, "sampling": "replacement"},
+        "uniform_fraction above 0": {"suspect_weight": 0.0, "uniform_fraction": 0.0},
+    }
+    for needed, settings in refused.items():
+        with pytest.raises(ValueError, match=f"suspect_weight=.*, below 1, needs {needed}"):
+            ImportanceConfig(**settings)
+    ImportanceConfig(suspect_weight=0.5, uniform_fraction=0.0)
     run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)
     with pytest.raises(ValueError, match="suspects come of train"):
         _ = run.suspects

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import re
+import functools
+import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-_PIECE = 10_000
+logger = logging.get_logger(__name__)
+
+_PIECE = 1000
 """Rows of `datasets` at a time."""
+_SAMPLE = 2000
+"""Rows by which it is seen what a column says."""
 _LARGE = 200_000
 """Examples, from which on a progress bar is shown."""
 _NAMES = ("id", "idx", "guid", "uid", "uuid", "index", "url", "path", "file", "filename")
 """Columns that tell an example from others, instead of what it says."""
+_STRINGS = ("string", "large_string")
 _LONGEST = 20_000
-"""Characters that are compared."""
+"""Characters that are compared; of longer texts also how many they are."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class Conflict:
 def conflicts(examples: Any, labels: Tensor, quiet: bool = False) -> list[Conflict]:
     """Groups of equal texts with different labels, the largest first; none where examples have no texts.
 
-    Texts are equal if their words are, whatever their case, spaces and punctuation; where there are only `input_ids`,
-    if those are. What is made when asked for (by `set_transform`, by a data set of one's own) is not read.
+    Texts are equal if they are but for case, spaces and punctuation; where there are only `input_ids`, if those are.
+    Columns that the label decides, as its name, say nothing. What is made when asked for (by `set_transform`, by a data
+    set of one's own) is not read, and pictures with texts beside them are not compared.
 
     Args:
         examples: as the report shows them.
@@ -53,98 +61,145 @@ def conflicts(examples: Any, labels: Tensor, quiet: bool = False) -> list[Confli
     >>> found[0].index, found[0].labels
     ([0, 1, 3], [0.0, 1.0, 0.0])
     """
-    keys = _keys(examples, quiet or len(labels) < _LARGE)
-    if keys is None:
+    try:
+        source = _source(examples, labels)
+        if source is None:
+            return []
+        keys = np.zeros(len(labels), dtype=np.int64)  # 0: it says nothing
+        bar = tqdm(source.rows(), total=len(labels), disable=quiet or len(labels) < _LARGE, desc="Comparing texts")
+        for i, said in enumerate(bar):
+            keys[i] = hash(said) if said else 0
+        groups = _that_differ(keys, labels)
+        return [Conflict(group.tolist(), labels[group].tolist(), source.text(int(group[0]))) for group in groups]
+    except Exception as error:  # of data of any kind; a report is not worth a training
+        logger.warning(f"The report is without equal texts: {type(error).__name__}: {error}")
         return []
-    known = np.isfinite(labels.numpy()) & (keys != 0)
-    index = np.flatnonzero(known)
-    index = index[np.argsort(keys[index], kind="stable")]
-    ends = np.flatnonzero(np.diff(keys[index])) + 1
-    starts = np.concatenate([[0], ends])
-    values = labels.numpy()[index]
-    if not len(index):
-        return []
-    several = np.minimum.reduceat(values, starts) < np.maximum.reduceat(values, starts)
-    groups = [group for group, differ in zip(np.split(index, ends), several, strict=True) if differ]
-    groups.sort(key=len, reverse=True)
-    return [Conflict(group.tolist(), labels[group].tolist(), _text(examples[int(group[0])])) for group in groups]
 
 
 def normalised(text: str) -> str:
-    """Its words, in lower case, with a space between them.
+    """In lower case, without punctuation, with a space between its words.
 
     >>> normalised("Don't  PANIC!")
     'don t panic'
     """
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text[:_LONGEST]).casefold()))
+    more = str(len(text)) if len(text) > _LONGEST else ""
+    text = unicodedata.normalize("NFKC", text[:_LONGEST]).casefold()
+    return " ".join(text.translate(_punctuation()).split()) + more
 
 
-def _keys(examples: Any, quiet: bool) -> np.ndarray | None:
-    """int64 `[examples]`: equal where texts are; 0 where there is none. None where there are no texts at all."""
-    rows = _rows(examples)
-    if rows is None:
-        return None
-    keys = np.zeros(len(examples), dtype=np.int64)
-    for i, said in enumerate(tqdm(rows, total=len(examples), disable=quiet, desc="Comparing texts")):
-        keys[i] = hash(said) if said else 0
-    return keys
+@functools.cache
+def _punctuation() -> dict[int, str]:
+    """To spaces: punctuation, but not `#`, which tells C# from C, and control characters."""
+    kinds = ("P", "Cc", "Cf")
+    found = {code: " " for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith(kinds)}
+    del found[ord("#")]
+    return found
 
 
-def _rows(examples: Any) -> Iterator[Any] | None:
-    """What each example says: a normalised text or a tuple of tokens; None or empty if nothing."""
+def _that_differ(keys: np.ndarray, labels: Tensor) -> list[np.ndarray]:
+    """Positions with the same key and several labels."""
+    values = labels.numpy()
+    index = np.flatnonzero(np.isfinite(values) & (keys != 0))
+    index = index[np.argsort(keys[index], kind="stable")]
+    if not len(index):
+        return []
+    ends = np.flatnonzero(np.diff(keys[index])) + 1
+    starts = np.concatenate([[0], ends])
+    differ = np.minimum.reduceat(values[index], starts) < np.maximum.reduceat(values[index], starts)
+    groups = [group for group, several in zip(np.split(index, ends), differ, strict=True) if several]
+    return sorted(groups, key=len, reverse=True)
+
+
+# ---- what examples say -----------------------------------------------------------------------------------------------
+
+
+class _Stored:
+    """Columns of `datasets`, read a piece at a time."""
+
+    def __init__(self, dataset: Any, columns: Sequence[str]) -> None:
+        self._table = dataset.with_format("arrow").select_columns(list(columns))
+        self._texts = list(columns) != ["input_ids"]
+
+    def rows(self) -> Iterator[Any]:
+        """What each example says: normalised texts, or tokens."""
+        for start in range(0, len(self._table), _PIECE):
+            columns = self._table[start : start + _PIECE].columns
+            for row in zip(*(column.to_pylist() for column in columns), strict=True):
+                yield _joined(row) if self._texts else _frozen(row[0] or ())
+
+    def text(self, index: int) -> str:
+        """As it is."""
+        if not self._texts:
+            return ""
+        return " / ".join(x for column in self._table[index : index + 1].columns for x in column.to_pylist() if x)
+
+
+class _Listed:
+    """Texts, or rows with them, in a list."""
+
+    def __init__(self, examples: Sequence[Any], columns: Sequence[str]) -> None:
+        self._examples, self._columns = examples, columns
+
+    def rows(self) -> Iterator[Any]:
+        """As [`_Stored.rows`]."""
+        for example in self._examples:
+            strings = self._strings(example)
+            if strings or not isinstance(example, Mapping):
+                yield _joined(strings)
+            else:
+                yield _frozen(example.get("input_ids", ()))
+
+    def text(self, index: int) -> str:
+        """As it is."""
+        return " / ".join(self._strings(self._examples[index]))
+
+    def _strings(self, example: Any) -> list[str]:
+        if isinstance(example, str):
+            return [example]
+        if not isinstance(example, Mapping):
+            return []
+        return [example[name] for name in self._columns if isinstance(example.get(name), str)]
+
+
+def _source(examples: Any, labels: Tensor) -> _Stored | _Listed | None:
+    """Of what can be compared."""
     if hasattr(examples, "with_format") and hasattr(examples, "features"):
-        return _stored(examples)
-    if isinstance(examples, (list, tuple)) and examples:
-        return (_said(example) for example in examples)
-    return None
-
-
-def _stored(dataset: Any) -> Iterator[Any] | None:
-    if dataset.format["type"] == "custom":
+        kinds = {name: feature for name, feature in (examples.features or {}).items()}
+        pictures = any(type(kind).__name__ in ("Image", "Audio", "Video") for kind in kinds.values())
+        if pictures or not hasattr(examples, "select_columns") or examples.format["type"] == "custom":
+            return None
+        strings = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") in _STRINGS]
+        first = examples.with_format(None).select_columns(strings)[:_SAMPLE] if strings else {}
+        columns = [name for name in strings if _says_something(name, first[name], labels)]
+        columns = columns or (["input_ids"] if "input_ids" in kinds else [])
+        return _Stored(examples, columns) if columns else None
+    if not isinstance(examples, (list, tuple)) or not examples:
         return None
-    columns = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in _STRINGS]
-    columns = [name for name in columns if not _is_name(name)]
-    tokens = not columns and "input_ids" in dataset.features
-    if not columns and not tokens:
+    rows = [example for example in examples[:_SAMPLE] if isinstance(example, Mapping)]
+    if any(name in rows[0] for name in ("pixel_values", "image")) if rows else False:
         return None
-    return _read(dataset.select_columns(columns or ["input_ids"]).with_format("arrow"), _told if columns else _tokens)
+    names = dict.fromkeys(name for row in rows for name, x in row.items() if isinstance(x, str))
+    found = [name for name in names if _says_something(name, [row.get(name) for row in rows], labels)]
+    return _Listed(examples, found)
 
 
-_STRINGS = ("string", "large_string")
+def _says_something(name: str, values: Sequence[Any], labels: Tensor) -> bool:
+    """Whether a column tells more than which example it is, or its label."""
+    if name.lower() in _NAMES or name.lower().endswith(("_id", "_idx", "_url", "_path")):
+        return False
+    of_label: dict[float, Any] = {}
+    return any(
+        of_label.setdefault(label, value) != value
+        for label, value in zip(labels[: len(values)].tolist(), values, strict=True)
+        if label == label
+    )
 
 
-def _read(table: Any, said: Callable[[tuple[Any, ...]], Any]) -> Iterator[Any]:
-    for start in range(0, len(table), _PIECE):
-        piece = table[start : start + _PIECE]
-        yield from map(said, zip(*(column.to_pylist() for column in piece.columns), strict=True))
+def _joined(texts: Sequence[str | None]) -> str:
+    return "\x1f".join(normalised(text) for text in texts if text).strip("\x1f ")
 
 
-def _told(strings: tuple[str | None, ...]) -> str:
-    return "\x1f".join(normalised(text) for text in strings if text)
-
-
-def _tokens(row: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(row[0] or ())
-
-
-def _said(example: Any) -> Any:
-    if isinstance(example, str):
-        return normalised(example)
-    if not isinstance(example, Mapping):
-        return None
-    strings = tuple(x for name, x in example.items() if isinstance(x, str) and not _is_name(name))
-    if strings:
-        return _told(strings)
-    ids = example.get("input_ids")
-    return None if ids is None else tuple(ids.tolist() if hasattr(ids, "tolist") else ids)
-
-
-def _is_name(column: str) -> bool:
-    return column.lower() in _NAMES or column.lower().endswith(("_id", "_idx", "_url", "_path"))
-
-
-def _text(example: Any) -> str:
-    if isinstance(example, str):
-        return example
-    strings = [x for name, x in example.items() if isinstance(x, str) and not _is_name(name)]
-    return " / ".join(strings)
+def _frozen(ids: Any) -> Any:
+    """Tokens that can be hashed, also those of several texts."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    return tuple(map(_frozen, ids)) if isinstance(ids, (list, tuple)) else ids

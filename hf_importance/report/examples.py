@@ -183,9 +183,11 @@ def text_of(example: Any, tokenizer: Any) -> str:
     if not isinstance(example, Mapping):
         return ""
     if "input_ids" in example and hasattr(tokenizer, "decode"):
-        ids = example["input_ids"][:_MOST_TOKENS]
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        return cut(readable(tokenizer.decode(ids, skip_special_tokens=True)), LONGEST_TEXT)
+        ids = example["input_ids"]
+        ids = ids[:_MOST_TOKENS].tolist() if hasattr(ids, "tolist") else list(ids)[:_MOST_TOKENS]
+        several = ids if ids and isinstance(ids[0], (list, tuple)) else [ids]  # as the answers of a multiple choice
+        texts = (tokenizer.decode(list(one)[:_MOST_TOKENS], skip_special_tokens=True) for one in several)
+        return cut(readable("\n".join(texts)), LONGEST_TEXT)
     strings = {name: cut(readable(value), LONGEST_TEXT) for name, value in example.items() if isinstance(value, str)}
     if len(strings) == 1:
         return next(iter(strings.values()))

@@ -62,7 +62,8 @@ class Findings:
         self.columns = {**self.columns, "suspect": suspects(self.columns)}
         names = self.label_names
         pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-        self.label_names = {int(number): readable(str(name)) for number, name in pairs}  # JSON has texts as keys
+        numbered = ((number, name) for number, name in pairs if str(number).isdecimal())  # JSON has texts as keys
+        self.label_names = {int(number): readable(str(name)) for number, name in numbered}
 
     def __len__(self) -> int:
         return len(self.columns["importance"])

@@ -103,7 +103,7 @@ class ReportMixin(ABC):
         except ImportError as error:
             raise ImportError(f"importance_report needs {_REPORT_NEEDS} ({error})") from error
         title = f"Importance report: {Path(self.args.output_dir).resolve().name}"
-        tokens = self._training().token_losses(findings.hardest(number))
+        tokens = {} if examples is not self.train_dataset else self._training().token_losses(findings.hardest(number))
         quiet = self.args.disable_tqdm
         return write_report(folder, findings, examples, self.processing_class, number, title, tokens, quiet)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
@@ -27,7 +28,9 @@ from hf_importance.report.texts import cut, readable
 _PER_ROW = 6  # of a contact sheet
 _CLASSES, _PAIRS = 30, 10
 """That the page shows."""
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_LABELS = 10
+"""Of a group of equal texts that the page shows."""
+_FORMULA = ("=", "+", "-", "@")
 """Beginnings of what a spreadsheet would run."""
 
 
@@ -131,10 +134,11 @@ def write_report(
 
 def _told(findings: Findings, conflict: Conflict) -> dict[str, Any]:
     """What it says, and how many have which label."""
-    counts: dict[str, list[int]] = {}
+    found: dict[float, list[int]] = {}
     for i, label in zip(conflict.index, conflict.labels, strict=True):
-        counts.setdefault(findings.name_of(label), []).append(i)
-    return {"text": cut(readable(conflict.text), 200), "labels": counts}
+        found.setdefault(label, []).append(i)
+    first = {findings.name_of(label): index for label, index in list(found.items())[:_LABELS]}
+    return {"text": cut(readable(conflict.text), 200), "labels": first, "more": max(0, len(found) - _LABELS)}
 
 
 def _write_list(folder: Path, name: str, shown: Sequence[Shown]) -> None:
@@ -154,16 +158,21 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     path.unlink(missing_ok=True)
     if rows:
         with path.open("w", encoding="utf-8", newline="", errors="replace") as file:
-            csv.writer(file).writerows([columns, *rows])
+            csv.writer(file, quoting=csv.QUOTE_ALL).writerows([columns, *rows])
 
 
 def _harmless(cell: Any) -> Any:
-    """With an apostrophe before what a spreadsheet would take for a formula.
+    """With an apostrophe before what a spreadsheet would take for a formula; numbers stay.
 
-    >>> _harmless("=1+1")
-    "'=1+1"
+    >>> _harmless("=1+1"), _harmless("-1.5")
+    ("'=1+1", '-1.5')
     """
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip(" ").startswith(_FORMULA) else cell
+    if not isinstance(cell, str) or not cell.strip().startswith(_FORMULA):
+        return cell
+    with contextlib.suppress(ValueError):
+        float(cell)
+        return cell
+    return f"'{cell}"
 
 
 def _contact_sheet(shown: Sequence[Shown]) -> bytes:

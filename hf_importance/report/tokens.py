@@ -83,7 +83,8 @@ def _of_example(model: nn.Module, batch: dict[str, Any], tokenizer: Any, shifts:
     labels, ids = batch.pop("labels", None), batch.get("input_ids")
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.dim() != 2 or len(labels) != 1:
         return None
-    if labels.shape != ids.shape or labels.is_floating_point():
+    writes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # then labels are of other tokens
+    if writes or labels.shape != ids.shape or labels.is_floating_point():
         return None
     logits = model(**batch)["logits"][0, -labels.shape[1] :].float()
     losses = F.cross_entropy(logits[:-1] if shifts else logits, labels[0, int(shifts) :], reduction="none")

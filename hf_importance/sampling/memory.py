@@ -57,6 +57,7 @@ class ImportanceMemory:
         self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
         self.momentum = momentum
         self.cost, self.tokens = cost, tokens
+        self.spared: Tensor | None = None  # bool [examples]: not to be pruned
         self.known = 0
 
     def __len__(self) -> int:
@@ -97,7 +98,10 @@ class ImportanceMemory:
 
         Else short texts would be left out, however hard they are, and nothing makes up for what is left out.
         """
-        return unimportant(per_cost(self.importance, self.tokens), mass)
+        importance = per_cost(self.importance, self.tokens)
+        if self.spared is not None:
+            importance = importance.masked_fill(self.spared, torch.nan)
+        return unimportant(importance, mass)
 
     def increase(self, increment: float) -> None:
         """Add ε to every known importance: no example is forgotten (Salaün et al. 2023, the end of their epochs)."""

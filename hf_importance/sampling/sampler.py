@@ -196,14 +196,16 @@ class ImportanceBatchSampler(Sampler[Draw]):
             for values in ([draw.rate for draw in draws], [draw.weight for draw in draws])
         )
         importance, weight = rows[0], weight / self.shard.weight
-        if self._suspects is not None:  # the share s that a visit had at its draw: what is sampled is the mean of s·ℓ
-            undone = weights(rate, self._weight_exponent)
-            importance, weight = (importance * (weight / undone)).float(), undone
+        drawn = importance.double()
+        if self._suspects is not None:  # what is sampled is the mean of s·ℓ, with s as it was at the draw
+            inverse = weights(rate, self._weight_exponent)
+            drawn, weight = drawn * (weight / inverse), inverse
+            importance = (importance * self._suspects.of(index)).float()  # s may be another by now
         batch = torch.arange(len(draws)).repeat_interleave(torch.tensor([len(draw.index) for draw in draws]))
         update = self._memory.update(index, importance, batch)
         self.visits.learn(update, importance, rate)
         cost = torch.ones_like(rate) if self._memory.cost is None else self._memory.cost[index].double()
-        self._sum_up(importance.double(), rate, weight, cost)
+        self._sum_up(drawn, rate, weight, cost)
         if self._record is not None and len(rows) > 1:
             self._record.update(index, rows[1:])
 
@@ -299,7 +301,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         if self._record is not None and state["record"] is not None:
             self._record.load_state_dict(state["record"])
         if self._suspects is not None and state["suspects"] is not None:
-            self._suspects.load_state_dict(state["suspects"])
+            self._suspects.load_state_dict(state["suspects"], self._memory)
         self._draws, self._lags = read_number(state, "draws", int, 0), read_number(state, "lags", bool)
         self._moments = read_tensor(state, "moments", [len(_SUMS)], torch.float64)
         draws = [self._read_draw(draw) for draw in state["outstanding"]]
