@@ -139,9 +139,10 @@ def rivals(runs: Runs) -> list[str]:
     return [method for method in METHODS if method in found and method not in OWN]
 
 
-def best_rival(runs: Runs, task: str) -> tuple[str, float]:
-    """Which one needs the least share to be as good, and how much; infinity where none is."""
-    return min(((name, share_to_match(runs, task, name)) for name in rivals(runs)), key=lambda found: found[1])
+def best_rival(runs: Runs, task: str) -> tuple[str, float] | None:
+    """Which one needs the least share to be as good, and how much; infinity where none is. None: none was run."""
+    there = [name for name in rivals(runs) if len(of(runs, task, name)) > 1]
+    return min(((name, share_to_match(runs, task, name)) for name in there), key=lambda found: found[1], default=None)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def decision_table(runs: Runs, seconds: Runs = ()) -> str:
             reached.append(f"{mean:{figure.form}}{unit}")
             mean, error = mean_and_error(differences(runs, task, OURS, figure))
             changed.append(f"{mean:+{figure.form}} ± {error:{figure.form}}")
-        name, of_rival = best_rival(runs, task) if rivals(runs) else ("", math.inf)
+        rival = best_rival(runs, task)
         cells = [
             f"**{task}**: {TASKS[task].what}",
             ", ".join(reached),
@@ -172,7 +173,7 @@ def decision_table(runs: Runs, seconds: Runs = ()) -> str:
             _percent(share(runs, task, OURS)),
             _percent(share(runs, task, OURS, "tokens")),
             _percent(share_of_seconds(seconds, task)),
-            "none" if math.isinf(of_rival) else f"{_percent(of_rival)} ({name})",
+            "" if rival is None else "none" if math.isinf(rival[1]) else f"{_percent(rival[1])} ({rival[0]})",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

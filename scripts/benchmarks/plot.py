@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import OURS, UNIFORM, Figure, Runs, differences, figures, of, rivals, share, tasks
+from benchmarks.comparison import CONTROLS, OURS, UNIFORM, Figure, Runs, differences, figures, of, rivals, share, tasks
 from benchmarks.results import digest, mean_and_error
 from benchmarks.tasks import TASKS
 
@@ -47,13 +47,20 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
         colour, style = (_DARK, "--") if method == UNIFORM else (_GREY, "-")
         panel.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.4, zorder=2)
     panel.axhline(0, color=_DARK, linewidth=0.8, zorder=1)
-    at = share(runs, task, OURS)
+    at, lowest = share(runs, task, OURS), min(y for _, y in lines[UNIFORM])
     mean, error = (scale * x for x in mean_and_error(differences(runs, task, OURS, judged)))
+    lowest = min(lowest, mean - abs(error))
     panel.errorbar(at, mean, abs(error), fmt="o", color=_OURS, markersize=9, capsize=4, linewidth=2, zorder=4)
+    control = of(runs, task, CONTROLS[0])
+    if control:
+        place = scale * statistics.mean(differences(runs, task, CONTROLS[0], judged))
+        style = {"markersize": 8, "color": _DARK, "fillstyle": "none", "zorder": 3}
+        panel.plot(share(runs, task, CONTROLS[0]), place, "o", **style)
+        lowest = min(lowest, place)
     panel.annotate(
         f"ours\n{100 * at:.0f} %",
-        (at, mean),
-        xytext=(0, 12),
+        (at, mean + abs(error)),
+        xytext=(0, 6),
         textcoords="offset points",
         color=_OURS,
         weight="bold",
@@ -61,8 +68,8 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
         va="bottom",
         zorder=5,
     )
-    low = min(1.4 * min(y for _, y in lines[UNIFORM]), 1.4 * mean)  # what is far below is cut off
-    high = max(mean, *(y for points in lines.values() for _, y in points))
+    low = 1.4 * lowest  # what is far below is cut off
+    high = max(mean + abs(error), *(y for points in lines.values() for _, y in points))
     panel.set_ylim(low, high + 0.35 * (high - low))
     step = _LINE * 1.35 * (high - low)
     ends = {method: max(points[-1][1], low) for method, points in lines.items()}
