@@ -299,7 +299,7 @@ def test_it_trains_as_an_importance_trainer_with_all_logits_does(accumulation, s
     assert tiny.difference(ours, train(sft(tmp_path, importance=tiny.EVEN, **more))) > 1e-3, "control"
 
 
-def test_training_ends_when_enough_was_learnt(tmp_path):
+def test_training_ends_when_enough_was_learnt(tmp_path, small_gains):
     run = train(sft(tmp_path, importance={}, num_train_epochs=40, data="prompt", learning_rate=3e-3))
     assert 24 < run.state.global_step < 240
 
