@@ -188,6 +188,7 @@ def lines_of_readme(folder):
 
     class Mine(ImportanceTrainer):
         def __init__(self, **kwargs):
+            tiny.expect_small_gains()
             super().__init__(**kwargs, data_collator=tiny.pad)
             self.add_callback(FailsOnce(folder))
 
