@@ -393,6 +393,7 @@ def test_what_an_encoder_decoder_writes_has_other_tokens():
     )
     rows = [{"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([8, 9, 1])}]
     pad = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[8, 9, 1]])}
+    pad["decoder_input_ids"] = torch.tensor([[0, 8, 9]])  # as the collator makes them
     assert token_losses(model, rows, lambda _: dict(pad), lambda batch: batch, Numbers(), False, [0]) == {}
 
 
