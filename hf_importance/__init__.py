@@ -20,6 +20,7 @@ To read the code, go upward, as the imports do:
 - `support`: what is refused, and the way out.
 - `report`: what was learnt about the data, as table, plots, page and model card.
 - `trainer`: the hooks into `Trainer`.
+- `command_line`: what the scripts that fine-tune share.
 """
 
 from hf_importance.config import ImportanceConfig

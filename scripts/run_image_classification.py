@@ -16,9 +16,20 @@ from typing import Any
 
 import datasets
 import torch
-from arguments import DataArguments, ModelArguments, flag, parse
-from embedded_data import digits
-from fine_tuning import (
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    Trainer,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+from hf_importance.command_line.arguments import DataArguments, ModelArguments, flag, parse
+from hf_importance.command_line.embedded_data import digits
+from hf_importance.command_line.fine_tuning import (
     choose_splits,
     drop_missing_labels,
     head_settings,
@@ -31,16 +42,6 @@ from fine_tuning import (
     run,
     script,
     start,
-)
-from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    Trainer,
-    ViTConfig,
-    ViTImageProcessor,
 )
 
 EMBEDDED = {

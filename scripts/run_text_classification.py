@@ -14,9 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from arguments import DataArguments, ModelArguments, flag, parse
-from embedded_data import docstrings
-from fine_tuning import (
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
+
+from hf_importance.command_line.arguments import DataArguments, ModelArguments, flag, parse
+from hf_importance.command_line.embedded_data import docstrings
+from hf_importance.command_line.fine_tuning import (
     choose_splits,
     drop_missing_labels,
     head_settings,
@@ -29,18 +42,6 @@ from fine_tuning import (
     run,
     script,
     start,
-)
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    DataCollatorWithPadding,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Trainer,
 )
 
 EMBEDDED = {

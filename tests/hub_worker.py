@@ -7,8 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import fine_tuning
 import run_text_classification
+
+from hf_importance.command_line import fine_tuning
 
 
 def main(folder, runs):

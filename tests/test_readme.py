@@ -11,13 +11,13 @@ import pytest
 import run_image_classification
 import run_text_classification
 import tiny
-from arguments import parse
 from benchmarks import from_scratch, methods, picture, results, rivals
 from benchmarks.methods import METHODS
 from benchmarks.tasks import Entry
 from PIL import Image
 
 from hf_importance import ImportanceConfig
+from hf_importance.command_line.arguments import parse
 
 README, RESULTS = ((benchmark.ROOT / page).read_text(encoding="utf-8") for page in benchmark.PAGES)
 

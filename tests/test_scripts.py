@@ -12,12 +12,12 @@ import pytest
 import run_image_classification
 import run_text_classification
 import torch
-from embedded_data import docstrings
-from fine_tuning import script
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.command_line.embedded_data import docstrings
+from hf_importance.command_line.fine_tuning import script
 
 SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--use_cpu", "true"]
 CALM = "The food was calm and good, the waiter calm too."

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from embedded_data import digits, docstrings
 from run_text_classification import TextArguments, learn_words
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.task import Columns, Task, path_of
+from hf_importance.command_line.embedded_data import digits, docstrings
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 

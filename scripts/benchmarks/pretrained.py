@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from embedded_data import docstrings, signatures
 from run_text_classification import TextArguments, learn_words
 from torch import Tensor, nn
 from transformers import (
@@ -38,6 +37,7 @@ from transformers import (
 )
 
 from benchmarks.task import IGNORED, Columns, Rows, Task, collate, path_of
+from hf_importance.command_line.embedded_data import docstrings, signatures
 
 _ENCODER, _CNN = "sentence-transformers/all-MiniLM-L6-v2", "google/mobilenet_v2_1.0_224"
 _LAYERS = 2

@@ -1,4 +1,4 @@
-"""What both fine-tuning scripts share: flags, the choice of the trainer, and what is done with it."""
+"""What the fine-tuning scripts share: flags, the choice of the trainer, and what is done with it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 
 import datasets
 import transformers
-from arguments import DataArguments, ModelArguments
-from metrics import decide, metric_for
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_importance import ImportanceConfig, ImportanceTrainer, PushError
+from hf_importance.command_line.arguments import DataArguments, ModelArguments
+from hf_importance.command_line.metrics import decide, metric_for
+from hf_importance.config import ImportanceConfig
+from hf_importance.report.hub import PushError
+from hf_importance.trainer import ImportanceTrainer
 
 
 def load(data: DataArguments, model: ModelArguments) -> datasets.DatasetDict:

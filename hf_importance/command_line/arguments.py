@@ -1,4 +1,4 @@
-"""The flags that both fine-tuning scripts share."""
+"""The flags that the fine-tuning scripts share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Literal, get_type_hints
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_importance import ImportanceConfig
+from hf_importance.config import ImportanceConfig
 
 
 def flag(default: Any, text: str) -> Any:
     """A field of a dataclass of flags."""
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
 
 
 @dataclass
