@@ -7,7 +7,7 @@
     python scripts/benchmark.py draws                # a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # are wrong labels found?
     python scripts/benchmark.py suspects             # what comes of leaving them out?
-    python scripts/benchmark.py pages                # puts the tables of all of them into the pages
+    python scripts/benchmark.py pages                # the tables of all of them in the pages, and the plots
     python scripts/benchmark.py picture              # of a report, for the README
 
 Each part fills a file in scripts/results, or `--output`. What is already there is not run again, so that a grid may be
@@ -29,13 +29,14 @@ from typing import Any
 import torch
 from benchmarks import accuracy, comparison, draws, label_errors, overhead, picture, results, seconds, suspects
 from benchmarks.methods import METHODS
-from benchmarks.plot import plot
+from benchmarks.plot import plot, plot_savings
 from benchmarks.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "scripts/results/README.md")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "saved": (("accuracy",), comparison.claims),
+    "short": (("accuracy",), comparison.short_table),
     "decision": (("accuracy", "seconds"), comparison.decision_table),
     "whole": (("accuracy",), comparison.whole_table),
     "match": (("accuracy",), comparison.match_table),
@@ -49,7 +50,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 
 
 def run_accuracy(arguments: argparse.Namespace) -> str:
-    """Tasks × methods × budgets × seeds; also draws the plot."""
+    """Tasks × methods × budgets × seeds; also draws the plots."""
     path = _file_of(arguments)
     seeds, budgets = range(1, arguments.seeds + 1), arguments.budgets
     if arguments.quick:
@@ -66,8 +67,7 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
         run = functools.partial(accuracy.run, steps_taken=steps)
         runs = _filled(arguments, accuracy.KEYS, points, run, accuracy.settings)
     tables = [comparison.decision_table(runs), comparison.whole_table(runs), comparison.match_table(runs)]
-    if comparison.tasks(runs):
-        plot(runs, path.with_suffix(".png"))
+    _draw_plots(runs, path)
     return "\n\n".join([*tables, comparison.figures_table(runs)])
 
 
@@ -123,7 +123,9 @@ def with_tables(text: str, folder: Path = results.FOLDER) -> str:
 
 
 def run_pages(_: argparse.Namespace) -> str:
-    """Put the tables into the pages."""
+    """Draw the plots of `accuracy`, and put the tables into the pages."""
+    path = results.FOLDER / "accuracy.json"
+    _draw_plots(results.load(path)["runs"], path)
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         (ROOT / page).write_text(with_tables(text), encoding="utf-8")
@@ -134,6 +136,12 @@ def run_picture(_: argparse.Namespace) -> str:
     """Of a report, for the README."""
     picture.draw()
     return f"The picture was drawn as {picture.PICTURE}"
+
+
+def _draw_plots(runs: list[dict[str, Any]], path: Path) -> None:
+    if comparison.tasks(runs):
+        plot(runs, path.with_suffix(".png"))
+        plot_savings(runs, path.with_name("savings.png"))
 
 
 def _file_of(arguments: argparse.Namespace) -> Path:
@@ -182,7 +190,7 @@ def new_parser() -> argparse.ArgumentParser:
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
     part = parts.add_parser("suspects", parents=[common], help="what comes of leaving suspects out?")
     part.add_argument("--methods", nargs="+", choices=suspects.METHODS, default=list(suspects.METHODS))
-    parts.add_parser("pages", help="put the tables into the pages")
+    parts.add_parser("pages", help="draw the plots, and put the tables into the pages")
     parts.add_parser("picture", help="draw the picture of a report")
     return parser
 

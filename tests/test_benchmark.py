@@ -197,14 +197,26 @@ def test_tables(tmp_path, capsys):
 def test_claims():
     runs = found_runs()
     claims = comparison.claims(runs)
-    assert "took 60 % of the steps in the mean over 2 tasks, from 60 % (digits) to 60 % (digits)." in claims
-    assert "On 1 of them no figure was worse" in claims
-    assert "it was: image (error +0.0035 ± 0.0005)." in claims
-    assert claims.endswith("was behind it in every figure on 1 of 2.")
+    assert (
+        "- **Training from scratch** took 60 % of the steps in the mean over 2 tasks: from 60 % (digits) to" in claims
+    )
+    assert "on 1 of 2 tasks no figure was worse" in claims
+    assert claims.endswith("was worse than it in every figure on 1 of 2 tasks.")
+    assert "Fine-tuning" not in claims
     tuned = [run | ({"task": "clothes"} if run["task"] == "digits" else {}) for run in runs]
-    assert "; 60 % in the mean over the 1 that fine-tune." in comparison.claims(tuned)
+    assert "- **Fine-tuning** took 60 % of the steps in the mean over 1 task: from" in comparison.claims(tuned)
     fewer = [run for run in runs if run["method"] != "uniform, as many steps"]
-    assert "as many steps was behind" not in comparison.claims(fewer)
+    assert "as many steps" not in comparison.claims(fewer)
+
+
+def test_the_short_table():
+    runs = found_runs()
+    lines = comparison.short_table(runs, rows=1).splitlines()
+    assert len(lines) == 4, "two tasks: the one that saves the most, and the one that saves the fewest"
+    assert lines[2] == "| scanned digits; small ViT | 60 % | +0.5 points ± 0.0 | -5.0 points ± 0.0 |"
+    assert (
+        lines[3] == "| a photograph from coordinates; perceptron | 60 % | +35.0 % error ± 5.0 | +10.0 % error ± 0.0 |"
+    )
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------

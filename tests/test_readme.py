@@ -16,10 +16,17 @@ from benchmarks.methods import METHODS
 from benchmarks.tasks import Entry
 from PIL import Image
 
-from hf_importance import ImportanceConfig
+from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.command_line.arguments import parse
 
-README, RESULTS = ((benchmark.ROOT / page).read_text(encoding="utf-8") for page in benchmark.PAGES)
+PAGES = {
+    page.relative_to(benchmark.ROOT).as_posix(): page.read_text(encoding="utf-8")
+    for folder in (".", "hf_importance", "hf_importance/report", "scripts", "scripts/results")
+    for page in (benchmark.ROOT / folder).glob("README.md")
+}
+README, METHOD, SCRIPTS, RESULTS = (
+    PAGES[f"{folder}README.md"] for folder in ("", "hf_importance/", "scripts/", "scripts/results/")
+)
 
 
 def blocks(language, page=README):
@@ -31,18 +38,72 @@ def test_python_runs(tmp_path):
         "model": tiny.bert(),
         "training_args": tiny.arguments(tmp_path, max_steps=2),
         "train_dataset": tiny.texts(),
-        "eval_dataset": tiny.texts(8),
+        "ImportanceTrainer": ImportanceTrainer,
     }
-    code = blocks("python")
-    assert len(code) >= 3
+    code = blocks("python", METHOD)
+    assert len(code) >= 4
     for block in code:
         missing = [name for name in ("trl", "sentence_transformers") if not find_spec(name)]  # TRL needs Python 3.11
         if any(f"from {name}" in block for name in missing):
             continue
         exec(compile(block, "README.md", "exec"), names)
     assert names["trainer"].per_example_loss_func is names["focal_loss"]
-    names["trainer"].train()
-    assert names["trainer"].importances.isfinite().sum() == 16
+
+
+@pytest.mark.parametrize(("sign", "name"), [("+", "ImportanceTrainer"), ("-", "Trainer")])
+def test_the_change_trains_before_and_after(tmp_path, sign, name):
+    (change,) = blocks("diff")
+    names = {
+        "model": tiny.bert(),
+        "training_args": tiny.arguments(tmp_path, max_steps=2),
+        "train_dataset": tiny.texts(),
+        "eval_dataset": tiny.texts(8),
+    }
+    lines = [line[1:] for line in change.splitlines() if not line or line[0] in (" ", sign)]
+    exec("\n".join(lines), names)
+    assert type(names["trainer"]).__name__ == name
+    assert names["trainer"].state.global_step == 2
+    if sign == "+":
+        report, settings = blocks("python")
+        exec(report, names)
+        assert (tmp_path / "_importance_report" / "report.html").exists()
+        exec(settings, names)
+        assert names["trainer"].importance.budget == 0.7
+
+
+def anchors(page):
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page):
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", page) if not link.startswith("https://")]
+
+
+def broken(name, page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (benchmark.ROOT / name).parent / path if path else benchmark.ROOT / name
+        text = page if not path else target.read_text(encoding="utf-8") if target.suffix == ".md" else ""
+        if not target.exists() or (anchor and anchor not in anchors(text)):
+            yield link
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    assert list(broken(name, PAGES[name])) == []
+
+
+def test_control_of_links():
+    page = "# A heading, *so*\n[good](#a-heading-so) [bad](#a-heading) [none](nowhere.png) [there](LICENSE)"
+    assert list(broken("README.md", page)) == ["#a-heading", "nowhere.png"]
+    assert sum(len(links(page)) for page in PAGES.values()) > 20
+
+
+def test_the_first_page_is_one_that_one_reads():
+    assert len(README.splitlines()) <= 150
+    assert README.index("scripts/quickstart.sh") < README.index("scripts/test.sh") < README.index("## ")
 
 
 def commands(script, page=README):
@@ -77,7 +138,7 @@ def test_a_method_and_a_task_are_added_as_the_page_says(tmp_path):
         benchmark.new_parser().parse_args(["accuracy", "--methods", "hardest"])
 
 
-@pytest.mark.parametrize("command", commands("run"), ids=lambda words: words[1])
+@pytest.mark.parametrize("command", commands("run") + commands("run", SCRIPTS), ids=lambda words: words[1])
 def test_flags_are_known(command):
     module = {"text": run_text_classification, "image": run_image_classification}[command[1].split("_")[1]]
     data = module.TextArguments if module is run_text_classification else module.ImageArguments
@@ -87,7 +148,8 @@ def test_flags_are_known(command):
 
 
 def test_settings_are_those_of_the_config():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README, flags=re.MULTILINE))
+    table = METHOD.split("| setting | default |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", table, flags=re.MULTILINE))
     assert list(rows) == [field.name for field in fields(ImportanceConfig)]
     for field in fields(ImportanceConfig):
         if isinstance(field.default, bool):
@@ -100,6 +162,7 @@ def test_settings_are_those_of_the_config():
 
 FIGURES = {
     "saved": ("steps",),
+    "short": ("steps", "accuracy", "error"),
     "decision": ("steps", "ours"),
     "whole": ("accuracy", "error"),
     "match": ("accuracy", "error"),
@@ -135,9 +198,10 @@ def _changed(run, figures, factor):
     return {name: factor * value if name in figures else value for name, value in run.items()}
 
 
-def test_the_plot_is_that_of_the_results():
+@pytest.mark.parametrize("name", ["accuracy.png", "savings.png"])
+def test_plots_are_those_of_the_results(name):
     runs = runs_of("accuracy")
-    assert Image.open(results.FOLDER / "accuracy.png").text["Source"] == results.digest(runs)
+    assert Image.open(results.FOLDER / name).text["Source"] == results.digest(runs)
     assert results.digest(runs[1:]) != results.digest(runs), "control"
 
 

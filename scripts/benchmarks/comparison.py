@@ -190,34 +190,36 @@ def share_of_seconds(seconds: Runs, task: str) -> float | None:
 
 
 def claims(runs: Runs) -> str:
-    """One paragraph: the mean share of the steps, and on how many tasks nothing was lost."""
+    """The mean shares of the steps, on how many tasks nothing was lost, and what the control says."""
     names = tasks(runs)
-    if not names:
-        return ""
-    shares = {task: share(runs, task, OURS) for task in names}
-    tuned = [shares[task] for task in names if TASKS[task].fine_tuning]
-    short = {task: found for task in names if (found := shortfalls(runs, task))}
-    text = (
-        f"With nothing set, training took {100 * statistics.mean(shares.values()):.0f} % of the steps in the mean over "
-        f"{len(names)} tasks, from {_percent(min(shares.values()))} ({min(shares, key=shares.get)}) to "
-        f"{_percent(max(shares.values()))} ({max(shares, key=shares.get)})"
-    )
-    if tuned:
-        text += f"; {100 * statistics.mean(tuned):.0f} % in the mean over the {len(tuned)} that fine-tune"
-    text += (
-        f". On {len(names) - len(short)} of them no figure was worse than with all steps of `Trainer` by more than a "
-        "standard error of the difference"
-    )
-    if short:
-        text += "; on the others it was: " + "; ".join(f"{task} ({', '.join(found)})" for task, found in short.items())
-    return text + "." + _ahead(runs)
+    kinds = {
+        "Training from scratch": [task for task in names if not TASKS[task].fine_tuning],
+        "Fine-tuning": [task for task in names if TASKS[task].fine_tuning],
+    }
+    lines = []
+    for kind, of_kind in kinds.items():
+        shares = {task: share(runs, task, OURS) for task in of_kind}
+        if shares:
+            least, most = min(shares, key=shares.get), max(shares, key=shares.get)
+            number = f"{len(shares)} task{'s' * (len(shares) > 1)}"
+            lines.append(
+                f"- **{kind}** took {_percent(statistics.mean(shares.values()))} of the steps in the mean over "
+                f"{number}: from {_percent(shares[least])} ({least}) to {_percent(shares[most])} ({most})."
+            )
+    if names:
+        equal = sum(not shortfalls(runs, task) for task in names)
+        lines.append(
+            f"- **Quality**: on {equal} of {len(names)} tasks no figure was worse than with all steps of `Trainer` by "
+            'more than a standard error of the difference; the others are marked "short".'
+        )
+    return "\n".join(lines + _ahead(runs))
 
 
-def _ahead(runs: Runs) -> str:
-    """Of the control with as many steps, by every figure."""
+def _ahead(runs: Runs) -> list[str]:
+    """Where the control with as many steps is worse by every figure."""
     both = [task for task in tasks(runs) if of(runs, task, CONTROLS[0])]
     if not both:
-        return ""
+        return []
 
     def is_ahead(task: str) -> bool:
         return all(
@@ -227,7 +229,34 @@ def _ahead(runs: Runs) -> str:
         )
 
     number = sum(map(is_ahead, both))
-    return f" `Trainer` with a schedule of as many steps was behind it in every figure on {number} of {len(both)}."
+    return [
+        "- **Is it the sampling?** `Trainer` with a schedule of as many steps was worse than it in every figure on "
+        f"{number} of {len(both)} tasks."
+    ]
+
+
+def short_table(runs: Runs, rows: int = 4) -> str:
+    """Where it saves the most steps, and where the fewest; the difference in the figure that people know best."""
+    head = ("task", "steps", "difference to all steps of `Trainer`", "`Trainer` with as many steps")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    by_share = sorted(tasks(runs), key=lambda task: share(runs, task, OURS))
+    for task in dict.fromkeys([*by_share[:rows], *by_share[-rows:]]):
+        figure = figures(runs, task)[0]
+        cells = [TASKS[task].what, _percent(share(runs, task, OURS))]
+        for method in (OURS, CONTROLS[0]):
+            found = differences(runs, task, method, figure)
+            cells.append(relative(found, figure, runs, task) if found else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def relative(differences: list[float], figure: Figure, runs: Runs, task: str) -> str:
+    """Points of accuracy, or percent of uniform's error, ± the standard error."""
+    mean, error = mean_and_error(differences)
+    if figure.name == "accuracy":
+        return f"{mean:+.1f} points" + ("" if math.isnan(error) else f" ± {error:.1f}")
+    whole = statistics.mean(figure.of(run) for run in of(runs, task, UNIFORM)) / 100
+    return f"{mean / whole:+.1f} % error" + ("" if math.isnan(error) else f" ± {error / whole:.1f}")
 
 
 def whole_table(runs: Runs) -> str:

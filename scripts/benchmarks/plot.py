@@ -1,4 +1,4 @@
-"""The picture of the results: how far each method is from uniform sampling with all steps."""
+"""The pictures of the results: the share of the steps per task, and how far each method is from uniform sampling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import CONTROLS, OURS, UNIFORM, Figure, Runs, differences, figures, of, rivals, share, tasks
+from benchmarks.comparison import (
+    CONTROLS,
+    OURS,
+    UNIFORM,
+    Figure,
+    Runs,
+    differences,
+    figures,
+    of,
+    relative,
+    rivals,
+    share,
+    tasks,
+)
 from benchmarks.results import digest, mean_and_error
 from benchmarks.tasks import TASKS
 
@@ -15,6 +28,49 @@ _LEAST = 0.5
 """Share of the steps from which on it is drawn: with fewer all are far below."""
 _LINE = 0.062
 """Between names, of the height of a panel."""
+
+
+def plot_savings(runs: Runs, path: Path) -> None:
+    """A bar per task: the share of the steps, and beside it what that did to the quality."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = {
+        "training from scratch": [task for task in tasks(runs) if not TASKS[task].fine_tuning],
+        "fine-tuning": [task for task in tasks(runs) if TASKS[task].fine_tuning],
+    }
+    kinds = {kind: sorted(names, key=lambda task: share(runs, task, OURS)) for kind, names in kinds.items() if names}
+    sizes = {"height_ratios": [len(names) for names in kinds.values()]}
+    number = sum(map(len, kinds.values()))
+    figure, panels = plt.subplots(len(kinds), 1, figsize=(10, 1 + 0.36 * number), squeeze=False, gridspec_kw=sizes)
+    for panel, (kind, names) in zip(panels[:, 0], kinds.items(), strict=True):
+        _bars(panel, runs, names)
+        panel.set_title(kind, loc="left", fontsize=10, weight="bold")
+    panels[0, 0].text(108, -0.75, "difference to\nall steps", fontsize=9, color=_DARK, va="bottom", weight="bold")
+    panels[-1, 0].set_xlabel("steps, in % of those of Trainer")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Source": digest(runs)})
+    plt.close(figure)
+
+
+def _bars(panel: Any, runs: Runs, names: list[str]) -> None:
+    shares = [100 * share(runs, task, OURS) for task in names]
+    places = range(len(names))
+    panel.barh(places, [100] * len(names), color="#e5e7eb", height=0.62)
+    panel.barh(places, shares, color=_OURS, height=0.62)
+    for place, task, of_trainer in zip(places, names, shares, strict=True):
+        panel.text(of_trainer - 1, place, f"{of_trainer:.0f} %", color="white", ha="right", va="center", fontsize=9)
+        judged = figures(runs, task)[0]
+        told = relative(differences(runs, task, OURS, judged), judged, runs, task)
+        panel.text(108, place, told, fontsize=9, color=_DARK, va="center")
+    panel.axvline(100, color=_DARK, linewidth=0.8)
+    panel.set_yticks(places, [TASKS[task].what for task in names], fontsize=9)
+    panel.set(xlim=(0, 142), xticks=[0, 25, 50, 75, 100])
+    panel.invert_yaxis()
+    panel.spines[["top", "right", "bottom"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
 
 
 def plot(runs: Runs, path: Path) -> None:

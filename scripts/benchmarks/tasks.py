@@ -16,7 +16,7 @@ class Entry:
 
     Args:
         make: makes it.
-        what: what is learnt, by which model.
+        what: data, and which model.
         fine_tuning: whether the model is pretrained.
         of_texts: whether there are texts of different length, which can be grouped by it.
         embedded: whether it needs neither BENCHMARK_DATA nor a pretrained model.
@@ -37,22 +37,22 @@ class Entry:
 
 
 TASKS = {
-    "banking77": Entry(pretrained.banking77_task, "questions of customers, 77 intents; MiniLM", True, True),
-    "tweets": Entry(pretrained.tweets_task, "tweets, how positive they are; MiniLM", True, True),
-    "whole_docstrings": Entry(pretrained.whole_docstrings_task, "docstrings, by package; MiniLM", True, True),
-    "names": Entry(pretrained.names_task, "kinds of words in sources; MiniLM", True, True),
-    "clothes": Entry(pretrained.clothes_task, "3,000 images of Fashion-MNIST; MobileNetV2", True),
-    "completions": Entry(pretrained.completions_task, "a docstring for a signature; small Llama", True, True),
+    "banking77": Entry(pretrained.banking77_task, "Banking77, 77 intents; MiniLM", True, True),
+    "tweets": Entry(pretrained.tweets_task, "sentiment of tweets, regression; MiniLM", True, True),
+    "whole_docstrings": Entry(pretrained.whole_docstrings_task, "whole docstrings, by package; MiniLM", True, True),
+    "names": Entry(pretrained.names_task, "tokens of Python sources, by kind; MiniLM", True, True),
+    "clothes": Entry(pretrained.clothes_task, "Fashion-MNIST, 3,000 images; MobileNetV2", True),
+    "completions": Entry(pretrained.completions_task, "docstring for a signature; small Llama", True, True),
     "banking77, six layers": Entry(
-        pretrained.banking77_six_layers_task, "the same questions; all of MiniLM", True, True, slow=True
+        pretrained.banking77_six_layers_task, "Banking77, 77 intents; MiniLM with all six layers", True, True, slow=True
     ),
     "digits": Entry(from_scratch.digits_task, "scanned digits; small ViT", embedded=True),
-    "docstrings": Entry(from_scratch.docstrings_task, "first paragraphs, by package; bag of words", embedded=True),
-    "fashion_mnist": Entry(from_scratch.fashion_mnist_task, "60,000 images; perceptron"),
-    "wrong_labels": Entry(from_scratch.wrong_labels_task, "the same, 20 % of the labels wrong"),
-    "imbalanced": Entry(from_scratch.imbalanced_task, "the same, classes of 6,000 to 60"),
-    "polynomial": Entry(from_scratch.polynomial_task, "order 6, from noisy values; seven weights", embedded=True),
-    "image": Entry(from_scratch.image_task, "a photograph's pixels; perceptron", embedded=True),
+    "docstrings": Entry(from_scratch.docstrings_task, "docstrings, by package; bag of words", embedded=True),
+    "fashion_mnist": Entry(from_scratch.fashion_mnist_task, "Fashion-MNIST, 60,000 images; perceptron"),
+    "wrong_labels": Entry(from_scratch.wrong_labels_task, "Fashion-MNIST, 20 % wrong labels; perceptron"),
+    "imbalanced": Entry(from_scratch.imbalanced_task, "Fashion-MNIST, classes of 6,000 to 60; perceptron"),
+    "polynomial": Entry(from_scratch.polynomial_task, "polynomial of order 6; seven weights", embedded=True),
+    "image": Entry(from_scratch.image_task, "a photograph from coordinates; perceptron", embedded=True),
 }
 
 
