@@ -7,7 +7,6 @@ import re
 import pytest
 import tiny
 import torch
-from test_trainer import WithoutConfig
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -181,7 +180,7 @@ IN_TRAINING = {
     ),
     "no loss": (lambda: Returns(keeping), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"),
     "weighted classes": (
-        lambda: WithoutConfig(scale=1.1), tiny.texts(), {}, "loss of its own.*per_example_loss_func"
+        lambda: tiny.WithoutConfig(scale=1.1), tiny.texts(), {}, "loss of its own.*per_example_loss_func"
     ),
     "loss of the batch": (
         tiny.bert, tiny.texts(), loss(lambda o, y: cross_entropy(o["logits"], y)), r"shape \[8\], but returned \[\]"

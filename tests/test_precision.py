@@ -86,10 +86,8 @@ def test_compiled(tmp_path, settings):
 
 
 def test_compiled_models_are_checked_too(tmp_path):
-    from test_trainer import WithoutConfig
-
     run = tiny.trainer(
-        tmp_path, WithoutConfig(scale=1.1), tiny.texts(), torch_compile=True, torch_compile_backend="eager"
+        tmp_path, tiny.WithoutConfig(scale=1.1), tiny.texts(), torch_compile=True, torch_compile_backend="eager"
     )
     with pytest.raises(ValueError, match="loss of its own"):
         run.train()

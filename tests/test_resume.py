@@ -10,7 +10,6 @@ import numpy
 import pytest
 import tiny
 import torch
-from test_trainer import WithoutConfig
 from tiny import Recorder
 
 from hf_importance import ImportanceConfig
@@ -574,7 +573,7 @@ def test_another_loss_is_looked_at_again(tmp_path):
 
     def resume_with(function):
         more = {} if function is None else {"per_example_loss_func": function}
-        run = tiny.trainer(tmp_path / "again", WithoutConfig(scale=1.1), tiny.texts(), more=more, max_steps=6)
+        run = tiny.trainer(tmp_path / "again", tiny.WithoutConfig(scale=1.1), tiny.texts(), more=more, max_steps=6)
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
         return run
 
@@ -582,7 +581,7 @@ def test_another_loss_is_looked_at_again(tmp_path):
         return 1.1 * torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")
 
     more = {"per_example_loss_func": scaled}
-    tiny.trained(tmp_path, WithoutConfig(scale=1.1), tiny.texts(), more=more, max_steps=5, **SAVING)
+    tiny.trained(tmp_path, tiny.WithoutConfig(scale=1.1), tiny.texts(), more=more, max_steps=5, **SAVING)
     with pytest.raises(ValueError, match="it has a loss of its own"):
         resume_with(None)
     assert resume_with(scaled).state.global_step == 6

@@ -10,7 +10,6 @@ import tiny
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.sampling.rates import rates
@@ -111,7 +110,7 @@ def test_the_loss_has_the_weights_of_the_draw(tmp_path, sampling, exponent, budg
     importance = {"sampling": sampling, "weight_exponent": exponent, "budget": budget}
     run = tiny.trained(
         tmp_path,
-        WithoutConfig(),
+        tiny.WithoutConfig(),
         data,
         Forgetful,
         importance,
@@ -440,21 +439,8 @@ def test_custom_loss(tmp_path):
     assert torch.allclose(run.importances, weight[labels] * usual.importances, rtol=1e-5)
 
 
-class WithoutConfig(nn.Module):
-    """A module of the user's own, with the usual loss."""
-
-    def __init__(self, scale=1.0):
-        super().__init__()
-        self.layer, self.scale = nn.Linear(tiny.LENGTH, tiny.CLASSES), scale
-
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        logits = self.layer(input_ids / tiny.WORDS)
-        loss = None if labels is None else self.scale * nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
 def test_model_of_the_users_own(tmp_path):
-    data, model = tiny.texts(), WithoutConfig()
+    data, model = tiny.texts(), tiny.WithoutConfig()
     plain = tiny.trained(tmp_path, model, data, tiny.Plain)
     ours = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"})
     assert tiny.difference(ours, plain) <= 1e-6

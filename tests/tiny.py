@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -12,6 +13,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.sampling import guard
@@ -29,6 +31,19 @@ if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
 def expect_small_gains():
     """Of a process of its own what a fixture does for the others: importance sampling also where it gains little."""
     guard._WORTH_WEIGHTS = 1.0
+
+
+class WithoutConfig(nn.Module):
+    """A module of the user's own, with the usual loss."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(LENGTH, CLASSES), scale
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.layer(input_ids / WORDS)
+        loss = None if labels is None else self.scale * nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def bert(num_labels=CLASSES, dropout=0.0, cls=BertForSequenceClassification, **config):
