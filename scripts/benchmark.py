@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import accuracy, comparison, draws, label_errors, overhead, picture, results, seconds, suspects
+from benchmarks import accuracy, comparison, draws, label_errors, overhead, picture, results, seconds, suspects, tables
 from benchmarks.methods import METHODS
 from benchmarks.plot import plot, plot_savings
 from benchmarks.tasks import TASKS
@@ -35,12 +35,12 @@ from benchmarks.tasks import TASKS
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "scripts/results/README.md")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
-    "saved": (("accuracy",), comparison.claims),
-    "short": (("accuracy",), comparison.short_table),
-    "decision": (("accuracy", "seconds"), comparison.decision_table),
-    "whole": (("accuracy",), comparison.whole_table),
-    "match": (("accuracy",), comparison.match_table),
-    "figures": (("accuracy",), comparison.figures_table),
+    "saved": (("accuracy",), tables.claims),
+    "short": (("accuracy",), tables.short_table),
+    "decision": (("accuracy", "seconds"), tables.decision_table),
+    "whole": (("accuracy",), tables.whole_table),
+    "match": (("accuracy",), tables.match_table),
+    "figures": (("accuracy",), tables.figures_table),
     "overhead": (("overhead",), overhead.tables),
     "draws": (("draws",), draws.tables),
     "label_errors": (("label_errors",), label_errors.tables),
@@ -66,9 +66,9 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
         steps = {tuple(found[key] for key in accuracy.KEYS): found["steps"] for found in results.load(path)["runs"]}
         run = functools.partial(accuracy.run, steps_taken=steps)
         runs = _filled(arguments, accuracy.KEYS, points, run, accuracy.settings)
-    tables = [comparison.decision_table(runs), comparison.whole_table(runs), comparison.match_table(runs)]
+    parts = [tables.decision_table(runs), tables.whole_table(runs), tables.match_table(runs)]
     _draw_plots(runs, path)
-    return "\n\n".join([*tables, comparison.figures_table(runs)])
+    return "\n\n".join([*parts, tables.figures_table(runs)])
 
 
 def run_seconds(arguments: argparse.Namespace) -> str:
@@ -113,12 +113,12 @@ def run_suspects(arguments: argparse.Namespace) -> str:
 
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
     """The text with the tables of the files between its marks, `<!-- NAME -->` and `<!-- /NAME -->`."""
-    for name, (parts, tables) in TABLES.items():
+    for name, (parts, table) in TABLES.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if start in text:
             before, rest = text.split(start)
             runs = [results.load(folder / f"{part}.json")["runs"] for part in parts]
-            text = f"{before}{start}\n{tables(*runs)}\n\n{end}{rest.split(end)[1]}"
+            text = f"{before}{start}\n{table(*runs)}\n\n{end}{rest.split(end)[1]}"
     return text
 
 

@@ -85,14 +85,31 @@ def differences(runs: Runs, task: str, method: str, figure: Figure, budget: floa
     return [figure.of(run) - figure.of(uniform[run["seed"]]) for run in found]
 
 
-def shortfalls(runs: Runs, task: str, method: str = OURS, budget: float = 1.0) -> list[str]:
-    """In which figures it is worse than uniform sampling by more than a standard error, and by how much."""
-    found = []
-    for figure in figures(runs, task):
-        mean, error = mean_and_error(differences(runs, task, method, figure, budget))
-        if figure.sign * mean < -error:
-            found.append(f"{figure.name.replace('_', '-')} {mean:+{figure.form}} ± {error:{figure.form}}")
-    return found
+def is_worse(runs: Runs, task: str, figure: Figure, method: str = OURS) -> bool:
+    """Whether it is worse than uniform sampling with the whole budget by more than a standard error."""
+    mean, error = mean_and_error(differences(runs, task, method, figure))
+    return figure.sign * mean < -error
+
+
+def is_as_good(runs: Runs, task: str) -> bool:
+    """Whether ours is worse in no figure."""
+    return not any(is_worse(runs, task, figure) for figure in figures(runs, task))
+
+
+def saves_steps(runs: Runs, task: str) -> bool:
+    """Whether ours takes at least one step of a hundred less: else as many steps of `Trainer` are all of them."""
+    return share(runs, task, OURS) < 0.99
+
+
+def is_ahead_of(runs: Runs, task: str, control: str) -> bool:
+    """Whether ours is better in the mean in every figure, over the seeds that both have."""
+    seeds = {run["seed"] for run in of(runs, task, control)}
+    common = [run for run in runs if run["seed"] in seeds]
+    return all(
+        figure.sign * statistics.mean(differences(common, task, OURS, figure))
+        > figure.sign * statistics.mean(differences(common, task, control, figure))
+        for figure in figures(runs, task)
+    )
 
 
 def share(runs: Runs, task: str, method: str, what: str = "steps") -> float | None:
@@ -145,185 +162,12 @@ def best_rival(runs: Runs, task: str) -> tuple[str, float] | None:
     return min(((name, share_to_match(runs, task, name)) for name in there), key=lambda found: found[1], default=None)
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def decision_table(runs: Runs, seconds: Runs = ()) -> str:
-    """A row per task: what `Trainer` reaches, what ours takes for it, and the rival that takes the least.
-
-    Args:
-        runs: of `accuracy`.
-        seconds: of `seconds`: trainings in alternation, on a quiet machine.
-    """
-    head = ("task", "`Trainer` reaches", "ours", "steps", "tokens", "seconds", "best rival")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for task in tasks(runs):
-        reached, changed = [], []
-        for figure in figures(runs, task):
-            mean, _ = mean_and_error([figure.of(run) for run in of(runs, task, UNIFORM)])
-            unit = " %" if figure.scale == 100 else ""
-            reached.append(f"{mean:{figure.form}}{unit}")
-            mean, error = mean_and_error(differences(runs, task, OURS, figure))
-            changed.append(f"{mean:+{figure.form}} ± {error:{figure.form}}")
-        rival = best_rival(runs, task)
-        cells = [
-            f"**{task}**: {TASKS[task].what}",
-            ", ".join(reached),
-            ", ".join(changed) + ("" if not shortfalls(runs, task) else " (short)"),
-            _percent(share(runs, task, OURS)),
-            _percent(share(runs, task, OURS, "tokens")),
-            _percent(share_of_seconds(seconds, task)),
-            "" if rival is None else "none" if math.isinf(rival[1]) else f"{_percent(rival[1])} ({rival[0]})",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
+def whole_share(runs: Runs, task: str) -> float:
+    """The share of the steps where ours is as good; 1 where it is not, as one would use `Trainer`."""
+    return share(runs, task, OURS) if is_as_good(runs, task) else 1.0
 
 
 def share_of_seconds(seconds: Runs, task: str) -> float | None:
     """The median over the pairs; None without any."""
     found = [run["ours"] / run["uniform"] for run in seconds if run["task"] == task]
     return statistics.median(found) if found else None
-
-
-def claims(runs: Runs) -> str:
-    """The mean shares of the steps, on how many tasks nothing was lost, and what the control says."""
-    names = tasks(runs)
-    kinds = {
-        "Training from scratch": [task for task in names if not TASKS[task].fine_tuning],
-        "Fine-tuning": [task for task in names if TASKS[task].fine_tuning],
-    }
-    lines = []
-    for kind, of_kind in kinds.items():
-        shares = {task: share(runs, task, OURS) for task in of_kind}
-        if shares:
-            least, most = min(shares, key=shares.get), max(shares, key=shares.get)
-            number = f"{len(shares)} task{'s' * (len(shares) > 1)}"
-            lines.append(
-                f"- **{kind}** took {_percent(statistics.mean(shares.values()))} of the steps in the mean over "
-                f"{number}: from {_percent(shares[least])} ({least}) to {_percent(shares[most])} ({most})."
-            )
-    if names:
-        equal = sum(not shortfalls(runs, task) for task in names)
-        lines.append(
-            f"- **Quality**: on {equal} of {len(names)} tasks no figure was worse than with all steps of `Trainer` by "
-            'more than a standard error of the difference; the others are marked "short".'
-        )
-    return "\n".join(lines + _ahead(runs))
-
-
-def _ahead(runs: Runs) -> list[str]:
-    """Where the control with as many steps is worse by every figure."""
-    both = [task for task in tasks(runs) if of(runs, task, CONTROLS[0])]
-    if not both:
-        return []
-
-    def is_ahead(task: str) -> bool:
-        return all(
-            figure.sign * statistics.mean(differences(runs, task, OURS, figure))
-            > figure.sign * statistics.mean(differences(runs, task, CONTROLS[0], figure))
-            for figure in figures(runs, task)
-        )
-
-    number = sum(map(is_ahead, both))
-    return [
-        "- **Is it the sampling?** `Trainer` with a schedule of as many steps was worse than it in every figure on "
-        f"{number} of {len(both)} tasks."
-    ]
-
-
-def short_table(runs: Runs, rows: int = 4) -> str:
-    """Where it saves the most steps, and where the fewest; the difference in the figure that people know best."""
-    head = ("task", "steps", "difference to all steps of `Trainer`", "`Trainer` with as many steps")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    by_share = sorted(tasks(runs), key=lambda task: share(runs, task, OURS))
-    for task in dict.fromkeys([*by_share[:rows], *by_share[-rows:]]):
-        figure = figures(runs, task)[0]
-        cells = [TASKS[task].what, _percent(share(runs, task, OURS))]
-        for method in (OURS, CONTROLS[0]):
-            found = differences(runs, task, method, figure)
-            cells.append(relative(found, figure, runs, task) if found else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def relative(differences: list[float], figure: Figure, runs: Runs, task: str) -> str:
-    """Points of accuracy, or percent of uniform's error, ± the standard error."""
-    mean, error = mean_and_error(differences)
-    if figure.name == "accuracy":
-        return f"{mean:+.1f} points" + ("" if math.isnan(error) else f" ± {error:.1f}")
-    whole = statistics.mean(figure.of(run) for run in of(runs, task, UNIFORM)) / 100
-    return f"{mean / whole:+.1f} % error" + ("" if math.isnan(error) else f" ± {error / whole:.1f}")
-
-
-def whole_table(runs: Runs) -> str:
-    """What each method that is run with the whole budget reaches with what, ± standard errors."""
-    head = ("task", "method", "seeds", "steps", "tokens", "accuracy, % / error", "cross-entropy", "scaled", "written")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for task in tasks(runs):
-        for method in OF_ALL_STEPS:
-            found = of(runs, task, method)
-            if not found:
-                continue
-            (first, *_) = found
-            cells = [task, method, str(len(found)), _percent(share(runs, task, method))]
-            cells.append(_percent(share(runs, task, method, "tokens")))
-            cells.append(_mean(found, "accuracy", ".2f", 100) if "accuracy" in first else _mean(found, "error", ".3g"))
-            cells += [_mean(found, name, ".3f") for name in ("cross_entropy", "scaled_cross_entropy")]
-            cells.append(_mean(found, "written", ".2f"))
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _mean(runs: Runs, figure: str, form: str, scale: float = 1.0) -> str:
-    if figure not in runs[0]:
-        return ""
-    mean, error = mean_and_error([scale * run[figure] for run in runs])
-    return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form}}"
-
-
-def match_table(runs: Runs) -> str:
-    """The share of the whole budget with which each method is as good; and the mean, where "never" counts as 1."""
-    found = {run["method"] for run in runs}
-    names = [method for method in METHODS if method in found & {UNIFORM, "ours, all steps", *rivals(runs)}]
-    lines = ["| task | ours | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
-    columns: dict[str, list[float]] = {OURS: [], **{name: [] for name in names}}
-    for task in tasks(runs):
-        columns[OURS].append(math.inf if shortfalls(runs, task) else share(runs, task, OURS))
-        for name in names:
-            there = any((run["task"], run["method"]) == (task, name) for run in runs)
-            columns[name].append(share_to_match(runs, task, name) if there else math.nan)
-        lines.append(f"| {task} | " + " | ".join(_share(found[-1]) for found in columns.values()) + " |")
-    if not columns[OURS]:
-        return "\n".join(lines)
-    means = [statistics.mean(min(x, 1.0) for x in found if not math.isnan(x)) for found in columns.values()]
-    lines.append("| mean | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
-    return "\n".join(lines)
-
-
-def _share(value: float) -> str:
-    return "" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.2f}"
-
-
-def figures_table(runs: Runs) -> str:
-    """For each task, method and budget: accuracy ± standard error (cross-entropy) in percent, or the squared error."""
-    budgets = sorted({run["budget"] for run in runs})
-    lines = ["| task | method | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |"]
-    lines.append("|" + "---|" * (2 + len(budgets)))
-    for task in tasks(runs):
-        for method in [name for name in METHODS if not METHODS[name].whole]:
-            rows = [of(runs, task, method, budget) for budget in budgets]
-            if any(rows):
-                lines.append(f"| {task} | {method} | " + " | ".join(map(_cell, rows)) + " |")
-    return "\n".join(lines)
-
-
-def _cell(runs: Runs) -> str:
-    if not runs:
-        return ""
-    if "error" in runs[0]:
-        return _mean(runs, "error", ".3g")
-    return f"{_mean(runs, 'accuracy', '.2f', 100)} ({statistics.mean(run['cross_entropy'] for run in runs):.3f})"

@@ -15,17 +15,19 @@ from benchmarks.comparison import (
     differences,
     figures,
     of,
-    relative,
     rivals,
     share,
     tasks,
 )
 from benchmarks.results import digest, mean_and_error
+from benchmarks.tables import relative
 from benchmarks.tasks import TASKS
 
 _OURS, _GREY, _DARK = "#d1495b", "#a8b0bb", "#374151"
 _LEAST = 0.5
 """Share of the steps from which on it is drawn: with fewer all are far below."""
+_METRIC = 106
+"""Where the metrics stand beside the bars, on their axis."""
 _LINE = 0.062
 """Between names, of the height of a panel."""
 
@@ -38,17 +40,18 @@ def plot_savings(runs: Runs, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = {
-        "training from scratch": [task for task in tasks(runs) if not TASKS[task].fine_tuning],
-        "fine-tuning": [task for task in tasks(runs) if TASKS[task].fine_tuning],
+        "Training from scratch": [task for task in tasks(runs) if not TASKS[task].fine_tuning],
+        "Fine-tuning": [task for task in tasks(runs) if TASKS[task].fine_tuning],
     }
     kinds = {kind: sorted(names, key=lambda task: share(runs, task, OURS)) for kind, names in kinds.items() if names}
     sizes = {"height_ratios": [len(names) for names in kinds.values()]}
     number = sum(map(len, kinds.values()))
-    figure, panels = plt.subplots(len(kinds), 1, figsize=(10, 1 + 0.36 * number), squeeze=False, gridspec_kw=sizes)
+    figure, panels = plt.subplots(len(kinds), 1, figsize=(11, 1.2 + 0.36 * number), squeeze=False, gridspec_kw=sizes)
     for panel, (kind, names) in zip(panels[:, 0], kinds.items(), strict=True):
         _bars(panel, runs, names)
         panel.set_title(kind, loc="left", fontsize=10, weight="bold")
-    panels[0, 0].text(108, -0.75, "difference to\nall steps", fontsize=9, color=_DARK, va="bottom", weight="bold")
+    head = {"fontsize": 9, "color": _DARK, "va": "bottom", "weight": "bold"}
+    panels[0, 0].text(_METRIC, -0.75, "test metric, compared\nwith all steps of Trainer", **head)
     panels[-1, 0].set_xlabel("steps, in % of those of Trainer")
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Source": digest(runs)})
@@ -62,12 +65,12 @@ def _bars(panel: Any, runs: Runs, names: list[str]) -> None:
     panel.barh(places, shares, color=_OURS, height=0.62)
     for place, task, of_trainer in zip(places, names, shares, strict=True):
         panel.text(of_trainer - 1, place, f"{of_trainer:.0f} %", color="white", ha="right", va="center", fontsize=9)
-        judged = figures(runs, task)[0]
-        told = relative(differences(runs, task, OURS, judged), judged, runs, task)
-        panel.text(108, place, told, fontsize=9, color=_DARK, va="center")
+        told = relative(runs, task, OURS, figures(runs, task)[0])
+        style = {"color": _DARK} if "worse" not in told else {"color": _OURS, "weight": "bold"}
+        panel.text(_METRIC, place, told, fontsize=9, va="center", **style)
     panel.axvline(100, color=_DARK, linewidth=0.8)
     panel.set_yticks(places, [TASKS[task].what for task in names], fontsize=9)
-    panel.set(xlim=(0, 142), xticks=[0, 25, 50, 75, 100])
+    panel.set(xlim=(0, 150), xticks=[0, 25, 50, 75, 100])
     panel.invert_yaxis()
     panel.spines[["top", "right", "bottom"]].set_visible(False)
     panel.tick_params(axis="y", length=0)
@@ -107,12 +110,12 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
     mean, error = (scale * x for x in mean_and_error(differences(runs, task, OURS, judged)))
     lowest = min(lowest, mean - abs(error))
     panel.errorbar(at, mean, abs(error), fmt="o", color=_OURS, markersize=9, capsize=4, linewidth=2, zorder=4)
-    control = of(runs, task, CONTROLS[0])
-    if control:
+    highest = mean + abs(error)
+    if of(runs, task, CONTROLS[0]):
         place = scale * statistics.mean(differences(runs, task, CONTROLS[0], judged))
         style = {"markersize": 8, "color": _DARK, "fillstyle": "none", "zorder": 3}
         panel.plot(share(runs, task, CONTROLS[0]), place, "o", **style)
-        lowest = min(lowest, place)
+        lowest, highest = min(lowest, place), max(highest, place)
     panel.annotate(
         f"ours\n{100 * at:.0f} %",
         (at, mean + abs(error)),
@@ -123,9 +126,10 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
         ha="center",
         va="bottom",
         zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
     )
     low = 1.4 * lowest  # what is far below is cut off
-    high = max(mean + abs(error), *(y for points in lines.values() for _, y in points))
+    high = max(highest, *(y for points in lines.values() for _, y in points))
     panel.set_ylim(low, high + 0.35 * (high - low))
     step = _LINE * 1.35 * (high - low)
     ends = {method: max(points[-1][1], low) for method, points in lines.items()}
@@ -133,7 +137,8 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
     for method in sorted(ends, key=ends.__getitem__):
         place = max(ends[method], place + step)
         colour = _DARK if method == UNIFORM else "#6b7280"
-        panel.text(1.02, place, method, color=colour, fontsize=8, va="center", clip_on=False)
+        below = " ↓" * (lines[method][-1][1] < low)
+        panel.text(1.02, place, method + below, color=colour, fontsize=8, va="center", clip_on=False)
     unit = "accuracy, points" if judged.name == "accuracy" else "squared error, % less"
     panel.set_title(f"$\\bf{{{task.replace('_', chr(92) + '_')}}}$: {TASKS[task].what}", fontsize=9, loc="left")
     panel.set(xlabel="share of the steps", ylabel=unit, xlim=(_LEAST - 0.05, 1.01))

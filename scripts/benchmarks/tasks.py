@@ -38,21 +38,23 @@ class Entry:
 
 TASKS = {
     "banking77": Entry(pretrained.banking77_task, "Banking77, 77 intents; MiniLM", True, True),
-    "tweets": Entry(pretrained.tweets_task, "sentiment of tweets, regression; MiniLM", True, True),
-    "whole_docstrings": Entry(pretrained.whole_docstrings_task, "whole docstrings, by package; MiniLM", True, True),
-    "names": Entry(pretrained.names_task, "tokens of Python sources, by kind; MiniLM", True, True),
+    "tweets": Entry(pretrained.tweets_task, "tweet sentiment, regression; MiniLM", True, True),
+    "whole_docstrings": Entry(
+        pretrained.whole_docstrings_task, "docstrings by package, up to 256 tokens; MiniLM", True, True
+    ),
+    "names": Entry(pretrained.names_task, "token classification of Python code; MiniLM", True, True),
     "clothes": Entry(pretrained.clothes_task, "Fashion-MNIST, 3,000 images; MobileNetV2", True),
-    "completions": Entry(pretrained.completions_task, "docstring for a signature; small Llama", True, True),
+    "completions": Entry(pretrained.completions_task, "docstring generation; small Llama", True, True),
     "banking77, six layers": Entry(
         pretrained.banking77_six_layers_task, "Banking77, 77 intents; MiniLM with all six layers", True, True, slow=True
     ),
     "digits": Entry(from_scratch.digits_task, "scanned digits; small ViT", embedded=True),
-    "docstrings": Entry(from_scratch.docstrings_task, "docstrings, by package; bag of words", embedded=True),
-    "fashion_mnist": Entry(from_scratch.fashion_mnist_task, "Fashion-MNIST, 60,000 images; perceptron"),
-    "wrong_labels": Entry(from_scratch.wrong_labels_task, "Fashion-MNIST, 20 % wrong labels; perceptron"),
-    "imbalanced": Entry(from_scratch.imbalanced_task, "Fashion-MNIST, classes of 6,000 to 60; perceptron"),
-    "polynomial": Entry(from_scratch.polynomial_task, "polynomial of order 6; seven weights", embedded=True),
-    "image": Entry(from_scratch.image_task, "a photograph from coordinates; perceptron", embedded=True),
+    "docstrings": Entry(from_scratch.docstrings_task, "docstrings by package; word embeddings, MLP", embedded=True),
+    "fashion_mnist": Entry(from_scratch.fashion_mnist_task, "Fashion-MNIST, 60,000 images; MLP"),
+    "wrong_labels": Entry(from_scratch.wrong_labels_task, "Fashion-MNIST, 20 % wrong labels; MLP"),
+    "imbalanced": Entry(from_scratch.imbalanced_task, "imbalanced Fashion-MNIST, 60 to 6,000 per class; MLP"),
+    "polynomial": Entry(from_scratch.polynomial_task, "polynomial regression; 7 parameters", embedded=True),
+    "image": Entry(from_scratch.image_task, "photograph from pixel coordinates; MLP", embedded=True),
 }
 
 

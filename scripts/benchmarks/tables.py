@@ -1,0 +1,214 @@
+"""The tables of the pages that are made of the runs of `accuracy`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from benchmarks.comparison import (
+    CONTROLS,
+    OF_ALL_STEPS,
+    OURS,
+    UNIFORM,
+    Figure,
+    Runs,
+    best_rival,
+    differences,
+    figures,
+    is_ahead_of,
+    is_as_good,
+    is_worse,
+    of,
+    rivals,
+    saves_steps,
+    share,
+    share_of_seconds,
+    share_to_match,
+    tasks,
+    whole_share,
+)
+from benchmarks.methods import METHODS
+from benchmarks.results import mean_and_error
+from benchmarks.tasks import TASKS
+
+_MINUS = str.maketrans("-", "−")
+
+
+def claims(runs: Runs) -> str:
+    """The mean shares of the steps, on how many tasks nothing was lost, and what the control says."""
+    names = tasks(runs)
+    kinds = {
+        "Training from scratch": [task for task in names if not TASKS[task].fine_tuning],
+        "Fine-tuning": [task for task in names if TASKS[task].fine_tuning],
+    }
+    lines = []
+    for kind, of_kind in kinds.items():
+        shares = [share(runs, task, OURS) for task in of_kind]
+        if shares:
+            lines.append(
+                f"- **{kind}** took {_percent(statistics.mean(shares))} of the steps in the mean over "
+                f"{_number(of_kind)}, from {_percent(min(shares))} to {_percent(max(shares))}."
+            )
+    if names:
+        good = [task for task in names if is_as_good(runs, task)]
+        mean = statistics.mean(whole_share(runs, task) for task in names)
+        lines.append(
+            f"- **Quality**: on {len(good)} of {_number(names)} every metric was at least as good as with all steps of "
+            "`Trainer`, within one standard error of the difference. On the others at least one was worse, and is "
+            f"marked so; with these counted as no saving, the mean share is {_percent(mean)}."
+        )
+    judged = [task for task in names if saves_steps(runs, task) and of(runs, task, CONTROLS[0])]
+    if judged:
+        ahead = sum(is_ahead_of(runs, task, CONTROLS[0]) for task in judged)
+        lines.append(
+            "- **Control**: `Trainer` given only that reduced number of steps, with its schedule shortened to match, "
+            f"was worse in every metric on {ahead} of the {_number(judged)} where steps were saved."
+        )
+    return "\n".join(lines)
+
+
+def _number(names: list[str]) -> str:
+    return f"{len(names)} task{'s' * (len(names) > 1)}"
+
+
+def short_table(runs: Runs, rows: int = 4) -> str:
+    """Where it saves the most steps, and where the fewest; the difference in the figure that people know best."""
+    head = ("task", "steps", "test metric, ours", "`Trainer`, as few steps")
+    lines = [_row(head), _rule(head)]
+    by_share = sorted(tasks(runs), key=lambda task: share(runs, task, OURS))
+    for task in dict.fromkeys([*by_share[:rows], *by_share[-rows:]]):
+        figure = figures(runs, task)[0]
+        control = relative(runs, task, CONTROLS[0], figure) if saves_steps(runs, task) else ""
+        lines.append(
+            _row([TASKS[task].what, _percent(share(runs, task, OURS)), relative(runs, task, OURS, figure), control])
+        )
+    return "\n".join(lines)
+
+
+def relative(runs: Runs, task: str, method: str, figure: Figure) -> str:
+    """The difference to uniform sampling in points of accuracy, in percent of its error, or as it is, ± the error.
+
+    Says where it is worse by more than that. Empty without runs.
+    """
+    found = differences(runs, task, method, figure)
+    if not found:
+        return ""
+    mean, error = mean_and_error(found)
+    unit, form, whole = "", ".3f", 1.0
+    if figure.name == "accuracy":
+        unit, form = " points", ".1f"
+    elif figure.name == "error":
+        unit, form = " % error", ".1f"
+        whole = statistics.mean(figure.of(run) for run in of(runs, task, UNIFORM)) / 100
+    told = f"{mean / whole:+{form}}"
+    told = told.replace("-", "+") if float(told) == 0 else told
+    if not math.isnan(error):
+        told += f" ± {error / whole:{form}}"
+    return told.translate(_MINUS) + unit + (", worse" if is_worse(runs, task, figure, method) else "")
+
+
+def decision_table(runs: Runs, seconds: Runs = ()) -> str:
+    """A row per task: what `Trainer` reaches, how ours differs, what it takes, and the rival that takes the least.
+
+    Args:
+        runs: of `accuracy`.
+        seconds: of `seconds`: trainings in alternation, on a quiet machine.
+    """
+    reached = ("`Trainer`: accuracy, % / error", "ours", "`Trainer`: cross-entropy", "ours")
+    head = ("task", "seeds", *reached, "steps", "tokens", "seconds", "best other")
+    lines = [_row(head), _rule(head)]
+    for task in tasks(runs):
+        cells = [f"**{task}**: {TASKS[task].what}", str(len(of(runs, task, OURS)))]
+        for figure in figures(runs, task):
+            mean, _ = mean_and_error([figure.of(run) for run in of(runs, task, UNIFORM)])
+            cells += [f"{mean:{figure.form}}", relative(runs, task, OURS, figure)]
+        cells += [""] * (6 - len(cells))
+        cells += [_percent(share(runs, task, OURS, what)) for what in ("steps", "tokens")]
+        cells.append(_percent(share_of_seconds(seconds, task)))
+        rival = best_rival(runs, task)
+        cells.append("" if rival is None else "none" if math.isinf(rival[1]) else f"{_percent(rival[1])} ({rival[0]})")
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rule(cells: Sequence[str]) -> str:
+    return "|" + "---|" * len(cells)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def whole_table(runs: Runs) -> str:
+    """What each method that is run with the whole budget reaches with what, ± standard errors."""
+    head = ("task", "method", "seeds", "steps", "tokens", "accuracy, % / error", "cross-entropy", "scaled", "written")
+    lines = [_row(head), _rule(head)]
+    for task in tasks(runs):
+        for method in OF_ALL_STEPS:
+            found = of(runs, task, method)
+            if not found:
+                continue
+            (first, *_) = found
+            cells = [task, method, str(len(found)), _percent(share(runs, task, method))]
+            cells.append(_percent(share(runs, task, method, "tokens")))
+            cells.append(_mean(found, "accuracy", ".2f", 100) if "accuracy" in first else _mean(found, "error", ".3g"))
+            cells += [_mean(found, name, ".3f") for name in ("cross_entropy", "scaled_cross_entropy")]
+            cells.append(_mean(found, "written", ".2f"))
+            lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _mean(runs: Runs, figure: str, form: str, scale: float = 1.0) -> str:
+    if figure not in runs[0]:
+        return ""
+    mean, error = mean_and_error([scale * run[figure] for run in runs])
+    return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form}}"
+
+
+def match_table(runs: Runs) -> str:
+    """The share of the whole budget with which each method is as good; and the mean, where "never" counts as 1."""
+    found = {run["method"] for run in runs}
+    names = [method for method in METHODS if method in found & {UNIFORM, "ours, all steps", *rivals(runs)}]
+    lines = ["| task | ours | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
+    columns: dict[str, list[float]] = {OURS: [], **{name: [] for name in names}}
+    for task in tasks(runs):
+        columns[OURS].append(share(runs, task, OURS) if is_as_good(runs, task) else math.inf)
+        for name in names:
+            there = any((run["task"], run["method"]) == (task, name) for run in runs)
+            columns[name].append(share_to_match(runs, task, name) if there else math.nan)
+        lines.append(f"| {task} | " + " | ".join(_share(found[-1]) for found in columns.values()) + " |")
+    if not columns[OURS]:
+        return "\n".join(lines)
+    means = [statistics.mean(min(x, 1.0) for x in found if not math.isnan(x)) for found in columns.values()]
+    lines.append("| mean | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    return "\n".join(lines)
+
+
+def _share(value: float) -> str:
+    return "" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.2f}"
+
+
+def figures_table(runs: Runs) -> str:
+    """For each task, method and budget: accuracy ± standard error (cross-entropy) in percent, or the squared error."""
+    budgets = sorted({run["budget"] for run in runs})
+    lines = ["| task | method | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |"]
+    lines.append("|" + "---|" * (2 + len(budgets)))
+    for task in tasks(runs):
+        for method in [name for name in METHODS if not METHODS[name].whole]:
+            rows = [of(runs, task, method, budget) for budget in budgets]
+            if any(rows):
+                lines.append(f"| {task} | {method} | " + " | ".join(map(_cell, rows)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(runs: Runs) -> str:
+    if not runs:
+        return ""
+    if "error" in runs[0]:
+        return _mean(runs, "error", ".3g")
+    return f"{_mean(runs, 'accuracy', '.2f', 100)} ({statistics.mean(run['cross_entropy'] for run in runs):.3f})"
