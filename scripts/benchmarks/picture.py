@@ -1,4 +1,4 @@
-"""The picture of a report in the README: the head of the page, of the digits with their defaults.
+"""The picture of a report in the README: the head of the page, of digits of which a twentieth have a wrong label.
 
 Needs Chromium, which draws the page.
 """
@@ -10,17 +10,26 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import run_image_classification
 from PIL import Image, PngImagePlugin
 
 import hf_importance.report
 from benchmarks.results import FOLDER
+from hf_importance.command_line.embedded_data import digits
 
 PICTURE = FOLDER / "report.png"
 _SOURCES = ("page.html.jinja", "findings.py", "plots.py")
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _WIDTH, _HEIGHT = 1200, 1000
+
+
+_WRONG = 0.05
+_SETTINGS = (
+    *("image_size", "patch_size", "per_device_train_batch_size", "num_train_epochs", "learning_rate", "weight_decay"),
+    *("warmup_steps", "save_strategy"),
+)
 
 
 def digest() -> str:
@@ -39,9 +48,13 @@ def draw(path: Path = PICTURE) -> None:
     if browser is None:
         raise SystemExit(f"error: the picture needs a browser, one of {', '.join(_BROWSERS)}.")
     with tempfile.TemporaryDirectory() as folder:
-        run_image_classification.main(
-            ["--do_train", "--report", "--output_dir", f"{folder}/digits", "--report_to", "none"]
-        )
+        data = digits()["train"]
+        wrong = data.map(_with_another_label, with_indices=True, load_from_cache_file=False)
+        wrong.to_parquet(f"{folder}/digits.parquet")
+        flags = {name: str(value) for name, value in run_image_classification.EMBEDDED.items() if name in _SETTINGS}
+        flags |= {"train_file": f"{folder}/digits.parquet", "output_dir": f"{folder}/digits", "report_to": "none"}
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        run_image_classification.main([*words, "--do_train", "--report"])
         page = Path(folder) / "digits" / "_importance_report" / "report.html"
         shot = Path(folder) / "shot.png"
         size = f"--window-size={_WIDTH},{_HEIGHT}"
@@ -50,3 +63,8 @@ def draw(path: Path = PICTURE) -> None:
         told = PngImagePlugin.PngInfo()
         told.add_text("Source", digest())
         Image.open(shot).convert("P", palette=Image.Palette.ADAPTIVE).save(path, pnginfo=told, optimize=True)
+
+
+def _with_another_label(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """Of every twentieth digit the next one."""
+    return {"label": (row["label"] + 1) % 10 if index % round(1 / _WRONG) == 0 else row["label"]}
