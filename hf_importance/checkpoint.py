@@ -111,7 +111,7 @@ def resume(
             f"was written with {' and '.join(changed)}: the importances are kept, and from here on the new settings "
             "hold, in a new order of the examples."
         )
-    elif len(states) == sampler.shard.ranks and sampler.goes_on_from(samplers[rank]):
+    elif len(states) == sampler.shard.ranks and sampler.matches(samplers[rank]):
         sampler.load_state_dict(samplers[rank], skip)
         return None
     else:
@@ -129,7 +129,7 @@ def resume(
 
 
 @contextmanager
-def reading(checkpoint: str | Path) -> Iterator[None]:
+def explaining_errors(checkpoint: str | Path) -> Iterator[None]:
     """What is wrong with a state is told as a `ValueError`, with the checkpoint and the way out."""
     try:
         yield

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
     Budget = str  # a flag has one type; numbers are made of it below
 
-_GONE = {
+_REMOVED = {
     "max_rate": "no example is visited much more often than 64 times the average",
     "prune_until": "training ends when enough was learnt (budget='auto')",
     "uniform_below": "training ends when enough was learnt (budget='auto')",
@@ -136,8 +136,8 @@ class ImportanceConfig:
             raise ValueError(f"{path} must be JSON, but cannot be read ({error}).") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{path} must hold an object with settings, but holds {type(settings).__name__}.")
-        for name in sorted(_GONE.keys() & settings):
-            logger.warning(f"{path}: {name}={settings.pop(name)!r} of hf_importance 0.1 is no more: {_GONE[name]}.")
+        for name in sorted(_REMOVED.keys() & settings):
+            logger.warning(f"{path}: {name}={settings.pop(name)!r} of hf_importance 0.1 is no more: {_REMOVED[name]}.")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(settings) - known):
             raise ValueError(

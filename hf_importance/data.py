@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.sampling.draw import Draw
 
 DRAW_KEY = "importance_draw"
 """Key of the draw in a collated batch."""
 LABEL_COLUMNS = ("labels", "label", "label_ids")
-_MOST_EXAMPLES, _MOST_MASKS = 1024, 64
+_MAX_EXAMPLES, _MAX_MASKS = 1024, 64
 """That a mean over the data is taken of: its error is then a few percent, and only scales the learning rate."""
 _MASK = 2**14
 """Elements from which on the label of an example is a mask, which takes time to load."""
@@ -109,9 +109,9 @@ def mean_over_examples(
 
     The same on all ranks, in every run, and for every batch size; no random number that training would get is taken.
     """
-    with own_randomness(owners=(dataset, collate)):
+    with isolated_randomness(owners=(dataset, collate)):
         first = collate([dataset[0]])[key]
-        most = _MOST_EXAMPLES if first.numel() < _MASK else _MOST_MASKS
+        most = _MAX_EXAMPLES if first.numel() < _MASK else _MAX_MASKS
         examples = range(0, len(dataset), -(-len(dataset) // most))
         total = int(count(first).sum())
         for i in examples[1:]:

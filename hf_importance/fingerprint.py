@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_importance.data import LABEL_COLUMNS
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 
-_MOST_READ, _MOST_BYTES = 128, 2**22
+_MAX_READ, _MAX_BYTES = 128, 2**22
 """Examples that are read; of `datasets` so many bytes of them, if that is more."""
 
 
@@ -29,7 +29,7 @@ def fingerprint(dataset: Any, labels: Iterable[str] = LABEL_COLUMNS) -> dict[str
         labels: names of the columns of labels.
     """
     try:
-        with own_randomness(owners=(dataset,)):
+        with isolated_randomness(owners=(dataset,)):
             if hasattr(dataset, "with_format") and hasattr(dataset, "_fingerprint"):
                 return {"datasets": dataset._fingerprint, "columns": _digests_of_arrow(dataset, set(labels))}
             return {"datasets": None, "columns": _digests_of_examples(dataset, set(labels))}
@@ -49,7 +49,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _digests_of_examples(dataset: Any, labels: set[str]) -> dict[str, str]:
-    examples = range(0, len(dataset), -(-len(dataset) // _MOST_READ))
+    examples = range(0, len(dataset), -(-len(dataset) // _MAX_READ))
     first, second = ([_columns_of(dataset[i]) for i in examples] for _ in range(2))
     names = {name for row in first for name in row}
     digests, again = ({name: _digest([row.get(name) for row in rows]) for name in names} for rows in (first, second))
@@ -63,7 +63,7 @@ def _digests_of_examples(dataset: Any, labels: set[str]) -> dict[str, str]:
 def _digests_of_arrow(dataset: Any, labels: set[str]) -> dict[str, str]:
     dataset = dataset.with_format("arrow")
     size = max(1, dataset.data.nbytes // max(1, len(dataset.data)))  # of an example
-    number = max(_MOST_READ, _MOST_BYTES // size)
+    number = max(_MAX_READ, _MAX_BYTES // size)
     table = dataset[list(range(0, len(dataset), -(-len(dataset) // number)))]
     digests = {name: _digest(table.column(name).to_pylist()) for name in table.column_names}
     for name in labels & set(table.column_names):

@@ -13,7 +13,7 @@ from transformers.utils.logging import tqdm
 
 from hf_importance.data import ImportanceCollator
 from hf_importance.losses.per_example import IGNORE_INDEX
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.sampling.draw import SKIPPED, Shard
 from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.rates import relative_costs
@@ -59,7 +59,7 @@ def length_name(dataset: Any, column: str, tokens: str = "input_ids") -> str | N
 
     None where the first example has neither.
     """
-    with own_randomness(owners=(dataset,)):
+    with isolated_randomness(owners=(dataset,)):
         first = dataset[0]
         stored = dataset.with_format(None)[0] if _is_stored(dataset, column) else first
     if isinstance(stored, Mapping) and hasattr(stored.get(column), "__int__"):
@@ -74,7 +74,7 @@ def refuse_unknown_lengths(dataset: Any, column: str, tokens: str) -> None:
         ValueError: if lengths cannot be had.
     """
     if length_name(dataset, column, tokens) is None:
-        with own_randomness(owners=(dataset,)):
+        with isolated_randomness(owners=(dataset,)):
             first = dataset[0]
         found = f"the columns {list(first)}" if isinstance(first, Mapping) else f"a {type(first).__name__}"
         raise ValueError(
@@ -107,7 +107,7 @@ def labels_of(dataset: Any, lengths: Tensor, label: str = "labels", quiet: bool 
     >>> labels_of([{"labels": [-100, 6, 7]}, {"labels": [5]}], lengths=torch.tensor([3, 1]))
     tensor([2, 1], dtype=torch.int32)
     """
-    with own_randomness(owners=(dataset,)):
+    with isolated_randomness(owners=(dataset,)):
         first = dataset[0]
     if not isinstance(first, Mapping) or not hasattr(first.get(label), "__len__"):
         return lengths
@@ -118,7 +118,7 @@ def has_token_losses(
     dataset: Any,
     collate: Callable[[list[Any]], MutableMapping[str, Any]],
     labels: Collection[str],
-    writes: bool = False,
+    is_encoder_decoder: bool = False,
 ) -> bool:
     """Whether texts have a label per token, so that their loss is a sum over these: by what an example collates to.
 
@@ -126,9 +126,9 @@ def has_token_losses(
         dataset: as the loader has it.
         collate: likewise.
         labels: names of the labels.
-        writes: whether the model is an encoder-decoder, whose labels are as many as it is to write.
+        is_encoder_decoder: whether the model is an encoder-decoder, whose labels are as many as it is to write.
     """
-    with own_randomness(owners=(dataset, collate)):
+    with isolated_randomness(owners=(dataset, collate)):
         first = dataset[0]
         if not isinstance(first, Mapping) or "input_ids" not in first:
             return False
@@ -136,7 +136,7 @@ def has_token_losses(
     found = [batch[name] for name in labels if name in batch]
     if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].dim() != 2 or found[0].is_floating_point():
         return False
-    return writes or found[0].shape == batch["input_ids"].shape
+    return is_encoder_decoder or found[0].shape == batch["input_ids"].shape
 
 
 def find_lengths(
@@ -145,7 +145,7 @@ def find_lengths(
     columns: tuple[str, str],
     *,
     labels: Collection[str],
-    writes: bool,
+    is_encoder_decoder: bool,
     grouped: bool,
     own_loss: bool,
     prunes: bool,
@@ -160,13 +160,13 @@ def find_lengths(
         base: the loader of `Trainer`.
         columns: see [`length_name`].
         labels: names of the labels.
-        writes: see [`has_token_losses`].
+        is_encoder_decoder: see [`has_token_losses`].
         grouped: whether texts are grouped by length.
         own_loss: whether the loss is one of the user's, of which nothing is known.
         prunes: whether examples are left out, for which tokens are counted.
         quiet: show no progress bar.
     """
-    of_tokens = not own_loss and has_token_losses(base.dataset, base.collate_fn, labels, writes)
+    of_tokens = not own_loss and has_token_losses(base.dataset, base.collate_fn, labels, is_encoder_decoder)
     if not (grouped or (of_tokens and length_name(dataset, *columns) is not None)):
         return Lengths()
     length = lengths_of(dataset, *columns, quiet)
@@ -178,7 +178,7 @@ def _values(
 ) -> Tensor:
     """Of each example a number: of columns of `datasets` a piece at a time, else row by row."""
     bar = {"disable": quiet or len(dataset) < _LARGE, "desc": f"Counting {name}", "total": len(dataset)}
-    with own_randomness(owners=(dataset,)), tqdm(**bar) as progress:
+    with isolated_randomness(owners=(dataset,)), tqdm(**bar) as progress:
         if _is_stored(dataset, name) and (of_row is int or dataset.format["type"] != "custom"):  # not by a transform
             table, pieces = dataset.with_format("arrow"), []
             for start in range(0, len(dataset), _PIECE):

@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Sampler
 
 from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
@@ -28,7 +28,7 @@ _WORKER_SETTINGS = (
 )
 
 
-class _Anew(Sampler[Draw]):
+class _LazySampler(Sampler[Draw]):
     """Makes a sampler where it is iterated, so that a loader to look at holds nothing of all examples."""
 
     def __init__(self, make: Callable[[], ImportanceBatchSampler]) -> None:
@@ -53,7 +53,7 @@ class PreviewLoader(DataLoader):
     def __init__(
         self, base: DataLoader, new_sampler: Callable[[], ImportanceBatchSampler], device: torch.device
     ) -> None:
-        super().__init__(**_settings(base, _Anew(new_sampler)), generator=torch.Generator().manual_seed(0))
+        super().__init__(**_settings(base, _LazySampler(new_sampler)), generator=torch.Generator().manual_seed(0))
         self._device = device
         self.total_batch_size = getattr(base, "total_batch_size", base.batch_size)  # of all processes
         self.total_dataset_length = len(base.dataset)
@@ -62,7 +62,7 @@ class PreviewLoader(DataLoader):
         """An epoch."""
         iterator, number = super().__iter__(), 0
         while True:
-            with own_randomness(seed=number, owners=(self.dataset, self.collate_fn)):
+            with isolated_randomness(seed=number, owners=(self.dataset, self.collate_fn)):
                 batch = next(iterator, None)
             if batch is None:
                 return

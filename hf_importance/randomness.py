@@ -13,7 +13,9 @@ from torch import nn
 
 
 @contextmanager
-def own_randomness(seed: int = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = ()) -> Iterator[None]:
+def isolated_randomness(
+    seed: int = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = ()
+) -> Iterator[None]:
     """Whatever is drawn inside, from the generators of Python, NumPy and torch, outside nothing has been drawn.
 
     Args:

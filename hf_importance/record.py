@@ -1,4 +1,4 @@
-"""What else was seen of every example at its visits. For people to look at; no draw depends on it."""
+"""What else was observed of every example at its visits. For people to look at; no draw depends on it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hf_importance.state import read_number, read_tensor
 
-SEEN = ("label", "loss", "prediction", "probability")
-"""What is seen at a visit; NaN where the task has no such thing."""
-COLUMNS = (*SEEN, "visits", "mean_loss")
+OBSERVED = ("label", "loss", "prediction", "probability")
+"""What is observed at a visit; NaN where the task has no such thing."""
+COLUMNS = (*OBSERVED, "visits", "mean_loss")
 QUANTILES = 101
 _PER_EXAMPLE = ("seen", "visits", "total_loss", "kept_visits")
-_MOST_EXAMPLES = 2**16
+_MAX_EXAMPLES = 2**16
 """Of which a distribution is taken."""
 
 
@@ -35,7 +35,7 @@ class Distribution(NamedTuple):
 
 
 class VisitRecord:
-    """Per example: how often it was visited, with what mean loss, and what was seen the last time. 28 bytes each.
+    """Per example: how often it was visited, with what mean loss, and what was observed the last time. 28 bytes each.
 
     The mean leaves out the first visit, at which the model may know nothing yet, unless it is the only one.
 
@@ -51,33 +51,35 @@ class VisitRecord:
     """
 
     def __init__(self, length: int) -> None:
-        self._seen = torch.full((len(SEEN), length), torch.nan)
+        self._observed = torch.full((len(OBSERVED), length), torch.nan)
         self._visits = torch.zeros(length, dtype=torch.int32)
         self._total_loss = torch.zeros(length)
         self._kept_visits = torch.zeros(length, dtype=torch.int32)  # when a distribution was kept the last time
         self.distributions: list[Distribution] = []
 
-    def update(self, index: Tensor, seen: Tensor) -> None:
+    def update(self, index: Tensor, observed: Tensor) -> None:
         """Take down visits; many at once cost hardly more than a few.
 
         Args:
             index: int64 `[visits]`, in the order of the visits.
-            seen: float32 `[4, visits]`, the rows named in `SEEN`.
+            observed: float32 `[4, visits]`, the rows named in `OBSERVED`.
         """
         index, visit, count = index.unique(return_inverse=True, return_counts=True)
         place = torch.arange(len(visit))
         first = torch.full_like(index, len(visit)).scatter_reduce_(0, visit, place, "amin")
         last = torch.zeros_like(index).scatter_reduce_(0, visit, place, "amax")
-        loss = seen[SEEN.index("loss")].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        loss = observed[OBSERVED.index("loss")].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         loss[first[self._visits[index] == 0]] = 0.0
         self._total_loss[index] += torch.zeros(len(index)).index_add_(0, visit, loss)
         self._visits[index] += count.int()
-        self._seen[:, index] = seen[:, last]
+        self._observed[:, index] = observed[:, last]
 
     def columns(self) -> dict[str, Tensor]:
         """`[examples]` each: what is named in `COLUMNS`; `visits` int32, the others float32, NaN if never visited."""
-        mean_loss = torch.where(self._visits > 1, self._total_loss / (self._visits - 1), self._seen[SEEN.index("loss")])
-        return dict(zip(SEEN, self._seen.clone(), strict=True)) | {
+        mean_loss = torch.where(
+            self._visits > 1, self._total_loss / (self._visits - 1), self._observed[OBSERVED.index("loss")]
+        )
+        return dict(zip(OBSERVED, self._observed.clone(), strict=True)) | {
             "visits": self._visits.clone(),
             "mean_loss": mean_loss,
         }
@@ -91,7 +93,7 @@ class VisitRecord:
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values."""
         return {
-            "seen": self._seen.clone(),
+            "seen": self._observed.clone(),
             "visits": self._visits.clone(),
             "total_loss": self._total_loss.clone(),
             "kept_visits": self._kept_visits.clone(),
@@ -101,7 +103,7 @@ class VisitRecord:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
         length = len(self._visits)
-        self._seen.copy_(read_tensor(state, "seen", [len(SEEN), length], torch.float32))
+        self._observed.copy_(read_tensor(state, "seen", [len(OBSERVED), length], torch.float32))
         self._visits.copy_(read_tensor(state, "visits", [length], torch.int32))
         self._total_loss.copy_(read_tensor(state, "total_loss", [length], torch.float32))
         self._kept_visits.copy_(read_tensor(state, "kept_visits", [length], torch.int32))
@@ -116,7 +118,7 @@ def _read_distribution(*values: Any) -> Distribution:
 
 def distribution(importance: Tensor) -> Tensor:
     """`[101]`: minimum, percentiles and maximum of what is known, of at most 65,536 examples, evenly spaced."""
-    known = importance[:: math.ceil(len(importance) / _MOST_EXAMPLES)]
+    known = importance[:: math.ceil(len(importance) / _MAX_EXAMPLES)]
     known = known[known.isfinite()]
     return torch.full((QUANTILES,), torch.nan) if not len(known) else known.quantile(torch.linspace(0, 1, QUANTILES))
 

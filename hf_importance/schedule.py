@@ -18,7 +18,7 @@ from hf_importance.state import read_number, read_tensor
 
 _FORECAST_AFTER = 0.2
 """Of the training, as soon as which it is said when it will end."""
-_ALIKE = 0.95
+_NO_GAIN_ABOVE = 0.95
 """A least variance ratio above it leaves nothing to gain."""
 ALL_STEPS = "Pass ImportanceConfig(budget=1.0): then all epochs or steps are made, with any schedule."
 
@@ -42,7 +42,7 @@ class EffectiveEpochs(TrainerCallback):
         self._measured_until = torch.zeros(2, dtype=torch.float64)  # the moments of the sampler that were taken
         self._pending: tuple[Tensor, torch.Event | None] | None = None
         self._forecast = True  # whether it is still to come
-        self._was_over = False
+        self._already_finished = False
 
     def start(self, model: nn.Module, sampler: ImportanceBatchSampler, steps: int, steps_per_epoch: int) -> None:
         """Of a training of so many steps."""
@@ -64,8 +64,8 @@ class EffectiveEpochs(TrainerCallback):
                 "With budget='auto' the learning rate follows what was learnt, but create_scheduler() was overridden "
                 f"and made a schedule that does not: return super().create_scheduler(...) there. {ALL_STEPS}"
             )
-        self._was_over = self.progress.finished
-        if self._was_over:
+        self._already_finished = self.progress.finished
+        if self._already_finished:
             control.should_training_stop = True
             state.max_steps = state.global_step
 
@@ -101,7 +101,7 @@ class EffectiveEpochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Of an epoch without a step, after which nothing is new to evaluate or save."""
-        if self._was_over:
+        if self._already_finished:
             control.should_evaluate = control.should_save = control.should_log = False
 
     def _measure(self, device: torch.device) -> None:
@@ -121,14 +121,14 @@ class EffectiveEpochs(TrainerCallback):
         """When training will end, or why it will not end early, as it looks now."""
         steps = self.progress.steps
         least = self._sampler.memory.least_variance_ratio()
-        if least > _ALIKE:
+        if least > _NO_GAIN_ABOVE:
             return (
                 f"Importance sampling has little to gain here so far (step {step:,}): importances are alike, and the "
                 f"gradient estimate is at best {least:.2f} of that of uniform sampling"
                 f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless they differ more as the "
                 f"model learns, training will take about all of its {steps:,} steps."
             )
-        end = min(steps, round(step + self.progress.left()))
+        end = min(steps, round(step + self.progress.remaining_steps()))
         return (
             f"Importance sampling: as it looks now (step {step:,}), training will end after about {end:,} of {steps:,} "
             "steps; sooner if importances differ more as the model learns."

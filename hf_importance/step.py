@@ -58,7 +58,7 @@ class StepDraws:
         """Whether this draw was measured, or any of the step."""
         return bool(self._measured) if draw is None else draw.number in self._measured
 
-    def measured(self, draw: Draw) -> None:
+    def mark_measured(self, draw: Draw) -> None:
         """It was."""
         self._measured.add(draw.number)
 

@@ -71,8 +71,8 @@ def refuse_arguments(trainer: Any) -> None:
         ValueError: for a seed out of range.
     """
     args = trainer.args
-    if not isinstance(trainer.importance, ImportanceConfig):
-        raise TypeError(f"importance must be an ImportanceConfig, but is {type(trainer.importance).__name__}.")
+    if not isinstance(trainer.importance_config, ImportanceConfig):
+        raise TypeError(f"importance must be an ImportanceConfig, but is {type(trainer.importance_config).__name__}.")
     if not isinstance(trainer.report_examples_to_hub, bool):
         raise TypeError(f"report_examples_to_hub must be True or False, but is {trainer.report_examples_to_hub!r}.")
     function = trainer.per_example_loss_func
@@ -83,7 +83,7 @@ def refuse_arguments(trainer: Any) -> None:
         )
     if function is not None:
         with_inputs(function)
-    seed = seed_of(trainer.importance, args)
+    seed = seed_of(trainer.importance_config, args)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ValueError(f"data_seed must be in 0 … 2^63 − 1, but is {seed}.")
 
@@ -124,7 +124,7 @@ def refuse_training(trainer: Any, schedule: LRScheduler | None) -> None:
     _refuse_data(trainer.train_dataset, args.world_size)
     if args.train_sampling_strategy == "group_by_length":
         refuse_unknown_lengths(trainer.train_dataset, args.length_column_name, name_of_tokens(trainer.processing_class))
-    if trainer.importance.budget == "auto":
+    if trainer.importance_config.budget == "auto":
         refuse_schedule(args, schedule, _schedule_of_deepspeed(trainer))
 
 
@@ -194,11 +194,11 @@ def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
     Raises:
         ValueError: with what to do instead.
     """
-    theirs = list(_theirs(cls, mixin))
+    theirs = list(_user_classes(cls, mixin))
     for owner, is_before in theirs:
         for name, way_out in _HOOKS.items():
             counts = is_before or name == "_get_train_sampler"
-            if counts and name in vars(owner) and _surely_ends_in(owner, name, [other for other, _ in theirs]):
+            if counts and name in vars(owner) and _never_calls_super(owner, name, [other for other, _ in theirs]):
                 raise ValueError(
                     f"{owner.__name__}.{name} does not call super().{name}(), in which importance sampling lives. "
                     f"{way_out}"
@@ -229,7 +229,7 @@ class TrainingWatch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the other callbacks a loader of their own."""
         self._unmeasured = 0
-        self._trainer.callback_handler.train_dataloader = self._trainer._loader_to_look_at()
+        self._trainer.callback_handler.train_dataloader = self._trainer._preview_loader()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the optimizer takes a step: the first one must be measured, and of two later ones one."""
@@ -241,7 +241,9 @@ class TrainingWatch(TrainerCallback):
 def unmeasured(cls: type, mixin: type) -> ValueError:
     """The error of a step in which no importance was measured."""
     hooks = ("compute_loss", "training_step", "get_batch_samples", "get_train_dataloader")
-    found = [f"{owner.__name__}.{name}" for owner, _ in _theirs(cls, mixin) for name in hooks if name in vars(owner)]
+    found = [
+        f"{owner.__name__}.{name}" for owner, _ in _user_classes(cls, mixin) for name in hooks if name in vars(owner)
+    ]
     return ValueError(
         f"No importance was measured in this step, so that examples cannot be drawn by it: "
         f"{' or '.join(found) or 'a method of the trainer that was replaced'} does not come to the method of "
@@ -249,7 +251,7 @@ def unmeasured(cls: type, mixin: type) -> ValueError:
     )
 
 
-def _theirs(cls: type, mixin: type) -> Iterator[tuple[type, bool]]:
+def _user_classes(cls: type, mixin: type) -> Iterator[tuple[type, bool]]:
     """Classes that users have written, and whether they come before ours; none from that of a known library on."""
     adapted = adapted_class(cls)
     order = cls.__mro__ if adapted is None else cls.__mro__[: cls.__mro__.index(adapted)]
@@ -258,7 +260,7 @@ def _theirs(cls: type, mixin: type) -> Iterator[tuple[type, bool]]:
             yield owner, place < order.index(mixin)
 
 
-def _surely_ends_in(owner: type, name: str, classes: list[type]) -> bool:
+def _never_calls_super(owner: type, name: str, classes: list[type]) -> bool:
     """Whether a method cannot call the one that it overrides: nothing that it may call names what it would need."""
     override = _function(vars(owner)[name])
     if override is None or "super" in _names(override):

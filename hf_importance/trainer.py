@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_importance.adapters.base import ComputeLoss, LossAdapter
 from hf_importance.adapters.known import adapted_class, adapter_of
-from hf_importance.checkpoint import load_states, newest_complete, reading, resume, save_state
+from hf_importance.checkpoint import explaining_errors, load_states, newest_complete, resume, save_state
 from hf_importance.columns import Columns
 from hf_importance.config import ImportanceConfig
 from hf_importance.data import LABEL_COLUMNS, mean_over_examples, refuse_texts_as_labels
@@ -28,10 +28,10 @@ from hf_importance.loader import PreviewLoader, training_loader
 from hf_importance.losses.first_batch import without_peft
 from hf_importance.losses.heads import Labels, PerExampleLoss
 from hf_importance.losses.objective import Measured, Objective
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.record import VisitRecord, suspects
 from hf_importance.report.hooks import ReportMixin
-from hf_importance.report.logs import shorten
+from hf_importance.report.logs import limit_console_logs
 from hf_importance.report.tokens import Token, token_losses
 from hf_importance.report.training import Training
 from hf_importance.sampling.draw import Draw, Shard
@@ -89,7 +89,7 @@ class ImportanceTrainerMixin(ReportMixin):
         adapted = adapted_class(type(self))
         self._start_measuring()
         super().__init__(*args, **kwargs)
-        self.importance = ImportanceConfig() if importance is None else importance
+        self.importance_config = ImportanceConfig() if importance is None else importance
         self.per_example_loss_func = per_example_loss_func
         self.report_examples_to_hub = report_examples_to_hub
         self.loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch
@@ -103,14 +103,14 @@ class ImportanceTrainerMixin(ReportMixin):
             self._find_label_names()
         self.callback_handler.callbacks.insert(0, TrainingWatch(self, ImportanceTrainerMixin))
         self._effective: EffectiveEpochs | None = None
-        if self.importance.budget == "auto":
+        if self.importance_config.budget == "auto":
             self._effective = EffectiveEpochs(self._sum_over_processes, self._say)
             self.add_callback(self._effective)
             for bar in list(self.callback_handler.callbacks):
                 if type(bar) is ProgressCallback:  # one of the user's stays
                     self.remove_callback(bar)
                     self.add_callback(EffectiveProgress(self._effective))
-        shorten(self.callback_handler.callbacks, EffectiveProgress)
+        limit_console_logs(self.callback_handler.callbacks, EffectiveProgress)
 
     def _refuse_unsupported(self) -> None:
         refuse_arguments(self)
@@ -121,7 +121,7 @@ class ImportanceTrainerMixin(ReportMixin):
     def _find_label_names(self) -> None:
         """Of a model whose `forward` has no labels: they are in the data, for our loss alone, or there are none."""
         data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        with own_randomness(owners=(data,)):
+        with isolated_randomness(owners=(data,)):
             example = data[0] if hasattr(data, "__getitem__") and not isinstance(data, dict) and len(data) else {}
         if isinstance(example, Mapping) and set(LABEL_COLUMNS) & set(example):
             self.label_names = ["labels"]
@@ -141,7 +141,7 @@ class ImportanceTrainerMixin(ReportMixin):
         self._columns: Columns | None = None
         self._reported: Training | None = None
         self._draw: Draw | None = None  # of the batch that is trained on
-        self._data_are: dict[str, Any] | None = None  # their fingerprint
+        self._data_fingerprint: dict[str, Any] | None = None  # their fingerprint
         self._lengths: Lengths | None = None
 
     # ---- the training data -------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class ImportanceTrainerMixin(ReportMixin):
         self._loop_loader = training_loader(base, self._sampler, self.accelerator)
         return self._loop_loader
 
-    def _loader_to_look_at(self) -> DataLoader:
+    def _preview_loader(self) -> DataLoader:
         """What [`TrainingWatch`] gives to callbacks; from here on the training loop has its own."""
         if self._sampler is None:
             raise ValueError(
@@ -203,10 +203,10 @@ class ImportanceTrainerMixin(ReportMixin):
             base,
             (args.length_column_name, name_of_tokens(self.processing_class)),
             labels=self.label_names or ["labels"],
-            writes=bool(getattr(config, "is_encoder_decoder", False)),
+            is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
             grouped=self._groups_by_length,
             own_loss=self.per_example_loss_func is not None,
-            prunes=self.importance.prune_mass > 0,
+            prunes=self.importance_config.prune_mass > 0,
             quiet=args.disable_tqdm or not self.is_world_process_zero(),
         )
 
@@ -214,7 +214,7 @@ class ImportanceTrainerMixin(ReportMixin):
         self, before: ImportanceBatchSampler | None = None, records: bool = True
     ) -> ImportanceBatchSampler:
         """With what was learnt `before`, by an attempt of `auto_find_batch_size`."""
-        config, args = self.importance, self.args
+        config, args = self.importance_config, self.args
         seed = seed_of(config, args)
         shard = Shard.of(len(self.train_dataset), args.process_index, args.world_size, seed)
         if before is None:
@@ -313,7 +313,7 @@ class ImportanceTrainerMixin(ReportMixin):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As `Trainer.training_step`."""
         self._draw, self._trained = self._step.of(inputs, self._sampler.is_outstanding), model
-        self._sampler.use(self._draw)
+        self._sampler.mark_used(self._draw)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
             if not self._step.has_measured(self._draw):
@@ -346,7 +346,7 @@ class ImportanceTrainerMixin(ReportMixin):
             measured = self._measure(partial(super().compute_loss, return_outputs=return_outputs), model, dict(inputs))
             again = self._step.has_measured(self._draw)
             if model is self._trained and not again:  # which is not the teacher of a distillation
-                self._send(self._draw, measured)
+                self._store_measurement(self._draw, measured)
             weight = torch.tensor(self._draw.weight, dtype=measured.losses.dtype)
             weight = weight.to(measured.losses.device, non_blocking=True)
             if measured.are_sums:
@@ -401,7 +401,7 @@ class ImportanceTrainerMixin(ReportMixin):
         causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         return Objective(
             self.model,
-            self.importance.metric,
+            self.importance_config.metric,
             smoothing,
             self.per_example_loss_func,
             causal or (not smoothing and self._loss_shifts_labels),  # with smoothing `Trainer` only knows the former
@@ -441,7 +441,7 @@ class ImportanceTrainerMixin(ReportMixin):
             raise ValueError("There are importances of train_dataset only: pass it to ImportanceTrainer.")
         if self._sampler is None:
             return torch.full((len(self.train_dataset),), torch.nan)
-        return self._columns.importance
+        return self._columns.importances
 
     @property
     def kept_indices(self) -> Tensor:
@@ -454,7 +454,7 @@ class ImportanceTrainerMixin(ReportMixin):
         importance = per_cost(self.importances, tokens)
         if self._sampler is not None and self._sampler.suspects is not None:  # their importance says little of them
             importance[self._reported.columns()["down_weighted"]] = torch.nan
-        return (~unimportant(importance, self.importance.prune_mass)).nonzero().flatten()
+        return (~unimportant(importance, self.importance_config.prune_mass)).nonzero().flatten()
 
     @property
     def suspects(self) -> Tensor:
@@ -487,15 +487,15 @@ class ImportanceTrainerMixin(ReportMixin):
         """Of what is on the CPU, where not every backend can add."""
         return self._sum_over_processes(values.to(self.accelerator.device)).cpu()
 
-    def _send(self, draw: Draw, measured: Measured) -> None:
+    def _store_measurement(self, draw: Draw, measured: Measured) -> None:
         """Start the way of what was measured to the memory. From a GPU it takes a step, so that nothing waits for it.
 
         In one tensor, `[1, batch]` or `[5, batch]`: the importances, and what is to be taken down.
         """
-        self._step.measured(draw)
+        self._step.mark_measured(draw)
         rows = measured.importance.float()[None]
-        if self.importance.record:
-            rows = torch.cat([rows, measured.seen])
+        if self.importance_config.record:
+            rows = torch.cat([rows, measured.observed])
         arrived = None
         if rows.is_cuda:
             rows = rows.to("cpu", non_blocking=True)  # into pinned memory
@@ -524,14 +524,14 @@ class ImportanceTrainerMixin(ReportMixin):
 
     def _settings(self) -> dict[str, Any]:
         """That a resumed training must share with the one that it resumes."""
-        settings = asdict(self.importance) | {"seed": seed_of(self.importance, self.args)}
-        settings["budget"] = 1.0 if self.importance.budget == "auto" else self.importance.budget
+        settings = asdict(self.importance_config) | {"seed": seed_of(self.importance_config, self.args)}
+        settings["budget"] = 1.0 if self.importance_config.budget == "auto" else self.importance_config.budget
         return {name: value for name, value in settings.items() if name != "record"}
 
     def _fingerprint(self) -> dict[str, Any]:
-        if self._data_are is None:
-            self._data_are = fingerprint(self.train_dataset, {*LABEL_COLUMNS, *self.label_names})
-        return self._data_are
+        if self._data_fingerprint is None:
+            self._data_fingerprint = fingerprint(self.train_dataset, {*LABEL_COLUMNS, *self.label_names})
+        return self._data_fingerprint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also our state: here the sampler exists, and nothing was drawn."""
@@ -543,7 +543,7 @@ class ImportanceTrainerMixin(ReportMixin):
         skip = done % self._steps_per_epoch * accumulation  # by `Trainer`, after this
         states = load_states(checkpoint)
         rank, data = self.args.process_index, self._fingerprint()
-        with reading(checkpoint):
+        with explaining_errors(checkpoint):
             dropped = resume(self._sampler, states, rank, skip, data, self._settings())
             if dropped is None:
                 self._reported.load_state_dict(states[rank]["reported"])

@@ -150,7 +150,7 @@ def test_where_a_tenth_is_not_saved_token_losses_are_those_of_trainer(tmp_path, 
     """From the second half on, when visits have shown it."""
     weights_of = {}
     for worth in (0.9, 1.0):
-        monkeypatch.setattr("hf_importance.sampling.guard._WORTH_WEIGHTS", worth)
+        monkeypatch.setattr("hf_importance.sampling.guard._MAX_RELATIVE_SPENDING", worth)
         run = trained(tmp_path, rows_of(300), importance=tiny.FIXED, num_train_epochs=4, learning_rate=1e-3)
         half = len(run.draws) // 2
         weights_of[worth] = {weight for draw in run.draws[half:] for weight in draw.weight}

@@ -23,8 +23,8 @@ from hf_importance.report.plots import THEMES, plots
 def test_figures_by_hand():
     found = findings()
     assert found.visits == 20
-    assert found.busy == 2 / 4, "16 and 3 of 20 visits are more than 90 %; 16 alone are not"
-    assert (found.seen, found.pruned) == (3 / 4, 1 / 4)
+    assert found.share_with_most_visits == 2 / 4, "16 and 3 of 20 visits are more than 90 %; 16 alone are not"
+    assert (found.measured_share, found.pruned) == (3 / 4, 1 / 4)
     assert found.columns["suspect"].tolist() == [False, True, False, False]
     assert found.most_suspect(3) == [1]
     assert found.hardest(2) == [1, 2]
@@ -43,8 +43,8 @@ def test_figures_by_hand():
 
 def test_busy_of_equal_visits():
     equal = findings(visits=torch.full((4,), 5, dtype=torch.int32))
-    assert equal.busy == 1.0, "three of four have 75 %"
-    assert findings(visits=torch.zeros(4, dtype=torch.int32)).busy == 0.0
+    assert equal.share_with_most_visits == 1.0, "three of four have 75 %"
+    assert findings(visits=torch.zeros(4, dtype=torch.int32)).share_with_most_visits == 0.0
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

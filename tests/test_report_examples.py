@@ -196,7 +196,7 @@ def test_by_class_by_hand():
     assert other.importance == pytest.approx((1.2 + 0.5) / 2)
     assert other.mean_loss == pytest.approx((1.2 + 0.4) / 2)
     assert other.share_of_visits == pytest.approx(19 / 20)
-    assert findings().mixed_up(5) == [(other.name, "cat", 1)]
+    assert findings().confused_pairs(5) == [(other.name, "cat", 1)]
     nothing = findings(probability=torch.full((4,), torch.nan))
     assert nothing.by_class() == []
 
@@ -222,8 +222,8 @@ def test_by_class_is_what_a_loop_finds():
         if suspect and label != prediction:
             pair = str(int(label)), str(int(prediction))
             pairs[pair] = pairs.get(pair, 0) + 1
-    assert {(a, b): count for a, b, count in found.mixed_up(99)} == pairs
-    assert found.mixed_up(1)[0][2] == max(pairs.values())
+    assert {(a, b): count for a, b, count in found.confused_pairs(99)} == pairs
+    assert found.confused_pairs(1)[0][2] == max(pairs.values())
 
 
 def test_names_are_looked_up_once_per_class(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ class LossAdapter(ABC):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self._metric = trainer.importance.metric
+        self._metric = trainer.importance_config.metric
         self._compared = False
         if self._metric not in _METRICS:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_importance.losses.first_batch import without_peft
 
 
-def ask_for_squares(model: nn.Module, outputs: tuple[str, ...]) -> None:
+def request_sum_of_squares(model: nn.Module, outputs: tuple[str, ...]) -> None:
     """Have the head of the model also return Σ p² of each token, from which its importance follows.
 
     Args:
@@ -24,6 +24,6 @@ def ask_for_squares(model: nn.Module, outputs: tuple[str, ...]) -> None:
     add_fused_lm_head(without_peft(model), outputs=(*outputs, "log_sum_sq_probs"))
 
 
-def added_by(trainer: Any, outputs: Any) -> Tensor | float:
+def auxiliary_loss(trainer: Any, outputs: Any) -> Tensor | float:
     """What a mixture of experts adds to the loss of a batch."""
     return trainer.router_aux_loss_coef * outputs.aux_loss if trainer.aux_loss_enabled else 0.0

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, outputs_of
-from hf_importance.adapters.fused_head import added_by, ask_for_squares
+from hf_importance.adapters.fused_head import auxiliary_loss, request_sum_of_squares
 from hf_importance.losses import per_example
-from hf_importance.losses.objective import Measured, seen_of
+from hf_importance.losses.objective import Measured, observed_of
 from hf_importance.sampling.draw import Draw
 
 _COUPLED = {
@@ -36,7 +36,7 @@ class RewardLoss(LossAdapter):
             slope, pull = torch.sigmoid(-difference), 2 * centering * total
             return (2 * (slope.square() + pull.square())).sqrt()
 
-        return Measured(losses, self.importance(losses, of_logits), seen_of(losses), 0.0, None)
+        return Measured(losses, self.importance(losses, of_logits), observed_of(losses), 0.0, None)
 
 
 class DPOLoss(LossAdapter):
@@ -55,7 +55,7 @@ class DPOLoss(LossAdapter):
                     f"loss_type={kind!r} {_COUPLED[kind]}, so that there is no loss of one pair to be weighted: take "
                     "another loss_type, or DPOTrainer."
                 )
-        ask_for_squares(trainer.model, ("log_probs", "entropy", "mean_logits", "is_top1"))
+        request_sum_of_squares(trainer.model, ("log_probs", "entropy", "mean_logits", "is_top1"))
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
@@ -65,7 +65,7 @@ class DPOLoss(LossAdapter):
 
         def watch(outputs: Any) -> None:
             log_probs.append(outputs.log_probs)
-            outputs.log_probs = _watched(outputs.log_probs, pairs, means)
+            outputs.log_probs = _capture_means(outputs.log_probs, pairs, means)
 
         (outputs,) = outputs_of(compute_loss, model, inputs, watch)
         if len(means) < len(weights):
@@ -80,10 +80,10 @@ class DPOLoss(LossAdapter):
             return of_answers.view(2, pairs).sum(0).sqrt()
 
         importance = self.importance(losses, of_logits)
-        return Measured(losses, importance, seen_of(losses), added_by(self.trainer, outputs), None)
+        return Measured(losses, importance, observed_of(losses), auxiliary_loss(self.trainer, outputs), None)
 
 
-def _watched(values: Tensor, size: int, means: list[Tensor]) -> Tensor:
+def _capture_means(values: Tensor, size: int, means: list[Tensor]) -> Tensor:
     """The same values; of what is computed from them, vectors `[size]` that a mean is taken of come into `means`.
 
     So the losses of pairs are had, which TRL has for no longer. That they are these is seen by their mean.

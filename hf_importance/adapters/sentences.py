@@ -16,8 +16,8 @@ from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter
-from hf_importance.losses.first_batch import copies_of_the_first, looking, same
-from hf_importance.losses.objective import Measured, seen_of
+from hf_importance.losses.first_batch import copies_of_the_first, same, without_side_effects
+from hf_importance.losses.objective import Measured, observed_of
 from hf_importance.sampling.draw import Draw
 
 _FUNCTIONS = {
@@ -51,17 +51,17 @@ class SentenceLoss(LossAdapter):
     def start(self) -> None:
         """See [`LossAdapter`]."""
         super().start()
-        self._looked = False
+        self._checked = False
         of_model = set(self.trainer.model.modules())
         self._modules = [m for m in self.trainer.loss.modules() if isinstance(m, _Loss) and m not in of_model]
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
         size = len(draw.index)
-        if not self._looked:
-            self._look(compute_loss, model, inputs, size)
-            self._looked = True
-        loss, calls = self._caught(compute_loss, model, inputs)
+        if not self._checked:
+            self._check_first_batch(compute_loss, model, inputs, size)
+            self._checked = True
+        loss, calls = self._record_losses(compute_loss, model, inputs)
         calls = [call for call in calls if call.mean.requires_grad]
         factors = torch.autograd.grad(loss, [c.mean for c in calls], retain_graph=True, allow_unused=True)
         used = [(factor, call) for factor, call in zip(factors, calls, strict=True) if factor is not None]
@@ -74,20 +74,22 @@ class SentenceLoss(LossAdapter):
 
         first = used[0][1]
         return Measured(
-            losses, self.importance(losses, of_given), seen_of(losses, *first.decision), 0.0, None, first.counted
+            losses, self.importance(losses, of_given), observed_of(losses, *first.decision), 0.0, None, first.counted
         )
 
-    def _caught(
+    def _record_losses(
         self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Tensor, list[_Call]]:
+    ) -> tuple[Tensor, list[_LossCall]]:
         """The loss of the trainer, and the means that are taken on the way to it."""
-        calls: list[_Call] = []
-        hooks = [module.register_forward_hook(partial(_catch, calls), with_kwargs=True) for module in self._modules]
+        calls: list[_LossCall] = []
+        hooks = [
+            module.register_forward_hook(partial(_record_call, calls), with_kwargs=True) for module in self._modules
+        ]
         try:
             if self._modules:
                 loss = compute_loss(model, dict(inputs))
             else:
-                with _Losses(calls):
+                with _LossRecorder(calls):
                     loss = compute_loss(model, dict(inputs))
         finally:
             for hook in hooks:
@@ -120,7 +122,9 @@ class SentenceLoss(LossAdapter):
                 f"it is {ours.item():.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
             )
 
-    def _look(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int) -> None:
+    def _check_first_batch(
+        self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int
+    ) -> None:
         """Refuse losses that compare examples, by a batch that is the first example again and again.
 
         Untrained models tell examples apart by little, so that those are refused as well that have no labels.
@@ -128,10 +132,10 @@ class SentenceLoss(LossAdapter):
         trainer = self.trainer
         components, trainer.accum_loss_components = trainer.accum_loss_components, {"train": {}, "eval": {}}
         try:
-            with looking(nn.ModuleList([trainer.model, trainer.loss])):
-                _, calls = self._caught(compute_loss, model, inputs)
+            with without_side_effects(nn.ModuleList([trainer.model, trainer.loss])):
+                _, calls = self._record_losses(compute_loss, model, inputs)
                 losses = [call.losses(size)[0] for call in calls]
-                _, calls = self._caught(compute_loss, model, copies_of_the_first(inputs, size))
+                _, calls = self._record_losses(compute_loss, model, copies_of_the_first(inputs, size))
                 alone = [call.losses(size)[0] for call in calls]
             terms = {name for found in trainer.accum_loss_components.values() for name in found} - {"steps"}
         finally:
@@ -180,7 +184,7 @@ def _refuse_arguments(trainer: Any) -> None:
 
 
 @dataclass
-class _Call:
+class _LossCall:
     """A loss of torch that was computed.
 
     Args:
@@ -235,18 +239,20 @@ class _Call:
         return (target != self.settings["ignore_index"]).float()
 
 
-def _catch(calls: list[_Call], module: _Loss, args: tuple[Any, ...], kwargs: dict[str, Any], mean: Tensor) -> None:
+def _record_call(
+    calls: list[_LossCall], module: _Loss, args: tuple[Any, ...], kwargs: dict[str, Any], mean: Tensor
+) -> None:
     each = copy.copy(module)
     each.reduction = "none"
     settings = {name: getattr(module, name, None) for name in ("weight", "ignore_index", "reduction")}
     kind = isinstance(module, _OF_CLASSES), isinstance(module, _OF_LOGARITHMS)
-    calls.append(_Call(mean, each, args, kwargs, *kind, settings))
+    calls.append(_LossCall(mean, each, args, kwargs, *kind, settings))
 
 
-class _Losses(TorchFunctionMode):
+class _LossRecorder(TorchFunctionMode):
     """Takes down the losses that are called as functions."""
 
-    def __init__(self, calls: list[_Call]) -> None:
+    def __init__(self, calls: list[_LossCall]) -> None:
         super().__init__()
         self._calls = calls
 
@@ -260,7 +266,7 @@ class _Losses(TorchFunctionMode):
             given = settings.pop("input"), settings.pop("target")
             each = partial(function, **{**settings, "reduction": "none"})
             kind = function is F.cross_entropy, function is F.kl_div
-            self._calls.append(_Call(result, each, given, {}, *kind, settings))
+            self._calls.append(_LossCall(result, each, given, {}, *kind, settings))
         return result
 
 

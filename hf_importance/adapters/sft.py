@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance.adapters.base import ComputeLoss, LossAdapter, outputs_of
-from hf_importance.adapters.fused_head import added_by, ask_for_squares
+from hf_importance.adapters.fused_head import auxiliary_loss, request_sum_of_squares
 from hf_importance.losses import per_example
 from hf_importance.losses.heads import predicted
-from hf_importance.losses.objective import Measured, seen_of
+from hf_importance.losses.objective import Measured, observed_of
 from hf_importance.losses.rows import rows_of, sum_of_rows
 from hf_importance.sampling.draw import Draw
 
@@ -27,7 +27,7 @@ class SFTLoss(LossAdapter):
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        ask_for_squares(trainer.model, ("log_probs", "entropy", "is_top1"))
+        request_sum_of_squares(trainer.model, ("log_probs", "entropy", "is_top1"))
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
@@ -39,12 +39,12 @@ class SFTLoss(LossAdapter):
             added, self._scored = 0.0, counted
         else:
             losses, squares = self._fused(outputs)
-            added, self._scored = added_by(self.trainer, outputs), outputs.label_mask
+            added, self._scored = auxiliary_loss(self.trainer, outputs), outputs.label_mask
         rows = rows_of(labels, batch, draw.lengths)
         losses = sum_of_rows(losses, rows, batch)
         importance = self.importance(losses, lambda: sum_of_rows(squares, rows, batch).sqrt())
-        seen = seen_of(losses / counted.clamp(min=1))
-        return Measured(losses, importance, seen, added, None, counted, are_sums=True)
+        observed = observed_of(losses / counted.clamp(min=1))
+        return Measured(losses, importance, observed, added, None, counted, are_sums=True)
 
     def mean_of(self, measured: Measured) -> Tensor:
         """See [`LossAdapter`]. For one batch TRL also counts tokens that virtual ones predict."""

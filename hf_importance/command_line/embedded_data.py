@@ -29,7 +29,7 @@ PACKAGES = {  # module → distribution
     "huggingface_hub": "huggingface_hub",
 }
 STANDARD_LIBRARY = "python"
-_FEWEST_WORDS = 6
+_MIN_WORDS = 6
 
 
 def digits() -> datasets.DatasetDict:
@@ -107,7 +107,7 @@ def _texts(versions: dict[str, str], per_package: int, whole: bool) -> Iterator[
 
 def _ends(text: str) -> tuple[str, str]:
     words = re.findall(r"[a-z]+", text.lower())
-    return "^" + " ".join(words[:_FEWEST_WORDS]), "$" + " ".join(words[-_FEWEST_WORDS:])
+    return "^" + " ".join(words[:_MIN_WORDS]), "$" + " ".join(words[-_MIN_WORDS:])
 
 
 def _documented(folder: Path, whole: bool = False) -> Iterator[tuple[ast.AST, str]]:
@@ -124,7 +124,7 @@ def _documented(folder: Path, whole: bool = False) -> Iterator[tuple[ast.AST, st
         for node in _definitions(tree):
             text = ast.get_docstring(node) or ""
             paragraph = " ".join((text if whole else text.split("\n\n")[0]).split())
-            if len(re.findall(r"[A-Za-z]+", paragraph)) >= _FEWEST_WORDS:
+            if len(re.findall(r"[A-Za-z]+", paragraph)) >= _MIN_WORDS:
                 yield node, paragraph
 
 

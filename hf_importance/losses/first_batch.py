@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_importance.losses.heads import HINT, Terms, predictions_of, with_predictions
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 
 
 @contextmanager
-def looking(model: nn.Module) -> Iterator[None]:
+def without_side_effects(model: nn.Module) -> Iterator[None]:
     """Forward passes that leave no trace: no gradient, no dropout; then modes, buffers and random numbers as before."""
     training = [module for module in model.modules() if module.training]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     devices = {parameter.device for parameter in model.parameters()}
     model.eval()
     try:
-        with torch.no_grad(), own_randomness(devices=devices):
+        with torch.no_grad(), isolated_randomness(devices=devices):
             yield
     finally:
         for module, name, buffer, value in buffers:
@@ -102,13 +102,13 @@ def _coupled(how: str) -> ValueError:
     )
 
 
-def needs(model: nn.Module, names: Collection[str]) -> bool:
+def requires(model: nn.Module, names: Collection[str]) -> bool:
     """Whether the model cannot be called without these arguments."""
     parameters = inspect.signature(model.forward).parameters
     return any(name in parameters and parameters[name].default is inspect.Parameter.empty for name in names)
 
 
-def takes(model: nn.Module, names: Collection[str]) -> bool:
+def accepts(model: nn.Module, names: Collection[str]) -> bool:
     """Whether the model can be called with these arguments."""
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

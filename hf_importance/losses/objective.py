@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 from hf_importance.losses import heads, per_example
 from hf_importance.losses.first_batch import (
+    accepts,
     copies_of_the_first,
-    looking,
     may_skip_logits,
-    needs,
     refuse_another_loss,
     refuse_coupled,
     refuse_coupled_by_model,
+    requires,
     same,
-    takes,
+    without_side_effects,
 )
 from hf_importance.losses.heads import Labels, PerExampleLoss, Terms
 from hf_importance.losses.last_layer import LastLayer
-from hf_importance.record import SEEN
+from hf_importance.record import OBSERVED
 from hf_importance.state import read_number
 
-_ADDED = ("aux_loss", "z_loss")
+_AUXILIARY_LOSSES = ("aux_loss", "z_loss")
 _MASK_IGNORES = 255
 
 
@@ -38,7 +38,7 @@ class Measured:
     Args:
         losses: `[batch]`, with gradient.
         importance: `[batch]`, without.
-        seen: float32 `[4, batch]`, without: the rows that `record.SEEN` names.
+        observed: float32 `[4, batch]`, without: the rows that `record.OBSERVED` names.
         added: what the model adds to its loss by itself, with gradient; 0 for most.
         outputs: of the model.
         counted: `[batch]`, in how many positions each example has a loss; None: all have one.
@@ -47,7 +47,7 @@ class Measured:
 
     losses: Tensor
     importance: Tensor
-    seen: Tensor
+    observed: Tensor
     added: Tensor | float
     outputs: Any
     counted: Tensor | None = None
@@ -110,8 +110,8 @@ class Objective:
         self._own_losses = None if per_example_loss_func is None else heads.with_inputs(per_example_loss_func)
         self._shifts = causal
         self._last_layer: LastLayer | None = None
-        self._looked = False
-        self._adds = False
+        self._checked = False
+        self._has_auxiliary_loss = False
         self._needs: bool | None = None
         self._classes = 0  # of masks
 
@@ -135,24 +135,24 @@ class Objective:
         labels = heads.whole_numbers(labels)
         if self._metric == "last_layer_gradient" and self._last_layer is None:
             self._last_layer = LastLayer(self._model)
-        if not self._looked:
-            self._look(inputs, labels, batch)
-            self._looked = True
-        outputs, gave = self._forward(model, inputs, labels)
-        terms = self._terms(outputs, gave, inputs, labels, batch)
-        added = heads.loss_of(outputs) - terms.mean() if self._adds else 0.0
+        if not self._checked:
+            self._check_first_batch(inputs, labels, batch)
+            self._checked = True
+        outputs, labels_given = self._forward(model, inputs, labels)
+        terms = self._terms(outputs, labels_given, inputs, labels, batch)
+        added = heads.loss_of(outputs) - terms.mean() if self._has_auxiliary_loss else 0.0
         shown = terms.losses / terms.counted.clamp(min=1) if terms.are_sums else terms.losses
-        seen, importance = _seen(shown, outputs, gave, labels), self._importance(terms)
-        return Measured(terms.losses, importance, seen, added, outputs, terms.counted, terms.are_sums)
+        observed, importance = _observe(shown, outputs, labels_given, labels), self._importance(terms)
+        return Measured(terms.losses, importance, observed, added, outputs, terms.counted, terms.are_sums)
 
     def evaluate(self, model: nn.Module, inputs: dict[str, Any], labels: Labels) -> tuple[Tensor, Any]:
         """The mean of the losses of `per_example_loss_func`, and the outputs; a tuple begins with that loss."""
         labels = heads.whole_numbers(labels)
-        outputs, gave = self._forward(model, inputs, labels)
+        outputs, labels_given = self._forward(model, inputs, labels)
         loss = self._own_losses(outputs, *_as_arguments(inputs, labels)).mean()
         if isinstance(outputs, Mapping):
             return loss, outputs
-        rest = (outputs,) if isinstance(outputs, Tensor) else outputs[int(gave) :]
+        rest = (outputs,) if isinstance(outputs, Tensor) else outputs[int(labels_given) :]
         return loss, (loss, *rest)
 
     @property
@@ -163,20 +163,20 @@ class Objective:
     def state_dict(self) -> dict[str, Any]:
         """What the first batch has shown, so that a resumed training does not look again."""
         return {
-            "loss": self._loss_it_is,
-            "looked": self._looked,
+            "loss": self._loss_identity,
+            "looked": self._checked,
             "shifts": self._shifts,
-            "adds": self._adds,
+            "adds": self._has_auxiliary_loss,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where [`state_dict`] was taken; with another model or loss look at the first batch again."""
         looked, shifts, adds = (read_number(state, name, bool) for name in ("looked", "shifts", "adds"))
-        if state["loss"] == self._loss_it_is:
-            self._looked, self._shifts, self._adds = looked, shifts, adds
+        if state["loss"] == self._loss_identity:
+            self._checked, self._shifts, self._has_auxiliary_loss = looked, shifts, adds
 
     @property
-    def _loss_it_is(self) -> list[Any]:
+    def _loss_identity(self) -> list[Any]:
         """What must be the same for the first batch to have shown the same."""
         function = self._per_example_loss_func
         name = None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
@@ -195,14 +195,14 @@ class Objective:
             must = False
         else:  # it makes them of the labels by itself
             must = True
-        gives = give or must or self._adds
-        if gives and self._may_skip_logits:
+        labels_given = give or must or self._has_auxiliary_loss
+        if labels_given and self._may_skip_logits:
             inputs = {**inputs, "skip_logits": False}
-        return (model(**{**inputs, **labels}) if gives else model(**inputs)), gives
+        return (model(**{**inputs, **labels}) if labels_given else model(**inputs)), labels_given
 
     def _needs_labels(self, labels: Labels) -> bool:
         if self._needs is None:  # which takes as long as a small layer
-            self._needs = needs(self._model, labels)
+            self._needs = requires(self._model, labels)
         return self._needs
 
     @cached_property
@@ -217,12 +217,12 @@ class Objective:
 
     # ---- which loss it is --------------------------------------------------------------------------------------------
 
-    def _terms(self, outputs: Any, gave: bool, inputs: dict[str, Any], labels: Labels, batch: int) -> Terms:
+    def _terms(self, outputs: Any, labels_given: bool, inputs: dict[str, Any], labels: Labels, batch: int) -> Terms:
         if self._per_example_loss_func is not None:
-            return heads.custom(self._own_losses, outputs, *_as_arguments(inputs, labels), batch, gave)
+            return heads.custom(self._own_losses, outputs, *_as_arguments(inputs, labels), batch, labels_given)
         if set(heads.SPAN) <= set(labels):
-            return heads.span(*heads.logits_of(outputs, batch, gave, span=True), labels)
-        (logits,) = heads.logits_of(outputs, batch, gave)
+            return heads.span(*heads.logits_of(outputs, batch, labels_given, span=True), labels)
+        (logits,) = heads.logits_of(outputs, batch, labels_given)
         target = self._target(logits, labels)
         try:
             if _is_mask(logits, target):
@@ -271,42 +271,44 @@ class Objective:
 
     # ---- the first batch ---------------------------------------------------------------------------------------------
 
-    def _look(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
+    def _check_first_batch(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
         """Compare with the loss of the model, which also tells whether it shifts its labels, and adds to its loss."""
-        with looking(self._model):
-            outputs, gave = self._forward(self._model, inputs, labels)
+        with without_side_effects(self._model):
+            outputs, labels_given = self._forward(self._model, inputs, labels)
         if self._per_example_loss_func is not None:
-            losses = refuse_coupled(outputs, lambda o: self._terms(o, gave, inputs, labels, batch), batch, gave)
+            losses = refuse_coupled(
+                outputs, lambda o: self._terms(o, labels_given, inputs, labels, batch), batch, labels_given
+            )
             refuse_coupled_by_model(losses, self._losses_of_copies(inputs, labels, batch))
             return
-        logits = heads.decision_of(outputs, gave)
+        logits = heads.decision_of(outputs, labels_given)
         if logits is not None and len(labels) == 1:
             heads.refuse_out_of_range(logits, self._target(logits, labels))  # before a GPU fails at them
-        self._terms(outputs, gave, inputs, labels, batch)
+        self._terms(outputs, labels_given, inputs, labels, batch)
         if self._label_smoothing:  # then `Trainer` takes the logits, whatever the loss of the model is
             return
-        self._compare(inputs, self._as_read(outputs, gave, labels, batch), batch, (outputs, gave))
+        self._compare(inputs, self._as_read(outputs, labels_given, labels, batch), batch, (outputs, labels_given))
 
     def _losses_of_copies(self, inputs: dict[str, Any], labels: Labels, batch: int) -> Tensor:
         """`[batch]`, of a batch that is the first example again and again."""
         inputs, labels = copies_of_the_first(inputs, batch), copies_of_the_first(labels, batch)
-        with looking(self._model):
+        with without_side_effects(self._model):
             outputs, _ = self._forward(self._model, inputs, labels)
             return self._own_losses(outputs, *_as_arguments(inputs, labels))
 
-    def _as_read(self, outputs: Any, gave: bool, labels: Labels, batch: int) -> Labels:
+    def _as_read(self, outputs: Any, labels_given: bool, labels: Labels, batch: int) -> Labels:
         """Several truth values of an example as floating-point numbers, which models want; all else as it is."""
         if len(labels) > 1:
             return labels
-        (logits,) = heads.logits_of(outputs, batch, gave)
+        (logits,) = heads.logits_of(outputs, batch, labels_given)
         return {name: heads.read_labels(target, logits, self._problem_type) for name, target in labels.items()}
 
     def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int, usual: tuple[Any, bool]) -> None:
         """Give the model the labels, which may return no logits then, but `usual`ly does."""
-        if not takes(self._model, labels):
+        if not accepts(self._model, labels):
             raise ValueError(f"The model takes no {list(labels)}, so that its loss is unknown. {heads.HINT}")
         try:
-            with looking(self._model):
+            with without_side_effects(self._model):
                 outputs, _ = self._forward(self._model, inputs, labels, give=True)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(
@@ -318,34 +320,36 @@ class Objective:
         made_of = usual if heads.decision_of(outputs, True) is None else (outputs, True)
         by_rule = self._terms(*made_of, inputs, labels, batch)
         if isinstance(outputs, Mapping):
-            self._adds = any(key.endswith(_ADDED) and isinstance(value, Tensor) for key, value in outputs.items())
-        if self._adds:  # then the loss is not to be compared
+            self._has_auxiliary_loss = any(
+                key.endswith(_AUXILIARY_LOSSES) and isinstance(value, Tensor) for key, value in outputs.items()
+            )
+        if self._has_auxiliary_loss:  # then the loss is not to be compared
             return
         if by_rule.are_sums and not same(theirs, by_rule.mean()):
             self._shifts = not self._shifts
         refuse_another_loss(theirs, self._terms(*made_of, inputs, labels, batch).mean())
 
 
-def _seen(losses: Tensor, outputs: Any, gave: bool, labels: Labels) -> Tensor:
+def _observe(losses: Tensor, outputs: Any, labels_given: bool, labels: Labels) -> Tensor:
     """Of the decision of the model, where it takes one per example."""
     target = next(iter(labels.values())) if len(labels) == 1 else None
-    return seen_of(losses, heads.decision_of(outputs, gave), target)
+    return observed_of(losses, heads.decision_of(outputs, labels_given), target)
 
 
 @torch.no_grad()
-def seen_of(losses: Tensor, logits: Tensor | None = None, target: Any = None) -> Tensor:
-    """float32 `[4, batch]`: the rows of `record.SEEN`; NaN is what is not known.
+def observed_of(losses: Tensor, logits: Tensor | None = None, target: Any = None) -> Tensor:
+    """float32 `[4, batch]`: the rows of `record.OBSERVED`; NaN is what is not known.
 
     Args:
         losses: `[batch]`.
         logits: the decision of the model: those of the classes of each example, or a number.
         target: what it should have been.
     """
-    seen = losses.new_full((len(SEEN), len(losses)), torch.nan, dtype=torch.float32)
-    label, loss, prediction, probability = seen  # views
+    observed = losses.new_full((len(OBSERVED), len(losses)), torch.nan, dtype=torch.float32)
+    label, loss, prediction, probability = observed  # views
     loss.copy_(losses)
     if not isinstance(target, Tensor) or logits is None or target.numel() != len(losses):
-        return seen
+        return observed
     target = target.flatten()
     if logits.numel() == len(losses):
         label.copy_(target)
@@ -356,7 +360,7 @@ def seen_of(losses: Tensor, logits: Tensor | None = None, target: Any = None) ->
         label.copy_(target).masked_fill_(ignored, torch.nan)
         prediction.copy_(number)
         probability.copy_(highest).masked_fill_(ignored, torch.nan)
-    return seen
+    return observed
 
 
 def _as_arguments(inputs: dict[str, Any], labels: Labels) -> tuple[Any, dict[str, Any]]:

@@ -69,7 +69,7 @@ def conflicts(examples: Any, labels: Tensor, quiet: bool = False) -> list[Confli
         bar = tqdm(source.rows(), total=len(labels), disable=quiet or len(labels) < _LARGE, desc="Comparing texts")
         for i, said in enumerate(bar):
             keys[i] = hash(said) if said else 0
-        groups = _that_differ(keys, labels)
+        groups = _groups_with_conflicts(keys, labels)
         return [Conflict(group.tolist(), labels[group].tolist(), source.text(int(group[0]))) for group in groups]
     except Exception as error:  # of data of any kind; a report is not worth a training
         logger.warning(f"The report is without equal texts: {type(error).__name__}: {error}")
@@ -96,7 +96,7 @@ def _punctuation() -> dict[int, str]:
     return found
 
 
-def _that_differ(keys: np.ndarray, labels: Tensor) -> list[np.ndarray]:
+def _groups_with_conflicts(keys: np.ndarray, labels: Tensor) -> list[np.ndarray]:
     """Positions with the same key and several labels."""
     values = labels.numpy()
     index = np.flatnonzero(np.isfinite(values) & (keys != 0))
@@ -113,7 +113,7 @@ def _that_differ(keys: np.ndarray, labels: Tensor) -> list[np.ndarray]:
 # ---- what examples say -----------------------------------------------------------------------------------------------
 
 
-class _Stored:
+class _DatasetColumns:
     """Columns of `datasets`, read a piece at a time."""
 
     def __init__(self, dataset: Any, columns: Sequence[str]) -> None:
@@ -125,7 +125,7 @@ class _Stored:
         for start in range(0, len(self._table), _PIECE):
             columns = self._table[start : start + _PIECE].columns
             for row in zip(*(column.to_pylist() for column in columns), strict=True):
-                yield _joined(row) if self._texts else _frozen(row[0] or ())
+                yield _joined(row) if self._texts else _hashable(row[0] or ())
 
     def text(self, index: int) -> str:
         """As it is."""
@@ -134,20 +134,20 @@ class _Stored:
         return " / ".join(x for column in self._table[index : index + 1].columns for x in column.to_pylist() if x)
 
 
-class _Listed:
+class _ListedTexts:
     """Texts, or rows with them, in a list."""
 
     def __init__(self, examples: Sequence[Any], columns: Sequence[str]) -> None:
         self._examples, self._columns = examples, columns
 
     def rows(self) -> Iterator[Any]:
-        """As [`_Stored.rows`]."""
+        """As [`_DatasetColumns.rows`]."""
         for example in self._examples:
             strings = self._strings(example)
             if strings or not isinstance(example, Mapping):
                 yield _joined(strings)
             else:
-                yield _frozen(example.get("input_ids", ()))
+                yield _hashable(example.get("input_ids", ()))
 
     def text(self, index: int) -> str:
         """As it is."""
@@ -161,7 +161,7 @@ class _Listed:
         return [example[name] for name in self._columns if isinstance(example.get(name), str)]
 
 
-def _source(examples: Any, labels: Tensor) -> _Stored | _Listed | None:
+def _source(examples: Any, labels: Tensor) -> _DatasetColumns | _ListedTexts | None:
     """Of what can be compared."""
     if hasattr(examples, "with_format") and hasattr(examples, "features"):
         kinds = {name: feature for name, feature in (examples.features or {}).items()}
@@ -170,20 +170,20 @@ def _source(examples: Any, labels: Tensor) -> _Stored | _Listed | None:
             return None
         strings = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") in _STRINGS]
         first = examples.with_format(None).select_columns(strings)[:_SAMPLE] if strings else {}
-        columns = [name for name in strings if _says_something(name, first[name], labels)]
+        columns = [name for name in strings if _is_informative(name, first[name], labels)]
         columns = columns or (["input_ids"] if "input_ids" in kinds else [])
-        return _Stored(examples, columns) if columns else None
+        return _DatasetColumns(examples, columns) if columns else None
     if not isinstance(examples, (list, tuple)) or not examples:
         return None
     rows = [example for example in examples[:_SAMPLE] if isinstance(example, Mapping)]
     if any(name in rows[0] for name in ("pixel_values", "image")) if rows else False:
         return None
     names = dict.fromkeys(name for row in rows for name, x in row.items() if isinstance(x, str))
-    found = [name for name in names if _says_something(name, [row.get(name) for row in rows], labels)]
-    return _Listed(examples, found)
+    found = [name for name in names if _is_informative(name, [row.get(name) for row in rows], labels)]
+    return _ListedTexts(examples, found)
 
 
-def _says_something(name: str, values: Sequence[Any], labels: Tensor) -> bool:
+def _is_informative(name: str, values: Sequence[Any], labels: Tensor) -> bool:
     """Whether a column tells more than which example it is, or its label."""
     if name.lower() in _NAMES or name.lower().endswith(("_id", "_idx", "_url", "_path")):
         return False
@@ -199,7 +199,7 @@ def _joined(texts: Sequence[str | None]) -> str:
     return "\x1f".join(normalised(text) for text in texts if text).strip("\x1f ")
 
 
-def _frozen(ids: Any) -> Any:
+def _hashable(ids: Any) -> Any:
     """Tokens that can be hashed, also those of several texts."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    return tuple(map(_frozen, ids)) if isinstance(ids, (list, tuple)) else ids
+    return tuple(map(_hashable, ids)) if isinstance(ids, (list, tuple)) else ids

@@ -16,7 +16,7 @@ from hf_importance.report.findings import Findings
 from hf_importance.report.texts import LONGEST_TEXT, cut, readable
 from hf_importance.report.tokens import Token
 
-_MOST_TOKENS = 4 * LONGEST_TEXT
+_MAX_TOKENS = 4 * LONGEST_TEXT
 """That are decoded for it."""
 _LARGEST_PICTURE = 160
 """Pixels per side."""
@@ -26,7 +26,7 @@ _WHOLE = 255
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownExample:
     """One example as it is shown.
 
     Args:
@@ -68,7 +68,9 @@ class Shown:
         return f"Training example {self.index}, labelled {self.label}, predicted {self.prediction}"
 
 
-def show(findings: Findings, examples: Any, tokenizer: Any, index: int, tokens: Mapping[int, Sequence[Token]]) -> Shown:
+def show(
+    findings: Findings, examples: Any, tokenizer: Any, index: int, tokens: Mapping[int, Sequence[Token]]
+) -> ShownExample:
     """An example. Whatever is wrong with it is told in its place.
 
     Args:
@@ -86,7 +88,7 @@ def show(findings: Findings, examples: Any, tokenizer: Any, index: int, tokens: 
         text = text_of(example, tokenizer) if picture is None else ""
     except Exception as error:  # of whoever made the example: files that cannot be read, data of any kind
         text = f"(cannot be shown: {type(error).__name__}: {cut(readable(str(error)), 120)})"
-    return Shown(
+    return ShownExample(
         index=index,
         label=findings.name_of(values["label"]),
         prediction=findings.name_of(values["prediction"]),
@@ -110,21 +112,21 @@ def picture_of(example: Any) -> Image.Image | None:
     None where the example has neither.
     """
     if isinstance(example, Image.Image):
-        return _small(example)
+        return _thumbnail(example)
     if not isinstance(example, Mapping):
         return None
     images = [value for value in example.values() if isinstance(value, Image.Image)]
     if images:
-        return _small(images[0])
+        return _thumbnail(images[0])
     pixels = example.get("pixel_values")
     return None if pixels is None else _of_pixels(_array(pixels))
 
 
-def _small(image: Image.Image) -> Image.Image:
+def _thumbnail(image: Image.Image) -> Image.Image:
     """In RGB, of at most [`_LARGEST_PICTURE`]; what is transparent is white."""
     image.load()  # here what is wrong with the file is found
     if image.mode in ("I", "F") or image.mode.startswith("I;"):  # 16 or 32 bits, or any range
-        image = Image.fromarray(_stretched(np.asarray(image, dtype=np.float32)))
+        image = Image.fromarray(_to_uint8(np.asarray(image, dtype=np.float32)))
     elif image.mode in ("La", "RGBa"):  # colours that are multiplied by how opaque they are
         image = image.convert(image.mode.upper())
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -145,8 +147,8 @@ def _of_pixels(pixels: np.ndarray) -> Image.Image | None:
         return None
     if pixels.shape[0] in (1, 3, 4) or pixels.shape[2] not in (1, 3, 4):
         pixels = pixels.transpose(1, 2, 0)
-    pixels = _stretched(pixels)
-    return _small(Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3]))
+    pixels = _to_uint8(pixels)
+    return _thumbnail(Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3]))
 
 
 def _array(values: Any) -> np.ndarray:
@@ -156,7 +158,7 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)
 
 
-def _stretched(values: np.ndarray) -> np.ndarray:
+def _to_uint8(values: np.ndarray) -> np.ndarray:
     """uint8: the smallest finite value is black and the largest one white."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -184,9 +186,9 @@ def text_of(example: Any, tokenizer: Any) -> str:
         return ""
     if "input_ids" in example and hasattr(tokenizer, "decode"):
         ids = example["input_ids"]
-        ids = ids[:_MOST_TOKENS].tolist() if hasattr(ids, "tolist") else list(ids)[:_MOST_TOKENS]
+        ids = ids[:_MAX_TOKENS].tolist() if hasattr(ids, "tolist") else list(ids)[:_MAX_TOKENS]
         several = ids if ids and isinstance(ids[0], (list, tuple)) else [ids]  # as the answers of a multiple choice
-        texts = (tokenizer.decode(list(one)[:_MOST_TOKENS], skip_special_tokens=True) for one in several)
+        texts = (tokenizer.decode(list(one)[:_MAX_TOKENS], skip_special_tokens=True) for one in several)
         return cut(readable("\n".join(texts)), LONGEST_TEXT)
     strings = {name: cut(readable(value), LONGEST_TEXT) for name, value in example.items() if isinstance(value, str)}
     if len(strings) == 1:

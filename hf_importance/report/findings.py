@@ -13,9 +13,9 @@ from torch import Tensor
 from hf_importance.record import Distribution, suspects
 from hf_importance.report.texts import readable
 
-_MOST_CLASSES = 1000
+_MAX_CLASSES = 1000
 """That are told one by one."""
-_MOST_VISITS = 0.9
+_BUSY_SHARE = 0.9
 """The share of the visits of which we say how many examples got it."""
 
 
@@ -74,13 +74,13 @@ class Findings:
         return int(self.columns["visits"].sum())
 
     @property
-    def busy(self) -> float:
+    def share_with_most_visits(self) -> float:
         """Smallest share of the examples that got 90 % of the visits; 0.9 if all got the same, 0 without visits."""
         visits = self.columns["visits"].sort(descending=True).values.cumsum(0, dtype=torch.float64)
-        return int((visits < _MOST_VISITS * visits[-1]).sum() + (visits[-1] > 0)) / len(self)
+        return int((visits < _BUSY_SHARE * visits[-1]).sum() + (visits[-1] > 0)) / len(self)
 
     @property
-    def seen(self) -> float:
+    def measured_share(self) -> float:
         """Share of the examples whose importance is known."""
         return self.columns["importance"].isfinite().double().mean().item()
 
@@ -90,7 +90,7 @@ class Findings:
         return max([self.columns["pruned"].double().mean().item(), *self.logged("pruned")[1]])
 
     @cached_property
-    def decides(self) -> bool:
+    def is_classification(self) -> bool:
         """Whether the model puts each example into one of several classes."""
         return bool(self.columns["probability"].isfinite().any())
 
@@ -116,7 +116,7 @@ class Findings:
         """Of a class; or a number, if there are no classes."""
         if number != number:
             return "–"
-        if self.decides:
+        if self.is_classification:
             return str(self.label_names.get(int(number), int(number)))
         return f"{number:.4g}"
 
@@ -128,7 +128,7 @@ class Findings:
 
     def by_class(self) -> list[ClassFindings]:
         """Those with the most suspects first; none where examples have no single label."""
-        if not self.decides:
+        if not self.is_classification:
             return []
         names, which = self.names_of(self.columns["label"])
         labelled = which >= 0
@@ -145,9 +145,9 @@ class Findings:
         figures = (examples, mean("importance"), visits, total(self.columns["suspect"]), mean("mean_loss"))
         rows = zip(names, *(figure.tolist() for figure in figures), strict=True)
         found = [ClassFindings(name, int(n), q, share, int(s), loss) for name, n, q, share, s, loss in rows]
-        return sorted(found, key=lambda row: (-row.suspects, -row.mean_loss))[:_MOST_CLASSES]
+        return sorted(found, key=lambda row: (-row.suspects, -row.mean_loss))[:_MAX_CLASSES]
 
-    def mixed_up(self, number: int) -> list[tuple[str, str, int]]:
+    def confused_pairs(self, number: int) -> list[tuple[str, str, int]]:
         """Label, prediction, and how many suspects have both; the most frequent pairs first."""
         chosen = self.columns["suspect"] & (self.columns["label"] != self.columns["prediction"])
         pairs = torch.stack([self.columns[name][chosen] for name in ("label", "prediction")], 1)
@@ -162,8 +162,8 @@ class Findings:
             "examples": f"{len(self):,}",
             "visits": f"{self.visits:,}",
             "visits per example": f"{self.visits / len(self):.2f}",
-            "90 % of the visits went to": f"{self.busy:.1%} of the examples",
-            "examples seen": f"{self.seen:.1%}",
+            "90 % of the visits went to": f"{self.share_with_most_visits:.1%} of the examples",
+            "examples seen": f"{self.measured_share:.1%}",
             "examples pruned": f"up to {self.pruned:.1%}",
         }
         if sample_size is not None:
@@ -172,7 +172,7 @@ class Findings:
             figures["second moment of the gradient"] = f"{variance_ratio:.3f} of that of {self._rival}"
             if (cost := self.mean_logged("cost")) is not None:
                 figures["tokens per visit"] = f"{cost:.3f} of those of uniform sampling"
-        if self.decides:
+        if self.is_classification:
             number = int(self.columns["suspect"].sum())
             figures["suspected label errors"] = f"{number:,} ({number / len(self):.1%})"
         if "down_weighted" in self.columns:
@@ -190,7 +190,7 @@ class Findings:
         ratio = self.mean_logged("variance_ratio")
         parts = [
             f"{self.visits:,} visits of {len(self):,} examples",
-            f"90 % of them to {self.busy:.0%} of the examples",
+            f"90 % of them to {self.share_with_most_visits:.0%} of the examples",
             *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} of that of {self._rival}"]),
             f"up to {self.pruned:.0%} pruned at a time",
         ]

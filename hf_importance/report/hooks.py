@@ -120,8 +120,8 @@ class ReportMixin(ABC):
             raise ValueError(f"examples must be the {training.examples} of train_dataset, but are {found}.")
         model, folder = Path(self.args.output_dir).resolve(), folder.resolve()
         inside = folder == model or model in folder.parents
-        left_out = inside and folder != model and folder.relative_to(model).parts[0].startswith(("_", "checkpoint-"))
-        if inside and not left_out and not self.report_examples_to_hub:
+        excluded = inside and folder != model and folder.relative_to(model).parts[0].startswith(("_", "checkpoint-"))
+        if inside and not excluded and not self.report_examples_to_hub:
             raise ValueError(
                 f"output_dir must not be {folder}: pushing to the Hub would upload it, with training examples in it. "
                 f"Leave it out (then it is {model / f'_{FOLDER}'}), name a folder outside of {model}, or allow it by "
@@ -136,7 +136,7 @@ class ReportMixin(ABC):
             distributions=training.distributions,
             history=self.state.log_history,
             label_names=getattr(config, "id2label", None) or {},
-            settings=asdict(self.importance),
+            settings=asdict(self.importance_config),
         )
 
     # ---- model card and Hub ------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class ReportMixin(ABC):
         """
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            self.importance.save_pretrained(folder)
+            self.importance_config.save_pretrained(folder)
         before = _read(folder / CARD)
         super().save_model(output_dir, _internal_call)
         if not _internal_call and _read(folder / CARD) not in (None, before):

@@ -45,7 +45,7 @@ def pushing(repository: str, folder: str | None) -> Iterator[None]:
     except PushError:
         raise
     except (OSError, HTTPError, RuntimeError, ValueError) as error:  # of huggingface_hub, its client and its uploader
-        failed = f"{type(error).__name__}: {_told(error)}"
+        failed = f"{type(error).__name__}: {_one_line(error)}"
         check = "Check the token (hf auth login), the network and the quota"
         if folder is None:
             raise PushError(
@@ -59,7 +59,7 @@ def pushing(repository: str, folder: str | None) -> Iterator[None]:
         ) from error
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or "no message"
 

@@ -15,7 +15,7 @@ CONSOLE = ("importance/variance_ratio", "importance/effective_epoch")
 """Of what is logged, these are shown in the console; TensorBoard and the like have all of it."""
 
 
-class _Shown(logging.Handler):
+class _ConsoleHandler(logging.Handler):
     """Writes to stdout, above the progress bar, unless whoever runs the program has set up logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -23,17 +23,17 @@ class _Shown(logging.Handler):
             tqdm.write(self.format(record), file=sys.stdout)
 
 
-_told = logging.getLogger("hf_importance.told")
-_told.setLevel(logging.INFO)
-_told.addHandler(_Shown())
+_logger = logging.getLogger("hf_importance.told")
+_logger.setLevel(logging.INFO)
+_logger.addHandler(_ConsoleHandler())
 
 
 def say(line: str) -> None:
     """Tell people, through the logger `hf_importance.told`: seen by default, and silenced by setting its level."""
-    _told.info(line)
+    _logger.info(line)
 
 
-def shorten(callbacks: Iterable[TrainerCallback], *more: type[TrainerCallback]) -> None:
+def limit_console_logs(callbacks: Iterable[TrainerCallback], *more: type[TrainerCallback]) -> None:
     """Let those of transformers that print show only [`CONSOLE`] of what is ours.
 
     Args:

@@ -20,7 +20,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from hf_importance.report.duplicates import Conflict, conflicts
-from hf_importance.report.examples import Shown, Token, png_url, show
+from hf_importance.report.examples import ShownExample, Token, png_url, show
 from hf_importance.report.findings import ClassFindings, Findings
 from hf_importance.report.plots import plots
 from hf_importance.report.texts import cut, readable
@@ -37,14 +37,14 @@ _FORMULA = ("=", "+", "-", "@")
 def write_table(findings: Findings, path: Path) -> None:
     """Write a parquet file with a row per training example, in their order; null is what is not known."""
     columns = findings.columns
-    number = _whole if findings.decides else _or_null
+    number = _whole if findings.is_classification else _or_null
     rows: dict[str, Any] = {"label": number(columns["label"]), "prediction": number(columns["prediction"])}
-    if findings.label_names and findings.decides:
+    if findings.label_names and findings.is_classification:
         for name in ("label", "prediction"):
             names, which = findings.names_of(columns[name])
             rows[f"{name}_name"] = pa.array(names, pa.string()).take(pa.array(which.numpy(), mask=(which < 0).numpy()))
     rows |= {name: _or_null(columns[name]) for name in ("probability", "loss", "mean_loss")}
-    rows["suspect"] = columns["suspect"].numpy() if findings.decides else pa.nulls(len(findings), pa.bool_())
+    rows["suspect"] = columns["suspect"].numpy() if findings.is_classification else pa.nulls(len(findings), pa.bool_())
     pq.write_table(_importances(findings, rows), path)
 
 
@@ -114,7 +114,7 @@ def write_report(
         _write_list(folder, name, shown)
     classes = findings.by_class()
     _write_csv(folder / "classes.csv", [field.name for field in fields(ClassFindings)], map(astuple, classes))
-    found = conflicts(raw, findings.columns["label"], quiet) if findings.decides else []
+    found = conflicts(raw, findings.columns["label"], quiet) if findings.is_classification else []
     rows = ((k, i, findings.name_of(y)) for k, c in enumerate(found) for i, y in zip(c.index, c.labels, strict=True))
     _write_csv(folder / "conflicts.csv", ("group", "index", "label"), rows)
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -125,14 +125,18 @@ def write_report(
         {"title": plot.title, "text": plot.text, "light": png_url(plot.png("light")), "dark": png_url(plot.png("dark"))}
         for plot in plots(findings)
     ]
-    more = {"classes": classes[:_CLASSES], "more_classes": len(classes[_CLASSES:]), "pairs": findings.mixed_up(_PAIRS)}
-    more |= {"conflicts": [_told(findings, c) for c in found[:number]], "number_of_conflicts": len(found)}
+    more = {
+        "classes": classes[:_CLASSES],
+        "more_classes": len(classes[_CLASSES:]),
+        "pairs": findings.confused_pairs(_PAIRS),
+    }
+    more |= {"conflicts": [_conflict_row(findings, c) for c in found[:number]], "number_of_conflicts": len(found)}
     text = template.render(title=title, findings=findings, plots=drawn, lists=lists, settings=findings.settings, **more)
     page.write_text(text, encoding="utf-8", errors="replace")
     return page
 
 
-def _told(findings: Findings, conflict: Conflict) -> dict[str, Any]:
+def _conflict_row(findings: Findings, conflict: Conflict) -> dict[str, Any]:
     """What it says, and how many have which label."""
     found: dict[float, list[int]] = {}
     for i, label in zip(conflict.index, conflict.labels, strict=True):
@@ -141,7 +145,7 @@ def _told(findings: Findings, conflict: Conflict) -> dict[str, Any]:
     return {"text": cut(readable(conflict.text), 200), "labels": first, "more": max(0, len(found) - _LABELS)}
 
 
-def _write_list(folder: Path, name: str, shown: Sequence[Shown]) -> None:
+def _write_list(folder: Path, name: str, shown: Sequence[ShownExample]) -> None:
     """A contact sheet of those with a picture, and a table of the others."""
     pictured = [example for example in shown if example.picture is not None]
     (folder / f"{name}.png").unlink(missing_ok=True)
@@ -154,17 +158,17 @@ def _write_list(folder: Path, name: str, shown: Sequence[Shown]) -> None:
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """None where there are no rows: what an earlier report left is removed. No cell is a formula."""
-    rows = [[_harmless(cell) for cell in row] for row in rows]
+    rows = [[_escape_formula(cell) for cell in row] for row in rows]
     path.unlink(missing_ok=True)
     if rows:
         with path.open("w", encoding="utf-8", newline="", errors="replace") as file:
             csv.writer(file, quoting=csv.QUOTE_ALL).writerows([columns, *rows])
 
 
-def _harmless(cell: Any) -> Any:
+def _escape_formula(cell: Any) -> Any:
     """With an apostrophe before what a spreadsheet would take for a formula; numbers stay.
 
-    >>> _harmless("=1+1"), _harmless("-1.5")
+    >>> _escape_formula("=1+1"), _escape_formula("-1.5")
     ("'=1+1", '-1.5')
     """
     if not isinstance(cell, str) or not cell.strip().startswith(_FORMULA):
@@ -175,7 +179,7 @@ def _harmless(cell: Any) -> Any:
     return f"'{cell}"
 
 
-def _contact_sheet(shown: Sequence[Shown]) -> bytes:
+def _contact_sheet(shown: Sequence[ShownExample]) -> bytes:
     rows = -(-len(shown) // _PER_ROW)
     figure = Figure(figsize=(1.7 * _PER_ROW, 2.0 * rows), layout="constrained")
     for place, example in enumerate(shown, 1):

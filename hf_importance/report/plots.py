@@ -22,8 +22,8 @@ THEMES = {
     "dark": {"page": "#161b22", "ink": "#e6e9ed", "grid": "#3a424d", "cool": "#6cb6e8"},
 }
 WARM = "#e0555f"  # on both
-_MOST_CURVES = 6
-_MOST_POINTS = 20_000
+_MAX_CURVES = 6
+_MAX_POINTS = 20_000
 _GOLDEN = 0.618034  # multiples of it, modulo 1, are evenly spread
 _SMALLEST = 1e-6
 """Importances below it are drawn there: the axis is logarithmic."""
@@ -71,7 +71,7 @@ def plots(findings: Findings) -> list[Plot]:
 def _distributions(findings: Findings) -> Plot | None:
     last = (findings.visits / len(findings), distribution(findings.columns["importance"]))
     moments = [*((moment.visits, moment.importance) for moment in findings.distributions), last]
-    moments = _some([(visits, percentiles) for visits, percentiles in moments if percentiles.isfinite().all()])
+    moments = _evenly_spaced([(visits, percentiles) for visits, percentiles in moments if percentiles.isfinite().all()])
     if not moments:
         return None
 
@@ -98,7 +98,7 @@ def _spread(findings: Findings) -> Plot | None:
         return None
 
     def draw(axes: Axes, colours: dict[str, str]) -> None:
-        chosen = _some(moments)
+        chosen = _evenly_spaced(moments)
         for shade, moment in zip(_shades(len(chosen)), chosen, strict=True):
             share = torch.linspace(0, 1, len(moment.visits_since))
             visits = moment.visits_since / moment.visits_since.mean()
@@ -107,7 +107,7 @@ def _spread(findings: Findings) -> Plot | None:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.legend(title="visits per example", frameon=False)
 
-    first, last = (_of_the_most_visited(moment.visits_since) for moment in (moments[0], moments[-1]))
+    first, last = (_share_of_top_tenth(moment.visits_since) for moment in (moments[0], moments[-1]))
     text = (
         f"How visits were spread in each pass. The tenth with the most got {first:.0%} of them in the first pass and "
         f"{last:.0%} in the last one that was finished."
@@ -115,15 +115,15 @@ def _spread(findings: Findings) -> Plot | None:
     return Plot("spread", "Visits early and late", text, draw)
 
 
-def _of_the_most_visited(percentiles: torch.Tensor) -> float:
+def _share_of_top_tenth(percentiles: torch.Tensor) -> float:
     """The share of all visits that the tenth with the most have, on lines through the percentiles."""
     between = (percentiles[1:] + percentiles[:-1]) / 2
     return (between[-len(between) // 10 :].sum() / between.sum()).item()
 
 
-def _some(moments: list[Any]) -> list[Any]:
-    """At most [`_MOST_CURVES`] of them, evenly spaced, with the first and the last."""
-    chosen = sorted({round(i * (len(moments) - 1) / (_MOST_CURVES - 1)) for i in range(_MOST_CURVES)})
+def _evenly_spaced(moments: list[Any]) -> list[Any]:
+    """At most [`_MAX_CURVES`] of them, evenly spaced, with the first and the last."""
+    chosen = sorted({round(i * (len(moments) - 1) / (_MAX_CURVES - 1)) for i in range(_MAX_CURVES)})
     return [moments[i] for i in chosen] if moments else []
 
 
@@ -166,7 +166,7 @@ def _visits(findings: Findings) -> Plot | None:
     known = (columns["importance"].isfinite() & (columns["visits"] > 0)).nonzero().flatten()
     if not len(known):
         return None
-    shown = known[:: -(-len(known) // _MOST_POINTS)]
+    shown = known[:: -(-len(known) // _MAX_POINTS)]
     importance, visits = columns["importance"][shown].clamp(min=_SMALLEST), columns["visits"][shown]
     spread = (
         visits + (torch.arange(len(shown)) * _GOLDEN % 1 - 0.5) * 0.6

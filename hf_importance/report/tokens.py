@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.report.texts import readable
 
 logger = logging.get_logger(__name__)
 
 _IGNORED = -100
-_MOST_TOKENS = 160
+_MAX_TOKENS = 160
 """That are shown of an example."""
 _BEFORE = 40
 """Of them before the first one with a loss."""
@@ -63,7 +63,7 @@ def token_losses(
     found, training = {}, model.training
     model.eval()
     try:
-        with own_randomness(owners=(dataset, collate)), torch.no_grad():
+        with isolated_randomness(owners=(dataset, collate)), torch.no_grad():
             for i in index:
                 tokens = _of_example(model, prepare(collate([dataset[i]])), tokenizer, shifts)
                 if tokens is None:
@@ -83,8 +83,10 @@ def _of_example(model: nn.Module, batch: dict[str, Any], tokenizer: Any, shifts:
     labels, ids = batch.pop("labels", None), batch.get("input_ids")
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.dim() != 2 or len(labels) != 1:
         return None
-    writes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # then labels are of other tokens
-    if writes or labels.shape != ids.shape or labels.is_floating_point():
+    is_encoder_decoder = getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False
+    )  # then labels are of other tokens
+    if is_encoder_decoder or labels.shape != ids.shape or labels.is_floating_point():
         return None
     logits = model(**batch)["logits"][0, -labels.shape[1] :].float()
     losses = F.cross_entropy(logits[:-1] if shifts else logits, labels[0, int(shifts) :], reduction="none")
@@ -97,7 +99,7 @@ def _tokens(ids: Sequence[int], losses: Sequence[float], has_loss: Sequence[bool
     if not any(has_loss):
         return []
     start = max(0, has_loss.index(True) - _BEFORE)
-    shown = slice(start, start + _MOST_TOKENS)
+    shown = slice(start, start + _MAX_TOKENS)
     largest = max(loss for loss, has in zip(losses[shown], has_loss[shown], strict=True) if has) or 1.0
     found, before = [], ""
     for k, (loss, has) in enumerate(zip(losses[shown], has_loss[shown], strict=True), 1):

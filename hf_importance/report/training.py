@@ -63,7 +63,7 @@ class Training:
 
     def columns(self) -> dict[str, Tensor]:
         """Of the examples of all processes, in the first of them."""
-        return self._columns.of_all()
+        return self._columns.all_columns()
 
     def measured(self) -> dict[str, float]:
         """Since the last time, by the names under which it is logged."""

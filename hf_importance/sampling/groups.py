@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hf_importance.state import read_tensor
 
-_MOST_BATCHES = 50
-_LEAST_PARTS = 4
+_MAX_BATCHES = 50
+_MIN_PARTS = 4
 """Of a pass; both as in transformers."""
 
 
@@ -36,7 +36,7 @@ class LengthGroups:
 
     def __init__(self, length: Tensor, batch_size: int, batches: int, examples: int) -> None:
         step = batch_size * batches
-        self.size = step * max(1, min(_MOST_BATCHES, examples // (_LEAST_PARTS * step)))
+        self.size = step * max(1, min(_MAX_BATCHES, examples // (_MIN_PARTS * step)))
         self._length = length
         self._batch_size = batch_size
         nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)

@@ -13,11 +13,11 @@ from hf_importance.state import read_tensor
 
 _FLOORS = 8
 """Steps from the lowest floor to 1 to choose from."""
-_GOOD_ENOUGH = 1.01
+_TOLERANCE = 1.01
 """The lowest floor is taken whose second moment is within 1 % of the least."""
-_WORTH_WEIGHTS = 0.9
+_MAX_RELATIVE_SPENDING = 0.9
 """Where visits cost differently sampling is uniform unless it saves a tenth: less was lost again in training."""
-_FORGET = 0.9
+_DECAY = 0.9
 """Share of the evidence that is kept from segment to segment: half of it after a pass, about."""
 
 
@@ -44,7 +44,7 @@ class Guard:
         self._second_moments = torch.zeros_like(self._floors)
         self._costs = torch.zeros_like(self._floors)  # 0: all visits cost the same
 
-    def learn(
+    def observe(
         self,
         remembered: Tensor,
         mean: float,
@@ -62,15 +62,15 @@ class Guard:
 
     def floor(self) -> float:
         """For the next segment."""
-        teaches = self._second_moments <= _GOOD_ENOUGH * self._second_moments[-1]
+        teaches = self._second_moments <= _TOLERANCE * self._second_moments[-1]
         costs = bool(self._costs.any())
         spent = self._second_moments * self._costs if costs else self._second_moments
         least = spent[teaches].min()
-        enough = teaches & (spent <= _GOOD_ENOUGH * least)
-        if costs and least > _WORTH_WEIGHTS * spent[-1]:
+        enough = teaches & (spent <= _TOLERANCE * least)
+        if costs and least > _MAX_RELATIVE_SPENDING * spent[-1]:
             enough = self._floors == 1
-        self._second_moments *= _FORGET
-        self._costs *= _FORGET
+        self._second_moments *= _DECAY
+        self._costs *= _DECAY
         return self._floors[enough][0].item()  # the lowest where nothing is known: all are 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -47,21 +47,21 @@ class ImportanceMemory:
 
     >>> memory = ImportanceMemory(3, momentum=0.0)
     >>> _ = memory.update(torch.tensor([0, 2]), torch.tensor([0.5, 1.5]))
-    >>> memory.importance
+    >>> memory.importances
     tensor([0.5000,    nan, 1.5000])
     """
 
     def __init__(
         self, length: int, momentum: float = 0.2, cost: Tensor | None = None, tokens: Tensor | None = None
     ) -> None:
-        self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
+        self.importances = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
         self.momentum = momentum
         self.cost, self.tokens = cost, tokens
         self.spared: Tensor | None = None  # bool [examples]: not to be pruned
         self.known = 0
 
     def __len__(self) -> int:
-        return len(self.importance)
+        return len(self.importances)
 
     @torch.no_grad()
     def update(self, index: Tensor, importance: Tensor, batch: Tensor | None = None) -> Update:
@@ -81,31 +81,31 @@ class ImportanceMemory:
         index = once // batches
         before, after = torch.empty_like(measured), torch.empty_like(measured)
         for turn in _turns(index):
-            before[turn] = self.importance[index[turn]]
+            before[turn] = self.importances[index[turn]]
             unknown = before[turn].isnan()
             new = torch.where(unknown, measured[turn], measured[turn].lerp(before[turn], self.momentum))
             after[turn] = new.masked_fill_(~new.isfinite(), torch.nan)
-            self.importance[index[turn]] = new
+            self.importances[index[turn]] = new
             self.known += int(unknown.sum()) - int(new.isnan().sum())
         return Update(index, before, after, change, None if self.cost is None else self.cost[index])
 
     def per_cost(self, index: Tensor | slice) -> Tensor:
         """What the rates of some examples are proportional to, see [`rates.per_cost`]; not to be changed."""
-        return per_cost(self.importance[index], None if self.cost is None else self.cost[index])
+        return per_cost(self.importances[index], None if self.cost is None else self.cost[index])
 
     def unimportant(self, mass: float) -> Tensor:
         """See [`unimportant`]. Of losses that are sums it goes by the root mean square over their n tokens, q/√n.
 
         Else short texts would be left out, however hard they are, and nothing makes up for what is left out.
         """
-        importance = per_cost(self.importance, self.tokens)
+        importance = per_cost(self.importances, self.tokens)
         if self.spared is not None:
             importance = importance.masked_fill(self.spared, torch.nan)
         return unimportant(importance, mass)
 
     def increase(self, increment: float) -> None:
         """Add ε to every known importance: no example is forgotten (Salaün et al. 2023, the end of their epochs)."""
-        self.importance += increment
+        self.importances += increment
 
     def scale(self, which: Tensor, factor: float) -> None:
         """Multiply what is remembered of some examples; NaN makes them unknown.
@@ -114,8 +114,8 @@ class ImportanceMemory:
             which: bool `[examples]`.
             factor: ≥ 0 or NaN.
         """
-        self.importance[which] *= factor
-        self.known = int(self.importance.isfinite().sum())
+        self.importances[which] *= factor
+        self.known = int(self.importances.isfinite().sum())
 
     def chunks(self) -> Iterator[slice]:
         """Of all examples, so that going through them takes little memory."""
@@ -134,23 +134,23 @@ class ImportanceMemory:
         """
         total, squares, cost = 0.0, 0.0, 0.0
         for chunk in self.chunks():
-            known = self.importance[chunk].nan_to_num(nan=0.0).double()
+            known = self.importances[chunk].nan_to_num(nan=0.0).double()
             squares += known.square().sum().item()
             if self.cost is not None:
                 costs = self.cost[chunk].double()
                 known *= costs.sqrt()
-                cost += costs[self.importance[chunk].isfinite()].sum().item()
+                cost += costs[self.importances[chunk].isfinite()].sum().item()
             total += known.sum().item()
         return total**2 / ((self.known if self.cost is None else cost) * squares) if squares else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changed, as tensors and plain values."""
-        return {"importance": self.importance.clone()}
+        return {"importance": self.importances.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where [`state_dict`] was taken."""
-        self.importance.copy_(read_tensor(state, "importance", [len(self)], torch.float32))
-        self.known = int(self.importance.isfinite().sum())
+        self.importances.copy_(read_tensor(state, "importance", [len(self)], torch.float32))
+        self.known = int(self.importances.isfinite().sum())
 
 
 def _turns(index: Tensor) -> Iterator[Tensor]:

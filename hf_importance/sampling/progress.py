@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from hf_importance.state import read_number, read_tensor
 
-_MOST_ELEMENTS = 2**17
+_MAX_ELEMENTS = 2**17
 """Of the gradient that are looked at."""
-_MOST_TENSORS = 32
-_FORGET = 0.5
+_MAX_TENSORS = 32
+_DECAY = 0.5
 """Share of the evidence that is kept from measurement to measurement, an eighth of a pass."""
 
 
@@ -70,7 +70,7 @@ class EffectiveVisits:
     >>> progress = EffectiveVisits(steps=10, steps_per_epoch=5)
     >>> progress.measure(torch.tensor([0.5, 1.0, 0.0, 1.0]))
     >>> progress.advance()
-    >>> progress.value, progress.left()
+    >>> progress.value, progress.remaining_steps()
     (2.0, 4.0)
     """
 
@@ -104,12 +104,12 @@ class EffectiveVisits:
                 (numerator and denominator of the share of the signal). Where the last two are 0, gradients could not
                 be read, and the noise is taken to be as large as the signal.
         """
-        self._sums = _FORGET * self._sums + sums
+        self._sums = _DECAY * self._sums + sums
         ours, uniform, product, square = self._sums.tolist()
         if ours > 0 and uniform > 0:
             self.gain = gain(ours / uniform, min(1.0, max(0.0, product / square)) if square > 0 else 0.5)
 
-    def left(self) -> float:
+    def remaining_steps(self) -> float:
         """Steps still to be made, as it looks now."""
         return max(0.0, self.steps - self.value) / self.gain
 
@@ -189,7 +189,7 @@ def _choose(parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, int]]:
     """Those whose rows are looked at, and every how many: matrices, or whatever there is if there are none."""
     usable = [p for p in parameters if p.grad is not None and not p.grad.is_sparse and _local(p.grad).numel()]
     matrices = [p for p in usable if p.dim() > 1] or [p for p in usable if p.dim() > 0]
-    step = -(-len(matrices) // _MOST_TENSORS) if matrices else 1
+    step = -(-len(matrices) // _MAX_TENSORS) if matrices else 1
     chosen = matrices[::-1][::step]
-    each = _MOST_ELEMENTS // max(1, len(chosen))
+    each = _MAX_ELEMENTS // max(1, len(chosen))
     return [(p, max(1, -(-_local(p.grad).numel() // each))) for p in chosen]

@@ -120,10 +120,10 @@ def second_moments(
     >>> second_moments(q, 2.0, q, r, torch.tensor([0.0, 1.0])).sum(0)
     tensor([16., 20.], dtype=torch.float64)
     """
-    told = remembered.isfinite() & measured.isfinite()
+    informative = remembered.isfinite() & measured.isfinite()
     with_floors = unnormalised_rates(remembered.double()[:, None], mean, fractions.double(), max_rate)
     terms = (measured.double().square() / rate.double())[:, None] / with_floors
-    return terms.where(told[:, None], 0.0).nan_to_num(nan=0.0)  # 0 / 0: neither important nor drawn
+    return terms.where(informative[:, None], 0.0).nan_to_num(nan=0.0)  # 0 / 0: neither important nor drawn
 
 
 @torch.no_grad()
@@ -157,10 +157,10 @@ def expected_costs(
     tensor([[0.5000, 1.0000],
             [1.5000, 1.0000]], dtype=torch.float64)
     """
-    told = remembered.isfinite() & measured.isfinite()
+    informative = remembered.isfinite() & measured.isfinite()
     with_floors = unnormalised_rates(remembered.double()[:, None], mean, fractions.double(), max_rate)
     terms = (cost.double() / rate.double())[:, None] * with_floors
-    return terms.where(told[:, None], 0.0)
+    return terms.where(informative[:, None], 0.0)
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importa
 from hf_importance.sampling.rates import per_cost, unnormalised_rates
 from hf_importance.state import read_number, read_tensor
 
-_MOST_CANDIDATES = 2**16
+_MAX_CANDIDATES = 2**16
 """At a time: bounds the memory where one rate is far above the others."""
 _COUNTERS = ("passes", "visits", "mean", "total", "largest")
 
@@ -69,7 +69,7 @@ class IndependentVisits:
         if self.begins_pass:
             self._begin_pass()
         largest = self._largest / (self._total / self._drawable)
-        candidates = min(_MOST_CANDIDATES, math.ceil(size * largest))
+        candidates = min(_MAX_CANDIDATES, math.ceil(size * largest))
         index = torch.randint(self._drawable, (candidates,), generator=self._rng)
         index = index if self._kept is None else self._kept[index]
         rate = self.rates(index)
@@ -83,7 +83,7 @@ class IndependentVisits:
         rate = self._unnormalised(self.memory.per_cost(index)).double() / (self._total / self._drawable)
         return rate if self.pruned is None else rate.masked_fill_(self.pruned[index], 0.0)
 
-    def learn(self, update: Update, measured: Tensor, rate: Tensor) -> None:
+    def observe(self, update: Update, measured: Tensor, rate: Tensor) -> None:
         """The memory has changed."""
         before, after = (self._unnormalised(per_cost(q, update.cost)).double() for q in (update.before, update.after))
         change = (

@@ -23,7 +23,7 @@ from hf_importance.sampling.segments import SegmentedVisits
 from hf_importance.sampling.suspects import SuspectWeights
 from hf_importance.state import read_number, read_tensor
 
-_MOST_WAITING = 64
+_MAX_WAITING = 64
 """Batches that wait to be remembered, all at once, which costs hardly more than one."""
 _SUMS = ("visits", "weight", "weight_square", "inverse_rate", "importance", "uniform", "ours", "cost")
 
@@ -112,7 +112,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield again.popleft() if again else self._draw(min(self.batch_size, self.visits_per_epoch - start))
 
-    def use(self, draw: Draw) -> None:
+    def mark_used(self, draw: Draw) -> None:
         """The training step takes this draw."""
         self._outstanding.pop(draw.number, None)
 
@@ -158,7 +158,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         if not self.visits.planned:  # the memory is read
             self.flush()
             if self.visits.begins_pass and self.visits.passes and self._record is not None:
-                self._record.keep_distribution(self._memory.importance)
+                self._record.keep_distribution(self._memory.importances)
             if self._suspects is not None:
                 self._suspects.recheck(self._record, self._memory)
         return self.visits.next(most)
@@ -177,7 +177,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """
         self._measured.append(_Measured(draw, rows, arrived))
         self._lags = arrived is not None
-        if len(self._measured) >= _MOST_WAITING:
+        if len(self._measured) >= _MAX_WAITING:
             self.flush()
 
     def flush(self, everything: bool = False) -> None:
@@ -203,18 +203,18 @@ class ImportanceBatchSampler(Sampler[Draw]):
             importance = (importance * self._suspects.of(index)).float()  # s may be another by now
         batch = torch.arange(len(draws)).repeat_interleave(torch.tensor([len(draw.index) for draw in draws]))
         update = self._memory.update(index, importance, batch)
-        self.visits.learn(update, importance, rate)
+        self.visits.observe(update, importance, rate)
         cost = torch.ones_like(rate) if self._memory.cost is None else self._memory.cost[index].double()
-        self._sum_up(drawn, rate, weight, cost)
+        self._accumulate_moments(drawn, rate, weight, cost)
         if self._record is not None and len(rows) > 1:
             self._record.update(index, rows[1:])
 
-    def _sum_up(self, importance: Tensor, rate: Tensor, weight: Tensor, cost: Tensor) -> None:
+    def _accumulate_moments(self, importance: Tensor, rate: Tensor, weight: Tensor, cost: Tensor) -> None:
         """The sums that [`take_moments`] gives; of visits one after the other, so that they are the same to the bit."""
         squares = importance.square()
-        told = [1 / rate, importance / rate, squares / rate, weight.square() * squares]
-        told = [term.where(importance.isfinite(), 0.0) for term in told]
-        terms = torch.stack([torch.ones_like(rate), weight, weight.square(), *told, cost], 1)
+        informative_terms = [1 / rate, importance / rate, squares / rate, weight.square() * squares]
+        informative_terms = [term.where(importance.isfinite(), 0.0) for term in informative_terms]
+        terms = torch.stack([torch.ones_like(rate), weight, weight.square(), *informative_terms, cost], 1)
         self._moments = torch.cat([self._moments[None], terms]).cumsum(0)[-1]
 
     @property
@@ -228,10 +228,10 @@ class ImportanceBatchSampler(Sampler[Draw]):
         return dict(zip(_SUMS, self._moments.tolist(), strict=True))
 
     @property
-    def importance(self) -> Tensor:
+    def importances(self) -> Tensor:
         """float32 `[examples of the shard]`, NaN where unknown."""
         self.flush()
-        return self._memory.importance
+        return self._memory.importances
 
     @property
     def memory(self) -> ImportanceMemory:
@@ -279,7 +279,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
             "moments": self._moments.clone(),
         }
 
-    def goes_on_from(self, state: Mapping[str, Any]) -> bool:
+    def matches(self, state: Mapping[str, Any]) -> bool:
         """Whether [`state_dict`] was taken of a sampler of the same examples in batches of the same size."""
         theirs, mine = state["shard"], self.shard.index
         same = theirs is mine if theirs is None or mine is None else torch.equal(theirs, mine)
@@ -291,7 +291,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Go on exactly where [`state_dict`] was taken.
 
         Args:
-            state: one that [`goes_on_from`] accepts.
+            state: one that [`matches`] accepts.
             skip: batches that whoever iterates throws away first, to come to the place in the epoch. They are empty.
         """
         self._memory.load_state_dict(state["memory"])

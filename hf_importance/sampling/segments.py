@@ -97,7 +97,7 @@ class SegmentedVisits:
         rate, self._rate = self._rate[:size], self._rate[size:]
         return index.long(), rate
 
-    def learn(self, update: Update, measured: Tensor, rate: Tensor) -> None:
+    def observe(self, update: Update, measured: Tensor, rate: Tensor) -> None:
         """What visits have shown: the change of the memory; `[visits]` each, what was measured and the rates drawn."""
         cost = None if update.cost is None else update.cost[update.change]
         before = per_cost(update.before[update.change], cost)
@@ -107,7 +107,7 @@ class SegmentedVisits:
         start = torch.tensor([[self._fresh_sum, self._fresh_count]], dtype=torch.float64)
         self._fresh_sum, self._fresh_count = torch.cat([start, sums]).cumsum(0)[-1].tolist()
         if self._guard is not None:
-            self._guard.learn(before, self._mean, measured, rate, _LARGEST_RATE, cost)
+            self._guard.observe(before, self._mean, measured, rate, _LARGEST_RATE, cost)
 
     # ---- planning: O(examples), once per segment ---------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class SegmentedVisits:
             if self._credit is None:
                 self._credit = self._credits_after(start)
                 self._order = None
-            self._index, self._rate = self._spend(end - start, total)
+            self._index, self._rate = self._plan_visits(end - start, total)
         self._segment = (self._segment + 1) % self._segments
 
     def _bounds(self, segment: int) -> tuple[int, int]:
@@ -169,7 +169,7 @@ class SegmentedVisits:
             least, largest = min(least, rate.min().item()), max(largest, rate.max().item())
         return total, least, largest
 
-    def _spend(self, visits: int, total: float) -> tuple[Tensor, Tensor]:
+    def _plan_visits(self, visits: int, total: float) -> tuple[Tensor, Tensor]:
         """Add to the credits what so many visits are worth; the visits that come of it, in their order."""
         drawable = len(self.memory) - (0 if self.pruned is None else int(self.pruned.sum()))
         indices, rates, times = [], [], []
