@@ -21,8 +21,8 @@ from hf_importance.state import read_number, read_tensor
 _FORMAT = 7
 _FILES = "importance_*.pt"
 _ADVICE = (
-    "Resume from another checkpoint, or remove its importance_*.pt to go on with the model as it is and importances "
-    "that are unknown."
+    "Resume from another checkpoint, or delete its importance_*.pt files to continue with the saved model and unknown "
+    "importances."
 )
 _TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
 
@@ -52,11 +52,11 @@ def load_states(checkpoint: str | Path) -> list[dict[str, Any]]:
         return []
     ranks = re.search(r"_of_(\d{5})$", paths[0].stem)
     if ranks is None:
-        raise _unreadable(paths[0], ValueError("its name is not one of ours"))
+        raise _unreadable(paths[0], ValueError("its name must be importance_<rank>_of_<ranks>.pt"))
     names = [_name(rank, int(ranks[1])) for rank in range(int(ranks[1]))]
     for path in paths:
         if path.name not in names:
-            raise _unreadable(path, ValueError(f"it does not belong to {paths[0].name}"))
+            raise _unreadable(path, ValueError(f"it does not belong with {paths[0].name}"))
     return [_load(Path(checkpoint) / name, rank, len(names)) for rank, name in enumerate(names)]
 
 
@@ -88,7 +88,7 @@ def resume(
     unknown = torch.full((length,), torch.nan)
     if not states:
         sampler.restart(unknown, 0, skip)
-        return "has no importances: they start unknown."
+        return "contains no importances: they start unknown."
     before, samplers = states[0], [state["sampler"] for state in states]
     changed = [
         f"{name}={before['settings'][name]!r} (now {settings[name]!r})"
@@ -98,18 +98,18 @@ def resume(
     keeps = False
     if samplers[0]["length"] != length:
         dropped = (
-            f"has the importances of {samplers[0]['length']} training examples, but there are {length}, so that it is "
-            "not known which is which: importances start unknown."
+            f"has the importances of {samplers[0]['length']} training examples, but train_dataset now has {length}: "
+            "importances start unknown."
         )
     elif other := differences(before["data"], data):
-        dropped = f"was written with other training data ({other}): importances start unknown."
+        dropped = f"was written with different training data ({other}): importances start unknown."
     elif before["settings"].get("metric") != settings.get("metric"):
-        dropped = f"was written with {' and '.join(changed)}, another measure: importances start unknown."
+        dropped = f"was written with {' and '.join(changed)}, a different metric: importances start unknown."
     elif changed:
         keeps = True
         dropped = (
-            f"was written with {' and '.join(changed)}: the importances are kept, and from here on the new settings "
-            "hold, in a new order of the examples."
+            f"was written with {' and '.join(changed)}: importances are kept, and training continues with the "
+            "new settings and a new order of the examples."
         )
     elif len(states) == sampler.shard.ranks and sampler.matches(samplers[rank]):
         sampler.load_state_dict(samplers[rank], skip)
@@ -117,8 +117,8 @@ def resume(
     else:
         keeps = True
         dropped = (
-            "was written with another number of processes, batch size or kind of sampling: the "
-            "importances are kept, the order of the examples is a new one."
+            "was written with a different number of processes, batch size or sampling method: importances are kept, "
+            "but the examples are in a new order."
         )
     if keeps:
         importance, record = _join(samplers, length)
@@ -165,12 +165,12 @@ def _load(path: Path, rank: int, ranks: int) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != _FORMAT:
-            raise ValueError(f"its format is {state['format']!r}, wanted is {_FORMAT}")
+            raise ValueError(f"its format must be {_FORMAT}, but is {state['format']!r}")
         if (state["rank"], state["ranks"]) != (rank, ranks):
-            raise ValueError(f"it is that of process {state['rank']} of {state['ranks']}, under another name")
+            raise ValueError(f"it was written by process {state['rank']} of {state['ranks']}")
         for name in ("sampler", "settings", "data", "objective", "reported"):
             if not isinstance(state[name], dict):
-                raise ValueError(f"{name} is a {type(state[name]).__name__}")
+                raise ValueError(f"{name} must be a dict, but is a {type(state[name]).__name__}")
     except Exception as error:  # of a damaged file there is hardly one that does not come
         raise _unreadable(path, error) from error
     return state

@@ -24,14 +24,14 @@ else:
     Budget = str  # a flag has one type; numbers are made of it below
 
 _REMOVED = {
-    "max_rate": "no example is visited much more often than 64 times the average",
-    "prune_until": "training ends when enough was learnt (budget='auto')",
-    "uniform_below": "training ends when enough was learnt (budget='auto')",
-    "revisit_pruned": "what is pruned is looked at again after each pass",
-    "guard": "there is one with sampling='reshuffled', and none with 'replacement'",
-    "report_examples_to_hub": "it is an argument of ImportanceTrainer, and never loaded from a file",
+    "max_rate": "rates are now capped at 64 times the average",
+    "prune_until": "training now ends by itself (budget='auto')",
+    "uniform_below": "training now ends by itself (budget='auto')",
+    "revisit_pruned": "pruned examples are now reconsidered after each pass",
+    "guard": "it is now always on with sampling='reshuffled' and off with 'replacement'",
+    "report_examples_to_hub": "pass it to ImportanceTrainer instead",
 }
-"""Settings of version 0.1 that are no more, and what took their place."""
+"""Settings of version 0.1 that were removed, and what replaces them."""
 
 
 def _setting(default: object, text: str) -> Any:
@@ -133,15 +133,19 @@ class ImportanceConfig:
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} must be JSON, but cannot be read ({error}).") from error
+            raise ValueError(f"{path} must be valid JSON, but could not be parsed ({error}).") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"{path} must hold an object with settings, but holds {type(settings).__name__}.")
+            raise ValueError(
+                f"{path} must contain a JSON object of settings, but contains a {type(settings).__name__}."
+            )
         for name in sorted(_REMOVED.keys() & settings):
-            logger.warning(f"{path}: {name}={settings.pop(name)!r} of hf_importance 0.1 is no more: {_REMOVED[name]}.")
+            logger.warning(
+                f"{path}: the setting {name}={settings.pop(name)!r} was removed in hf_importance 0.2: {_REMOVED[name]}."
+            )
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(settings) - known):
             raise ValueError(
-                f"{path} has settings that ImportanceConfig does not know: {unknown}. Known: {sorted(known)}."
+                f"{path} has unknown settings {unknown}: remove them. ImportanceConfig has {sorted(known)}."
             )
         return cls(**settings)
 
@@ -183,13 +187,13 @@ class ImportanceConfig:
             self._check_range("budget", "'auto' or a number above 0 and finite", lambda x: 0 < x < math.inf)
 
     def _check_suspects(self) -> None:
-        told = f"ImportanceConfig.suspect_weight={self.suspect_weight!r}, below 1, needs"
+        start = f"ImportanceConfig.suspect_weight={self.suspect_weight!r} is below 1, which requires"
         if not self.record:
-            raise ValueError(f"{told} record=True: suspects are found by what is recorded.")
+            raise ValueError(f"{start} record=True: suspects are found from the recorded visits.")
         if self.sampling != "reshuffled":
-            raise ValueError(f"{told} sampling='reshuffled', but sampling is {self.sampling!r}.")
+            raise ValueError(f"{start} sampling='reshuffled', but sampling is {self.sampling!r}.")
         if not self.suspect_weight and not self.uniform_fraction:
-            raise ValueError(f"{told} uniform_fraction above 0: else what was left out would never be looked at again.")
+            raise ValueError(f"{start} uniform_fraction above 0: otherwise suspects would never be visited again.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

@@ -97,8 +97,8 @@ def refuse_texts_as_labels(example: Any, error: Exception | None = None) -> None
         label = label[0] if isinstance(label, (list, tuple)) and label else label
         if isinstance(label, str):
             raise ValueError(
-                f"The label in {name!r} is a text, {label!r}, but must be a number: number the classes, as "
-                f"dataset.class_encode_column({name!r}) does."
+                f"Labels must be numbers, but the column {name!r} has the string {label!r}: encode the classes as "
+                f"numbers, for example with dataset.class_encode_column({name!r})."
             ) from error
 
 

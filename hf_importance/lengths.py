@@ -76,11 +76,11 @@ def refuse_unknown_lengths(dataset: Any, column: str, tokens: str) -> None:
     if length_name(dataset, column, tokens) is None:
         with isolated_randomness(owners=(dataset,)):
             first = dataset[0]
-        found = f"the columns {list(first)}" if isinstance(first, Mapping) else f"a {type(first).__name__}"
+        found = f"has the columns {list(first)}" if isinstance(first, Mapping) else f"is a {type(first).__name__}"
         raise ValueError(
-            f"train_sampling_strategy='group_by_length' needs the length of each example: a column {column!r} "
-            f"(length_column_name), or {tokens!r}, but the first example has {found}. Add such a column, as by "
-            f"dataset.map(lambda row: {{{column!r}: len(row['text'])}}), or leave train_sampling_strategy out."
+            f"train_sampling_strategy='group_by_length' requires the length of each example, in a column {column!r} "
+            f"(length_column_name) or as the length of {tokens!r}, but the first example {found}. Add such a column, "
+            f"for example with dataset.map(lambda row: {{{column!r}: len(row['text'])}}), or remove the argument."
         )
 
 

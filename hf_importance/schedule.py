@@ -20,7 +20,7 @@ _FORECAST_AFTER = 0.2
 """Of the training, as soon as which it is said when it will end."""
 _NO_GAIN_ABOVE = 0.95
 """A least variance ratio above it leaves nothing to gain."""
-ALL_STEPS = "Pass ImportanceConfig(budget=1.0): then all epochs or steps are made, with any schedule."
+ALL_STEPS = "Pass ImportanceConfig(budget=1.0) to run all epochs or steps with any schedule."
 
 
 class EffectiveEpochs(TrainerCallback):
@@ -61,8 +61,8 @@ class EffectiveEpochs(TrainerCallback):
         """
         if self.progress is None:
             raise ValueError(
-                "With budget='auto' the learning rate follows what was learnt, but create_scheduler() was overridden "
-                f"and made a schedule that does not: return super().create_scheduler(...) there. {ALL_STEPS}"
+                "With budget='auto' the learning rate follows the effective epochs, but the schedule of the overridden "
+                f"create_scheduler() does not: return super().create_scheduler(...) from it. {ALL_STEPS}"
             )
         self._already_finished = self.progress.finished
         if self._already_finished:
@@ -123,15 +123,15 @@ class EffectiveEpochs(TrainerCallback):
         least = self._sampler.memory.least_variance_ratio()
         if least > _NO_GAIN_ABOVE:
             return (
-                f"Importance sampling has little to gain here so far (step {step:,}): importances are alike, and the "
-                f"gradient estimate is at best {least:.2f} of that of uniform sampling"
-                f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless they differ more as the "
-                f"model learns, training will take about all of its {steps:,} steps."
+                f"Importance sampling has little to gain here so far (step {step:,}): importances are similar, and the "
+                f"variance ratio to uniform sampling is at best {least:.2f}"
+                f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless importances diverge as the "
+                f"model learns, training will take nearly all of its {steps:,} steps."
             )
         end = min(steps, round(step + self.progress.remaining_steps()))
         return (
-            f"Importance sampling: as it looks now (step {step:,}), training will end after about {end:,} of {steps:,} "
-            "steps; sooner if importances differ more as the model learns."
+            f"Importance sampling: at step {step:,}, training is expected to end after about {end:,} of {steps:,} "
+            "steps, or sooner if importances diverge as the model learns."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,8 +195,8 @@ def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:
     """
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
-            f"With budget='auto' the learning rate follows what was learnt, which the schedule "
-            f"{type(scheduler).__name__} cannot. {ALL_STEPS}"
+            f"With budget='auto' the learning rate follows the effective epochs, which the schedule "
+            f"{type(scheduler).__name__} does not support. {ALL_STEPS}"
         )
     scheduler.lr_lambdas = [_following(schedule, epochs) for schedule in scheduler.lr_lambdas]
 

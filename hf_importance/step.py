@@ -25,8 +25,9 @@ class StepDraws:
     def __init__(self, batches: list[MutableMapping[str, Any]]) -> None:
         if not all(DRAW_KEY in batch for batch in batches):
             raise ValueError(
-                "The batch carries no draw: training data must come from get_train_dataloader() of "
-                "ImportanceTrainer; to change the data, wrap the data set or the collator instead."
+                "The batch does not carry its draw: training batches must come from "
+                "ImportanceTrainer.get_train_dataloader(). To change the data, wrap the dataset or the collator "
+                "instead."
             )
         self._drawn = [(batch, batch.pop(DRAW_KEY)) for batch in batches]
         self._measured: set[int] = set()  # numbers of draws
@@ -43,7 +44,10 @@ class StepDraws:
             ValueError: if no step is made.
         """
         if not self._drawn:
-            raise ValueError("training_step is for train(): outside of it no batch has a draw. Use compute_loss.")
+            raise ValueError(
+                "training_step() must be called inside train(), where batches carry draws. Use compute_loss() "
+                "elsewhere."
+            )
         for batch, draw in self._drawn:
             if batch is inputs or any(batch.get(name) is value for name, value in _tensors(inputs)):
                 return draw

@@ -24,25 +24,25 @@ from hf_importance.schedule import ALL_STEPS
 _PRIVATE_HOOKS = ("_inner_training_loop", "_save_rng_state", "_load_optimizer_and_scheduler", "_finish_current_push")
 _LARGEST_SEED = 2**63 - 1
 _BY_RESULTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-_LOSS_FUNCTION = "pass per_example_loss_func=f with f(outputs, labels) -> Tensor[batch], and take the override out"
+_LOSS_FUNCTION = "pass per_example_loss_func=f with f(outputs, labels) -> Tensor[batch], and remove the override"
 _HOOKS = {
-    "compute_loss": "To add to the loss, begin with loss, outputs = super().compute_loss(model, inputs, True, ...). "
-    f"For a loss of your own (class weights, distillation) {_LOSS_FUNCTION}.",
-    "training_step": f"Call it there. For a loss of your own {_LOSS_FUNCTION}.",
-    "_get_train_sampler": "It decides which examples are drawn, which importance sampling does itself: take it out, or "
-    "use Trainer. Rare classes are drawn more by themselves, if they are hard; their share in the loss is for "
+    "compute_loss": "To add a term to the loss, start from loss, outputs = super().compute_loss(model, inputs, True, "
+    f"...). For your own loss (class weights, distillation), {_LOSS_FUNCTION}.",
+    "training_step": f"Call it in the override. For your own loss, {_LOSS_FUNCTION}.",
+    "_get_train_sampler": "It decides which examples are drawn, which is what importance sampling does: remove it, or "
+    "use Trainer. Rare classes that are hard are drawn more often anyway; to weight them in the loss, use "
     "per_example_loss_func.",
-    "get_train_dataloader": "Change the data set or the collator instead, or use Trainer.",
-    "get_batch_samples": "Call it there, and change what it returns.",
-    "_inner_training_loop": "Call it there.",
-    "_save_rng_state": "Call it there, or checkpoints lose the importances.",
-    "_load_optimizer_and_scheduler": "Call it there, or resuming loses the importances.",
+    "get_train_dataloader": "Change the dataset or the collator instead, or use Trainer.",
+    "get_batch_samples": "Call it in the override, and modify what it returns.",
+    "_inner_training_loop": "Call it in the override.",
+    "_save_rng_state": "Call it in the override, or checkpoints lose the importances.",
+    "_load_optimizer_and_scheduler": "Call it in the override, or resuming loses the importances.",
 }
 """What importance sampling lives in, and what to do where a class overrides it without calling it."""
 _STRATEGIES = {
-    "sequential": "examples that are drawn by importance have no order to be kept. Leave it out",
-    "batch_rebalance": "it makes batches of different numbers of examples and deals them out to the processes, while "
-    "each process draws batches of one size from a part of the data of its own. Take 'group_by_length'",
+    "sequential": "importance sampling draws examples in an order of its own. Remove the argument",
+    "batch_rebalance": "it distributes batches of different sizes among the processes, while here each process draws "
+    "batches of one size from its own part of the data. Use 'group_by_length'",
 }
 
 
@@ -101,8 +101,8 @@ def refuse_training(trainer: Any, schedule: LRScheduler | None) -> None:
     args = trainer.args
     if trainer.compute_loss_func is not None:
         raise ValueError(
-            "compute_loss_func returns one number for the batch, which cannot be weighted per example: pass "
-            "per_example_loss_func=f with f(outputs, labels) -> Tensor[batch] instead."
+            "compute_loss_func must be None, because it returns one loss per batch, which cannot be weighted per "
+            "example: pass per_example_loss_func=f with f(outputs, labels) -> Tensor[batch] instead."
         )
     if args.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError(
@@ -111,15 +111,16 @@ def refuse_training(trainer: Any, schedule: LRScheduler | None) -> None:
         )
     if max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
         raise ValueError(
-            "parallelism_config has tensor, context or sequence parallelism, in which several processes share a "
-            "batch: ImportanceTrainer only supports data parallelism (DDP, FSDP, ZeRO)."
+            "parallelism_config must not have tensor, context or sequence parallelism, where several processes share "
+            "a batch: ImportanceTrainer only supports data parallelism (DDP, FSDP, ZeRO)."
         )
     if args.accelerator_config.dispatch_batches:
-        raise ValueError("accelerator_config.dispatch_batches must not be True: only whole batches carry their draw.")
+        raise ValueError("accelerator_config.dispatch_batches must not be True: a batch that is split loses its draw.")
     if trainer.label_smoother is not None and type(trainer.label_smoother) is not LabelSmoother:
         raise ValueError(
-            f"label_smoother must be that of label_smoothing_factor, but is {type(trainer.label_smoother).__name__}, "
-            "of which losses per example are not known: pass per_example_loss_func instead."
+            "label_smoother must be the one of label_smoothing_factor, but is "
+            f"{type(trainer.label_smoother).__name__}, whose per-example losses are unknown: pass "
+            "per_example_loss_func instead."
         )
     _refuse_data(trainer.train_dataset, args.world_size)
     if args.train_sampling_strategy == "group_by_length":
@@ -138,10 +139,10 @@ def _refuse_data(data: Any, ranks: int) -> None:
     if stream or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise ValueError(
             f"train_dataset must have a length and be indexed by position, but {type(data).__name__} is a stream, "
-            "and importance sampling comes back to examples: load it without streaming, or use Trainer."
+            "and importance sampling revisits examples: load it without streaming, or use Trainer."
         )
     if len(data) < ranks:
-        raise ValueError(f"train_dataset must have an example for each of {ranks} processes, but has {len(data)}.")
+        raise ValueError(f"train_dataset must have at least one example per process ({ranks}), but has {len(data)}.")
 
 
 def _schedule_of_deepspeed(trainer: Any) -> str | None:
@@ -167,13 +168,14 @@ def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deep
     if args.lr_scheduler_type in _BY_RESULTS:
         found = f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}"
     elif scheduler is not None:
-        found = f"the schedule {type(scheduler).__name__} in optimizers"
+        found = f"the schedule {type(scheduler).__name__} passed in optimizers"
     elif deepspeed is not None:
-        found = f"the 'scheduler' in the configuration of DeepSpeed ({deepspeed})"
+        found = f"the 'scheduler' in the DeepSpeed config ({deepspeed})"
     if found is not None:
         raise ValueError(
-            f"With budget='auto' the learning rate follows what was learnt, which {found} cannot. {ALL_STEPS} Or use "
-            f"a schedule by steps, as lr_scheduler_type='linear'{'' if deepspeed is None else ', and take it out'}."
+            f"With budget='auto' the learning rate follows the effective epochs, which {found} does not support. "
+            f"{ALL_STEPS} Or use a schedule over steps, such as lr_scheduler_type='linear'"
+            f"{'' if deepspeed is None else ', and remove the one in the DeepSpeed config'}."
         )
 
 
@@ -200,15 +202,15 @@ def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
             counts = is_before or name == "_get_train_sampler"
             if counts and name in vars(owner) and _never_calls_super(owner, name, [other for other, _ in theirs]):
                 raise ValueError(
-                    f"{owner.__name__}.{name} does not call super().{name}(), in which importance sampling lives. "
+                    f"{owner.__name__}.{name} does not call super().{name}(), which importance sampling relies on. "
                     f"{way_out}"
                 )
         if not is_before and "compute_loss" in vars(owner) and not has_loss_function:
             raise ValueError(
-                f"{owner.__name__}.compute_loss comes after {mixin.__name__} among the bases of {cls.__name__}, so "
-                f"that training would never call it. If it calls super().compute_loss(), name {owner.__name__} first: "
-                f"class {cls.__name__}({owner.__name__}, ImportanceTrainer). If it computes a loss of its own, pass "
-                "per_example_loss_func=f with f(outputs, labels) -> Tensor[batch], which then takes its place."
+                f"{owner.__name__}.compute_loss comes after {mixin.__name__} in the bases of {cls.__name__}, so "
+                f"training would never call it. If it calls super().compute_loss(), put {owner.__name__} first: class "
+                f"{cls.__name__}({owner.__name__}, ImportanceTrainer). If it computes its own loss, pass "
+                "per_example_loss_func=f with f(outputs, labels) -> Tensor[batch], which replaces it."
             )
 
 
@@ -245,9 +247,9 @@ def unmeasured(cls: type, mixin: type) -> ValueError:
         f"{owner.__name__}.{name}" for owner, _ in _user_classes(cls, mixin) for name in hooks if name in vars(owner)
     ]
     return ValueError(
-        f"No importance was measured in this step, so that examples cannot be drawn by it: "
-        f"{' or '.join(found) or 'a method of the trainer that was replaced'} does not come to the method of "
-        f"ImportanceTrainer. Call super() there in every step. For a loss of your own {_LOSS_FUNCTION}."
+        f"No importance was measured in this step: "
+        f"{' or '.join(found) or 'a replaced method of the trainer'} does not reach the method of ImportanceTrainer. "
+        f"Call super() in it in every step. For your own loss, {_LOSS_FUNCTION}."
     )
 
 
@@ -313,19 +315,19 @@ def refuse_loader(loader: Any, cls: type, batch_size: int, drop_last: bool, leng
         or getattr(type(batches), "__iter__", None) is not BatchSampler.__iter__
         or not usual
     ):
-        found = f"draws by {type(sampler or batches).__name__}"
+        found = f"uses the sampler {type(sampler or batches).__name__}"
     elif len(sampler) != length or len(loader.dataset) != length:
-        found = f"draws {len(sampler)} of {len(loader.dataset)} examples, where train_dataset has {length}"
+        found = f"draws {len(sampler)} of {len(loader.dataset)} examples, while train_dataset has {length}"
     elif (batches.batch_size, batches.drop_last) != (batch_size, drop_last):
-        found = f"has batches of {batches.batch_size} (drop_last={batches.drop_last}), not those of TrainingArguments"
+        found = f"has batches of {batches.batch_size} (drop_last={batches.drop_last}), unlike TrainingArguments"
     elif type(loader).__iter__.__module__.split(".")[0] not in ("torch", "accelerate"):
-        found = f"iterates by {type(loader).__name__}.__iter__"
+        found = f"iterates with {type(loader).__name__}.__iter__"
     else:
         return
     hooks = ("_get_train_sampler", "get_train_dataloader")
     theirs = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("transformers", "hf_importance")]
     owners = [f"{owner.__name__}.{hook}" for owner in theirs for hook in hooks if hook in vars(owner)]
     raise ValueError(
-        f"{' or '.join(owners) or 'The loader of the training data'} {found}, which importance sampling would replace: "
-        "change the data set, the collator or TrainingArguments instead, or use Trainer."
+        f"{' or '.join(owners) or 'The training dataloader'} {found}, which importance sampling would replace: "
+        "change the dataset, the collator or TrainingArguments instead, or use Trainer."
     )

@@ -172,8 +172,8 @@ class ImportanceTrainerMixin(ReportMixin):
         """What [`TrainingWatch`] gives to callbacks; from here on the training loop has its own."""
         if self._sampler is None:
             raise ValueError(
-                "The training loop has a loader that was not made for it by get_train_dataloader() of "
-                "ImportanceTrainer: it must be asked for anew in each training, by super().get_train_dataloader()."
+                "The training loop uses a dataloader that ImportanceTrainer.get_train_dataloader() did not create for "
+                "this call of train(): an override must call super().get_train_dataloader() every time."
             )
         self._loop_wants_loader, self._loop_loader = False, None
         return PreviewLoader(self._base_loader(), partial(self._new_sampler, records=False), self.args.device)
@@ -252,8 +252,8 @@ class ImportanceTrainerMixin(ReportMixin):
         )
         if not len(sampler):
             raise ValueError(
-                f"dataloader_drop_last leaves no batch: a process has {sampler.visits_per_epoch} visits per epoch, and "
-                f"batches of {sampler.batch_size}. Make the batch smaller, or leave dataloader_drop_last out."
+                f"dataloader_drop_last=True leaves no batch: a process has {sampler.visits_per_epoch} visits per "
+                f"epoch, fewer than the batch size {sampler.batch_size}. Reduce the batch size, or set it to False."
             )
         return sampler
 
@@ -415,9 +415,9 @@ class ImportanceTrainerMixin(ReportMixin):
         if not names and (self.per_example_loss_func is None or self.label_names):
             refuse_texts_as_labels(self.train_dataset[0])
             raise ValueError(
-                f"The batch has no {self.label_names or ['labels']}, only {list(inputs)}: name the label column so, "
-                "set label_names in TrainingArguments, and leave labels in the batch where you override something. For "
-                "a model that learns without labels pass per_example_loss_func=f with f(outputs, inputs) -> "
+                f"The batch must have {self.label_names or ['labels']}, but only has {list(inputs)}: rename the label "
+                "column or set label_names in TrainingArguments, and keep the labels in the batch in overrides. For a "
+                "model that is trained without labels, pass per_example_loss_func=f with f(outputs, inputs) -> "
                 "Tensor[batch]."
             )
         labels = {name: inputs.pop(name) for name in names}
@@ -438,7 +438,7 @@ class ImportanceTrainerMixin(ReportMixin):
             ValueError: if there is no training data.
         """
         if self.train_dataset is None:
-            raise ValueError("There are importances of train_dataset only: pass it to ImportanceTrainer.")
+            raise ValueError("importances requires train_dataset, but it is None: pass it to ImportanceTrainer.")
         if self._sampler is None:
             return torch.full((len(self.train_dataset),), torch.nan)
         return self._columns.importances
@@ -466,7 +466,9 @@ class ImportanceTrainerMixin(ReportMixin):
             ValueError: before training, and with `record=False`.
         """
         if self._reported is None or not self._reported.has_record:
-            raise ValueError("suspects come of train() with ImportanceConfig(record=True): no visits were recorded.")
+            raise ValueError(
+                "suspects requires train() with ImportanceConfig(record=True), but no visits were recorded."
+            )
         return suspects(self._reported.columns()).nonzero().flatten()
 
     def _training(self) -> Training | None:
@@ -570,7 +572,7 @@ class ImportanceTrainerMixin(ReportMixin):
             return str(newest)
         if get_last_checkpoint(self.args.output_dir) is None:
             return True  # there is none at all: `Trainer` says so
-        logger.warning(f"No checkpoint in {self.args.output_dir} was written to its end: training starts anew.")
+        logger.warning(f"{self.args.output_dir} has no complete checkpoint: training starts from scratch.")
         return False
 
 

@@ -362,8 +362,8 @@ def test_counting_takes_no_random_numbers(tmp_path):
 @pytest.mark.parametrize("strategy", ["sequential", "batch_rebalance"])
 def test_other_orders_are_refused_with_the_reason(tmp_path, strategy):
     reason = {
-        "sequential": "have no order to be kept",
-        "batch_rebalance": "batches of different numbers.*group_by_length",
+        "sequential": "in an order of its own",
+        "batch_rebalance": "batches of different sizes.*group_by_length",
     }
     with pytest.raises(ValueError, match=f"train_sampling_strategy must be .*{strategy}.*{reason[strategy]}.*or use"):
         trainer_of(tmp_path, rows_of(), train_sampling_strategy=strategy)
@@ -372,7 +372,9 @@ def test_other_orders_are_refused_with_the_reason(tmp_path, strategy):
 
 def test_groups_without_lengths_are_refused(tmp_path):
     rows = [{"pixel_values": torch.ones(1, 8, 8), "labels": i % 4} for i in range(8)]
-    message = r"needs the length of each example: a column 'length'.*'input_ids', but.*'pixel_values'.*dataset.map"
+    message = (
+        r"requires the length of each example, in a column 'length'.*'input_ids', but.*'pixel_values'.*dataset.map"
+    )
     with pytest.raises(ValueError, match=message):
         tiny.trainer(tmp_path, tiny.vit(), rows, **GROUPED)
     tiny.trainer(tmp_path, tiny.vit(), [{**row, "length": 3} for row in rows], **GROUPED)  # control

@@ -211,12 +211,12 @@ def test_wrong_labels_are_found(tmp_path):
 
 def test_what_is_refused(tmp_path):
     a = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)
-    with pytest.raises(ValueError, match="must come after train"):
+    with pytest.raises(ValueError, match="must be called after train"):
         a.importance_report()
     a.train()
     with pytest.raises(ValueError, match="number must be an int of at least 1, but is 0"):
         a.importance_report(number=0)
-    with pytest.raises(ValueError, match="examples must be the 40 of train_dataset, but are 3"):
+    with pytest.raises(ValueError, match="examples must have the 40 items of train_dataset, but has 3"):
         a.importance_report(examples=[1, 2, 3])
     for inside in (tmp_path, tmp_path / "report"):
         with pytest.raises(ValueError, match="pushing to the Hub would upload it"):
@@ -232,7 +232,7 @@ def test_what_is_refused(tmp_path):
 
 def test_without_record(tmp_path, caplog):
     a = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), importance={"record": False, **tiny.FIXED}, max_steps=1)
-    with pytest.raises(ValueError, match=r"needs ImportanceConfig\(record=True\)"):
+    with pytest.raises(ValueError, match=r"requires ImportanceConfig\(record=True\)"):
         a.importance_report()
     assert "Importance sampling:" not in caplog.text
     a.create_model_card()

@@ -321,7 +321,7 @@ def test_what_goes_wrong_costs_the_list_and_not_the_report(tmp_path, caplog):
             raise RuntimeError("no such thing")
 
     assert conflicts([Odd(text=t) for t in TEXTS], LABELS) == []
-    assert "The report is without equal texts: RuntimeError: no such thing" in caplog.text
+    assert "The report does not list duplicate texts: RuntimeError: no such thing" in caplog.text
 
 
 def test_report_of_a_multiple_choice(tmp_path):
@@ -408,7 +408,7 @@ def test_they_are_on_the_page_of_a_training(tmp_path, caplog):
     assert 'class="token"' not in hidden, "what is shown is what was given"
     run.model.forward = lambda **_: 1 / 0
     assert 'class="token"' not in run.importance_report().read_text()
-    assert "The report is without the losses of tokens: ZeroDivisionError" in caplog.text
+    assert "The report does not show token losses: ZeroDivisionError" in caplog.text
     texts = tiny.trained(tmp_path, tiny.bert(), tiny.texts(16), more={"processing_class": Numbers()}, max_steps=4)
     assert 'class="token"' not in texts.importance_report().read_text(), "control: one label per text"
 

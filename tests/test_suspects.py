@@ -249,7 +249,7 @@ def test_the_card_and_the_report_tell(tmp_path):
     run.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert f"| suspects when it ended | {number} left out of the loss |" in card
-    assert "had the weight 0 in the loss (`suspect_weight`): what was minimised is not the mean loss" in card
+    assert "had weight 0 in the loss (`suspect_weight`), so training did not minimise the mean loss" in card
     assert run.kept_indices.tolist() == list(range(80)), "nothing is pruned, and no suspect"
     control = trained(tmp_path, 1.0)
     assert "suspects when it ended" not in control.importance_report().read_text()
@@ -290,9 +290,9 @@ def test_what_is_refused(tmp_path):
         "uniform_fraction above 0": {"suspect_weight": 0.0, "uniform_fraction": 0.0},
     }
     for needed, settings in refused.items():
-        with pytest.raises(ValueError, match=f"suspect_weight=.*, below 1, needs {needed}"):
+        with pytest.raises(ValueError, match=f"suspect_weight=.* is below 1, which requires {needed}"):
             ImportanceConfig(**settings)
     ImportanceConfig(suspect_weight=0.5, uniform_fraction=0.0)
     run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)
-    with pytest.raises(ValueError, match="suspects come of train"):
+    with pytest.raises(ValueError, match="suspects requires train"):
         _ = run.suspects

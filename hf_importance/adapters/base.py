@@ -15,8 +15,7 @@ from hf_importance.sampling.draw import Draw
 
 _METRICS = ("logit_gradient", "loss", "uniform")
 UNKNOWN = (
-    "So it is not known how to weight the examples with these settings or in this version of the library: use its own "
-    "trainer."
+    "Its examples cannot be weighted with these settings or this version of the library: use the library's own trainer."
 )
 ComputeLoss = Callable[[Any, dict[str, Any]], Any]
 """`compute_loss(model, inputs)` of the trainer that is adapted; the loss, or the loss and the outputs."""
@@ -46,8 +45,8 @@ class LossAdapter(ABC):
         self._compared = False
         if self._metric not in _METRICS:
             raise ValueError(
-                f"metric must be one of {list(_METRICS)} for {self.name}, but is {self._metric!r}: it looks at the "
-                "last layer of models that this trainer calls by itself."
+                f"metric must be one of {list(_METRICS)} for {self.name}, but is {self._metric!r}: it needs the "
+                "last layer of a model that this trainer calls itself."
             )
 
     @property
@@ -85,8 +84,8 @@ class LossAdapter(ABC):
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
         if not same(theirs, ours):
             raise ValueError(
-                f"The loss of {self.name} on the first batch is {theirs.item():.5g}, but the mean of those of its "
-                f"examples is {ours.item():.5g}. {UNKNOWN}"
+                f"The loss of {self.name} on the first batch is {theirs.item():.5g}, but the mean of its "
+                f"per-example losses is {ours.item():.5g}. {UNKNOWN}"
             )
 
     def count(self, labels: Tensor, lengths: list[int] | None = None) -> Tensor:

@@ -52,8 +52,8 @@ class DPOLoss(LossAdapter):
         for kind in trainer.loss_types:
             if kind in _COUPLED:
                 raise ValueError(
-                    f"loss_type={kind!r} {_COUPLED[kind]}, so that there is no loss of one pair to be weighted: take "
-                    "another loss_type, or DPOTrainer."
+                    f"loss_type={kind!r} {_COUPLED[kind]}, so there is no per-pair loss to weight: use another "
+                    "loss_type, or DPOTrainer alone."
                 )
         request_sum_of_squares(trainer.model, ("log_probs", "entropy", "mean_logits", "is_top1"))
 
@@ -69,7 +69,7 @@ class DPOLoss(LossAdapter):
 
         (outputs,) = outputs_of(compute_loss, model, inputs, watch)
         if len(means) < len(weights):
-            raise ValueError(f"{self.name} takes no mean over the losses of pairs. {UNKNOWN}")
+            raise ValueError(f"The loss of {self.name} is not a mean over pairs. {UNKNOWN}")
         losses = sum(weight * loss for weight, loss in zip(weights, means, strict=False))
         means.clear()  # the class that holds them lives until garbage is collected
 

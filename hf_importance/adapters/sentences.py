@@ -99,8 +99,8 @@ class SentenceLoss(LossAdapter):
             raise self._no_losses()
         if any(call.classes and call.settings["weight"] is not None for call in calls):
             raise ValueError(
-                f"{self._loss_name} has class weights, by whose sum the loss of a batch is divided, so that it is no "
-                f"mean over examples. Leave them out, as hard examples are drawn more by themselves. {_TRAINER}"
+                f"{self._loss_name} has class weights, and divides the batch loss by their sum, so it is not a mean "
+                f"over examples. Remove them: hard examples are drawn more often anyway. Otherwise: {_TRAINER}"
             )
         return loss[0] if isinstance(loss, tuple) else loss, calls
 
@@ -110,16 +110,16 @@ class SentenceLoss(LossAdapter):
 
     def _no_losses(self) -> ValueError:
         return ValueError(
-            f"{self._loss_name} is not made of the mean of a loss of torch, such as nn.MSELoss, by which that of an "
-            "example is known. Losses that compare the examples of a batch with each other (in-batch negatives, mined "
+            f"{self._loss_name} is not based on the mean of a torch loss such as nn.MSELoss, so its per-example losses "
+            "are unknown. Losses that compare the examples of a batch with each other (in-batch negatives, mined "
             f"triplets) have none. {_TRAINER}"
         )
 
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
         if not same(theirs, ours):
             raise ValueError(
-                f"{self._loss_name} is {theirs.item():.5g} on the first batch, but the mean of the losses of torch in "
-                f"it is {ours.item():.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
+                f"{self._loss_name} is {theirs.item():.5g} on the first batch, but the mean of the torch losses in it "
+                f"is {ours.item():.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
             )
 
     def _check_first_batch(
@@ -142,20 +142,19 @@ class SentenceLoss(LossAdapter):
             trainer.accum_loss_components = components
         if len(terms) > 1:
             raise ValueError(
-                f"{self._loss_name} is a sum of {', '.join(sorted(terms))}. What such terms add, as regularisers of "
-                f"whole batches, is no mean over examples to be weighted. {_TRAINER}"
+                f"{self._loss_name} is a sum of {', '.join(sorted(terms))}. Such terms, for example "
+                f"regularisers over the batch, are not means over examples and cannot be weighted. {_TRAINER}"
             )
         if inputs.get("label") is None:
             raise ValueError(
-                f"The training data have no label, so that {self._loss_name} is taken for one of the losses that "
-                "compare the examples of a batch with each other, as by in-batch negatives: these have no loss of one "
-                f"example to be weighted. {_TRAINER}"
+                f"The training data has no label, so {self._loss_name} is assumed to compare the examples of a batch "
+                f"with each other (in-batch negatives): such losses have no per-example loss to weight. {_TRAINER}"
             )
         precisely = trainer.accelerator.mixed_precision == "no"
         if len(losses) != len(alone) or not all(map(partial(same, precisely=precisely), losses, alone)):
             raise ValueError(
-                f"{self._loss_name} compares the examples of a batch with each other, as by in-batch negatives: the "
-                f"loss of the first one changes with the others, so that it cannot be weighted alone. {_TRAINER}"
+                f"{self._loss_name} compares the examples of a batch with each other (in-batch negatives): the loss "
+                f"of the first one changes with the others, so it cannot be weighted on its own. {_TRAINER}"
             )
 
 
@@ -164,19 +163,19 @@ def _refuse_arguments(trainer: Any) -> None:
         value = getattr(trainer, name)
         if isinstance(value, dict):
             raise ValueError(
-                f"{name} must be one for all training data, but is a dict of {', '.join(value)}. Join the data sets by "
-                f"datasets.concatenate_datasets, if one loss is for all of them. {_TRAINER}"
+                f"{name} must be a single one, but is a dict of {', '.join(value)}. If one loss fits all datasets, "
+                f"join them with datasets.concatenate_datasets. Otherwise: {_TRAINER}"
             )
     args = trainer.args
     if getattr(args.batch_sampler, "value", None) != "batch_sampler":
         raise ValueError(
-            f"batch_sampler must be BatchSamplers.BATCH_SAMPLER, the default, but is {args.batch_sampler}: what is in "
-            f"a batch is drawn by importance. Leave it out, or if the loss compares the examples of a batch: {_TRAINER}"
+            f"batch_sampler must be BatchSamplers.BATCH_SAMPLER, the default, but is {args.batch_sampler}: importance "
+            f"sampling draws the batches. Remove it; if the loss compares the examples of a batch: {_TRAINER}"
         )
     if args.train_sampling_strategy == "group_by_length":
         raise ValueError(
             "train_sampling_strategy must be 'random', but is 'group_by_length', which the trainers of "
-            "sentence-transformers ignore, as their data are texts of which no length is known. Leave it out."
+            "sentence-transformers ignore, because the lengths of their texts are unknown. Remove it."
         )
 
 
@@ -209,7 +208,7 @@ class _LossCall:
         """`[size]`, of so many examples: the mean over what else there is, as several texts of each, or elements."""
         each = self.each(*self.args, **self.kwargs).float()
         if not each.dim() or len(each) % size:
-            raise ValueError(f"A loss of torch has losses {list(each.shape)} of {size} examples. {UNKNOWN}")
+            raise ValueError(f"A torch loss has shape {list(each.shape)} for {size} examples. {UNKNOWN}")
         each = _rows(each, size)
         return each.sum(1) if self.settings.get("reduction") == "batchmean" else each.mean(1)
 

@@ -40,7 +40,7 @@ def refuse_another_loss(theirs: Tensor, ours: Tensor) -> None:
     if not same(theirs, ours):
         raise ValueError(
             f"The model's loss on the first batch is {theirs.mean().item():.5g}, but the mean of the usual "
-            f"per-example losses is {ours.item():.5g}: it has a loss of its own (class weights, another reduction, "
+            f"per-example losses is {ours.item():.5g}: the model has its own loss (class weights, another reduction, "
             f"…). {HINT}"
         )
 
@@ -97,8 +97,8 @@ def copies_of_the_first(batch: Any, size: int) -> Any:
 
 def _coupled(how: str) -> ValueError:
     return ValueError(
-        f"per_example_loss_func must not couple the examples of a batch, but the first loss {how}: such losses cannot "
-        "be weighted per example. Use Trainer for them."
+        f"per_example_loss_func must compute each loss from one example alone, but the first loss {how}: such losses "
+        "cannot be weighted per example. Use Trainer instead."
     )
 
 

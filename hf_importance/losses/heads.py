@@ -75,7 +75,8 @@ def classification(logits: Tensor, labels: Tensor, problem_type: str | None, smo
         if labels.is_floating_point() and labels.numel() == len(logits) < logits.numel():
             raise ValueError(
                 f"Labels are one number per example ({labels.dtype}), but the model has {logits.shape[-1]} outputs: "
-                "make classes integers, as by row['labels'] = int(row['labels']); for regression set num_labels=1."
+                "convert classes to integers, as in row['labels'] = int(row['labels']), or set num_labels=1 for "
+                "regression."
             )
         losses = loss(logits, labels)
         return Terms(losses, partial(importance, logits, labels), losses.mean)
@@ -122,7 +123,7 @@ def pixels(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Terms:
         ValueError: for a model with one output.
     """
     if logits.shape[1] == 1:
-        raise ValueError(f"A mask of two classes needs a model with two outputs, but it has one. {HINT}")
+        raise ValueError(f"A mask of two classes requires a model with two outputs, but it has one. {HINT}")
     if logits.shape[-2:] != labels.shape[-2:]:
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     losses, counted = per_example.pixel_cross_entropy(logits, labels, smoothing), count(labels)
@@ -203,7 +204,7 @@ def with_inputs(function: PerExampleLoss) -> LossOfInputs:
         name = getattr(function, "__name__", type(function).__name__)
         raise TypeError(
             "per_example_loss_func must be a function f(outputs, labels) or f(outputs, labels, inputs) -> "
-            f"Tensor[batch], but {name}{signature} cannot be called so: {error}."
+            f"Tensor[batch], but {name}{signature} cannot be called that way: {error}."
         ) from error
     return called
 
@@ -230,13 +231,13 @@ def logits_of(outputs: Any, batch: int, after_loss: bool = False, span: bool = F
         found = _in_tuple(outputs, after_loss)[: len(keys)]
     if len(found) < len(keys) or not all(isinstance(logits, Tensor) for logits in found):
         raise ValueError(
-            f"The model must return a dict with {' and '.join(map(repr, keys))}, or a tuple that begins so, but "
-            f"returned {_described(outputs)}. {HINT} Losses that couple the examples of a batch (contrastive, "
-            "preference pairs) cannot be weighted: use Trainer for them."
+            f"The model must return a dict with {' and '.join(map(repr, keys))}, or a tuple that starts with it, but "
+            f"returned {_described(outputs)}. {HINT} Losses that compare the examples of a batch (contrastive, "
+            "preference pairs) cannot be weighted per example: use Trainer for them."
         )
     for key, logits in zip(keys, found, strict=True):
         if logits.shape[:1] != (batch,):
-            raise ValueError(f"{key} must be [{batch}, …], one row per example, but are {list(logits.shape)}.")
+            raise ValueError(f"{key} must have shape [{batch}, …], one row per example, but has {list(logits.shape)}.")
     return found
 
 
@@ -343,7 +344,7 @@ def refuse_out_of_range(logits: Tensor, labels: Tensor) -> None:
     if not labels.is_floating_point() and classes > 1 and kept.numel() and not 0 <= kept.min() <= kept.max() < classes:
         raise ValueError(
             f"Labels must be in 0 … {classes - 1}, as the model has {classes} outputs, but are in "
-            f"{kept.min().item()} … {kept.max().item()}: correct the data, or num_labels of the model."
+            f"{kept.min().item()} … {kept.max().item()}: correct the labels, or num_labels of the model."
         )
 
 

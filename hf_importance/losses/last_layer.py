@@ -22,7 +22,7 @@ class LastLayer:
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and outputs in (None, m.out_features)]
         if not layers:
             raise ValueError(
-                f"metric='last_layer_gradient' needs a last layer nn.Linear with {outputs} outputs, and "
+                f"metric='last_layer_gradient' requires a last layer nn.Linear with {outputs} outputs, but "
                 f"{type(model).__name__} has none: use metric='logit_gradient'."
             )
         self._bias = layers[-1].bias is not None
@@ -37,7 +37,7 @@ class LastLayer:
         features, self._features = self._features, None
         if features is None or features.dim() != 2 or len(features) != len(gradient_norm):
             raise ValueError(
-                f"metric='last_layer_gradient' needs features [{len(gradient_norm)}, hidden] at the last layer, not "
-                f"{None if features is None else list(features.shape)}: use metric='logit_gradient'."
+                f"metric='last_layer_gradient' requires inputs [{len(gradient_norm)}, hidden] of the last layer, but "
+                f"got {None if features is None else list(features.shape)}: use metric='logit_gradient'."
             )
         return per_example.last_layer_importance(gradient_norm, features, self._bias)

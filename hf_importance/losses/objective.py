@@ -240,7 +240,7 @@ class Objective:
         ((name, target),) = list(labels.items())[:1]
         if not isinstance(target, Tensor):
             raise ValueError(
-                f"{name} must be a tensor, but is {_kind(target)}, of which no usual loss can be made. {heads.HINT}"
+                f"{name} must be a tensor, but is {_kind(target)}, for which there is no standard loss. {heads.HINT}"
             )
         if _is_mask(logits, target):
             self._classes = logits.shape[1]
@@ -306,7 +306,7 @@ class Objective:
     def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int, usual: tuple[Any, bool]) -> None:
         """Give the model the labels, which may return no logits then, but `usual`ly does."""
         if not accepts(self._model, labels):
-            raise ValueError(f"The model takes no {list(labels)}, so that its loss is unknown. {heads.HINT}")
+            raise ValueError(f"The model does not accept {list(labels)}, so its loss is unknown. {heads.HINT}")
         try:
             with without_side_effects(self._model):
                 outputs, _ = self._forward(self._model, inputs, labels, give=True)
@@ -316,7 +316,7 @@ class Objective:
             ) from error
         theirs = heads.loss_of(outputs)
         if theirs is None:
-            raise ValueError(f"The model returned no 'loss' for its labels, so that its loss is unknown. {heads.HINT}")
+            raise ValueError(f"The model returned no 'loss' for its labels, so its loss is unknown. {heads.HINT}")
         made_of = usual if heads.decision_of(outputs, True) is None else (outputs, True)
         by_rule = self._terms(*made_of, inputs, labels, batch)
         if isinstance(outputs, Mapping):

@@ -24,8 +24,9 @@ def rows_of(labels: Tensor, batch: int, lengths: list[int] | None) -> Tensor | N
         return None
     if len(labels) != 1 or lengths is None or sum(lengths) > labels.shape[1]:
         raise ValueError(
-            f"A batch of {batch} examples has labels {list(labels.shape)}, and it is not known which token is of which "
-            "example: the data collator must make a row of each, or one row of the 'input_ids' of all in their order."
+            f"A batch of {batch} examples has labels of shape {list(labels.shape)}, so the example of each token is "
+            "unknown: the data collator must return one row per example, or one row with the 'input_ids' of all "
+            "examples in order."
         )
     rows = torch.arange(batch).repeat_interleave(torch.tensor(lengths))[1:]
     behind = rows.new_full((labels.shape[1] - len(rows),), batch - 1)

@@ -72,7 +72,7 @@ def conflicts(examples: Any, labels: Tensor, quiet: bool = False) -> list[Confli
         groups = _groups_with_conflicts(keys, labels)
         return [Conflict(group.tolist(), labels[group].tolist(), source.text(int(group[0]))) for group in groups]
     except Exception as error:  # of data of any kind; a report is not worth a training
-        logger.warning(f"The report is without equal texts: {type(error).__name__}: {error}")
+        logger.warning(f"The report does not list duplicate texts: {type(error).__name__}: {error}")
         return []
 
 

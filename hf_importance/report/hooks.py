@@ -101,7 +101,7 @@ class ReportMixin(ABC):
         try:
             from hf_importance.report.page import write_report
         except ImportError as error:
-            raise ImportError(f"importance_report needs {_REPORT_NEEDS} ({error})") from error
+            raise ImportError(f"importance_report requires {_REPORT_NEEDS} ({error})") from error
         title = f"Importance report: {Path(self.args.output_dir).resolve().name}"
         tokens = {} if examples is not self.train_dataset else self._training().token_losses(findings.hardest(number))
         quiet = self.args.disable_tqdm
@@ -110,22 +110,22 @@ class ReportMixin(ABC):
     def _refuse_report(self, folder: Path, examples: Any, number: int) -> None:
         training = self._training()
         if training is None:
-            raise ValueError("importance_report must come after train(): nothing was learnt yet.")
+            raise ValueError("importance_report must be called after train().")
         if not training.has_record:
-            raise ValueError("importance_report needs ImportanceConfig(record=True): no visits were recorded.")
+            raise ValueError("importance_report requires ImportanceConfig(record=True), but no visits were recorded.")
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"number must be an int of at least 1, but is {number!r}.")
         if not hasattr(examples, "__len__") or len(examples) != training.examples:
-            found = len(examples) if hasattr(examples, "__len__") else type(examples).__name__
-            raise ValueError(f"examples must be the {training.examples} of train_dataset, but are {found}.")
+            found = f"has {len(examples)}" if hasattr(examples, "__len__") else f"is a {type(examples).__name__}"
+            raise ValueError(f"examples must have the {training.examples} items of train_dataset, but {found}.")
         model, folder = Path(self.args.output_dir).resolve(), folder.resolve()
         inside = folder == model or model in folder.parents
         excluded = inside and folder != model and folder.relative_to(model).parts[0].startswith(("_", "checkpoint-"))
         if inside and not excluded and not self.report_examples_to_hub:
             raise ValueError(
-                f"output_dir must not be {folder}: pushing to the Hub would upload it, with training examples in it. "
-                f"Leave it out (then it is {model / f'_{FOLDER}'}), name a folder outside of {model}, or allow it by "
-                "ImportanceTrainer(..., report_examples_to_hub=True)."
+                f"output_dir must not be {folder}: pushing to the Hub would upload it with training examples. "
+                f"Omit it (the default is {model / f'_{FOLDER}'}), choose a folder outside of {model}, or allow it "
+                "with ImportanceTrainer(..., report_examples_to_hub=True)."
             )
 
     def _findings(self) -> Findings:
@@ -173,7 +173,7 @@ class ReportMixin(ABC):
         try:
             from hf_importance.report.page import write_importances, write_plots
         except ImportError as error:
-            logger.warning(f"The model card is without plots: they need {_REPORT_NEEDS} ({error})")
+            logger.warning(f"The model card has no plots: they require {_REPORT_NEEDS} ({error})")
             return {}
         folder.mkdir(parents=True, exist_ok=True)
         write_importances(findings, folder / "importances.csv")
@@ -201,7 +201,7 @@ class ReportMixin(ABC):
         super()._finish_current_push()
         for job in getattr(getattr(self, "push_in_progress", None), "jobs", ()):
             if not job.cancelled() and job.exception() is not None:
-                logger.warning(f"A push to the Hub during training failed, training went on: {job.exception()}")
+                logger.warning(f"A push to the Hub failed during training, which continued: {job.exception()}")
 
     def _repository(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name

@@ -49,8 +49,8 @@ def pushing(repository: str, folder: str | None) -> Iterator[None]:
         check = "Check the token (hf auth login), the network and the quota"
         if folder is None:
             raise PushError(
-                f"The repository {repository} cannot be made or written to ({failed}). Nothing was trained yet. "
-                f"{check}, or leave push_to_hub out."
+                f"The repository {repository} cannot be created or written to ({failed}). Nothing was trained yet. "
+                f"{check}, or remove push_to_hub."
             ) from error
         words = ["hf", "upload", repository, folder, ".", "--exclude", "_*", "--exclude", "checkpoint-*"]
         raise PushError(
@@ -83,17 +83,17 @@ def section(findings: Findings, plots: Mapping[str, str]) -> str:
     measured = "\n".join(f"| {name} | {value} |" for name, value in findings.figures().items())
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in findings.settings.items())
     pictures = "\n\n".join(f"![{text}]({FOLDER}/{name})" for name, text in plots.items())
-    weight, told = findings.settings.get("suspect_weight", 1.0), ""
+    weight, note = findings.settings.get("suspect_weight", 1.0), ""
     if weight < 1:
-        told = (
-            f" Examples whose label is probably wrong had the weight {weight:g} in the loss (`suspect_weight`): what "
-            "was minimised is not the mean loss of all training examples."
+        note = (
+            f" Examples whose label is probably wrong had weight {weight:g} in the loss (`suspect_weight`), so "
+            "training did not minimise the mean loss of all training examples."
         )
     return f"""## Importance sampling
 
-This model was trained with online importance sampling (`hf_importance`). In every step the importance of the examples
-at hand was measured; the next examples were drawn in proportion to it, with weights that undo the preference. Examples
-that together hold little of the importance may have been left out for a part of the training (`prune_mass`).{told}
+This model was trained with online importance sampling (`hf_importance`). Every step measured the importance of its
+examples; later examples were drawn in proportion to it, with importance weights that correct for it.
+Examples that together hold little of the importance may have been pruned for part of the training (`prune_mass`).{note}
 
 | measured | |
 |---|---|

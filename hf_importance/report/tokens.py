@@ -70,7 +70,7 @@ def token_losses(
                     return {}
                 found[i] = tokens
     except Exception as error:
-        logger.warning(f"The report is without the losses of tokens: {type(error).__name__}: {error}")
+        logger.warning(f"The report does not show token losses: {type(error).__name__}: {error}")
         return {}
     finally:
         model.train(training)

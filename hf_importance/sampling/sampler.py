@@ -313,7 +313,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         draw = Draw(*values)
         lengths = {len(draw.index), len(draw.rate), len(draw.weight)}
         if len(lengths) > 1 or not all(0 <= i < self.shard.length for i in draw.index):
-            raise ValueError(f"a draw must be of examples in 0 … {self.shard.length - 1}, with a rate and weight each")
+            raise ValueError(f"a draw must have indices in 0 … {self.shard.length - 1}, with a rate and a weight each")
         return draw
 
     def _read_measured(self, values: Sequence[Any], rows: Tensor) -> _Measured:
