@@ -1,4 +1,4 @@
-"""Which trainers of other libraries are adapted, and which cannot be."""
+"""Maps trainers of other libraries to adapters, and lists unsupported ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADAPTERS = {
     ("sentence_transformers", "SparseEncoderTrainer"): "sentences.SentenceLoss",
     ("sentence_transformers", "MultiVectorEncoderTrainer"): "sentences.SentenceLoss",
 }
-"""By package and class."""
+"""Adapters by package and class."""
 _TOO_OLD = {"trl": "trl>=1.16", "sentence_transformers": "sentence-transformers>=5.2.3"}
 _ON_POLICY = (
     "it trains on completions that the model generates, and compares those of one prompt with each other, so there is "
@@ -35,13 +35,13 @@ _LIBRARIES = ("trl", "sentence_transformers")
 
 
 def adapted_class(cls: type) -> type | None:
-    """The class among the bases whose `compute_loss` is adapted; None for those of transformers.
+    """The base class whose `compute_loss` is adapted; None for trainers of transformers.
 
     Args:
-        cls: of a trainer.
+        cls: class of a trainer.
 
     Raises:
-        ValueError: for trainers that have no loss per example, and those that are not known.
+        ValueError: for trainers without a per-example loss, and unknown ones.
     """
     for base in cls.__mro__:
         library = base.__module__.split(".")[0]
@@ -59,15 +59,15 @@ def adapted_class(cls: type) -> type | None:
 
 
 def adapter_of(trainer: Any, base: type) -> LossAdapter | None:
-    """How to measure this trainer; None if it has a `per_example_loss_func`, which takes the place of its loss.
+    """Create the adapter of a trainer; None if its loss is replaced by a `per_example_loss_func`.
 
     Args:
-        trainer: when its class has made it.
-        base: what [`adapted_class`] has found.
+        trainer: the trainer, after its own `__init__`.
+        base: result of [`adapted_class`].
 
     Raises:
         ImportError: if the library is too old.
-        ValueError: for settings with which there are no losses per example.
+        ValueError: for settings without per-example losses.
     """
     library = base.__module__.split(".")[0]
     module, name = _ADAPTERS[library, base.__name__].split(".")

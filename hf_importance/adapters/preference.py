@@ -1,4 +1,4 @@
-"""TRL's trainers of pairs, of which one answer is preferred: each pair is an example, and is drawn as one."""
+"""TRL's trainers on preference pairs: an example is a pair."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _COUPLED = {
 
 
 class RewardLoss(LossAdapter):
-    """The loss of `RewardTrainer`: −log σ(Δ − margin) + c · (r₁ + r₂)², of the rewards of a pair with difference Δ."""
+    """The loss of `RewardTrainer`: −log σ(Δ − margin) + c · (r₁ + r₂)² for rewards r₁, r₂ with difference Δ."""
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
-        """See [`LossAdapter`]. The importance is √2 · σ(margin − Δ) where c is 0."""
+        """See [`LossAdapter`]. The importance is √2 · σ(margin − Δ) if c is 0."""
         (outputs,) = outputs_of(compute_loss, model, inputs)
         chosen, rejected = outputs["logits"].squeeze(-1).float().chunk(2)
         difference, total = chosen - rejected - inputs.get("margin", 0.0), chosen + rejected
@@ -40,11 +40,11 @@ class RewardLoss(LossAdapter):
 
 
 class DPOLoss(LossAdapter):
-    """The losses of `DPOTrainer`, any of its `loss_type` that is a mean over pairs, and weighted sums of several.
+    """The losses of `DPOTrainer`: each `loss_type` that is a mean over pairs, and weighted sums of them.
 
     They are functions of the log probabilities of the tokens of both answers. The importance is the norm of the
-    gradient with respect to the logits of all these tokens, √(Σ g² ‖p − e_y‖²) with g the derivative by the log
-    probability of a token: for `sigmoid` it is β σ(−βΔ) · √(Σ ‖p − e_y‖² over both).
+    gradient with respect to the logits of these tokens, √(Σ g² ‖p − e_y‖²), where g is the derivative with respect to
+    the log probability of a token. For `sigmoid` it is β σ(−βΔ) · √(Σ ‖p − e_y‖²), summed over both answers.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -71,7 +71,7 @@ class DPOLoss(LossAdapter):
         if len(means) < len(weights):
             raise ValueError(f"The loss of {self.name} is not a mean over pairs. {UNKNOWN}")
         losses = sum(weight * loss for weight, loss in zip(weights, means, strict=False))
-        means.clear()  # the class that holds them lives until garbage is collected
+        means.clear()  # the class that references it lives until garbage collection
 
         def of_logits() -> Tensor:
             (slope,) = torch.autograd.grad(losses.sum(), log_probs, retain_graph=True)
@@ -84,9 +84,10 @@ class DPOLoss(LossAdapter):
 
 
 def _capture_means(values: Tensor, size: int, means: list[Tensor]) -> Tensor:
-    """The same values; of what is computed from them, vectors `[size]` that a mean is taken of come into `means`.
+    """Return the same values, and append to `means` each vector `[size]` computed from them that is averaged.
 
-    So the losses of pairs are had, which TRL has for no longer. That they are these is seen by their mean.
+    This captures the per-pair losses, which TRL only keeps until their mean is computed. The comparison of the means on
+    the first batch verifies them.
     """
 
     class Watched(Tensor):

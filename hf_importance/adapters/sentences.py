@@ -1,4 +1,4 @@
-"""The trainers of sentence-transformers, with losses that are made of means of losses of torch."""
+"""The trainers of sentence-transformers, with losses based on means of torch losses."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _TRAINER = "Use the trainer of sentence-transformers."
 
 
 class SentenceLoss(LossAdapter):
-    """The losses that are made of means of losses of torch, modules or functions: one, or a sum of them with factors.
+    """Losses that are a mean of a torch loss (module or function), or a linear combination of such means.
 
-    Those of cross-encoders (binary cross-entropy, cross-entropy, squared error), of cosine similarities, of margins and
-    of embeddings to be imitated. The factors are those that autograd finds. Importance is the gradient with respect to
-    what these losses are given: logits, similarities, embeddings.
+    These include the losses of cross-encoders (binary cross-entropy, cross-entropy, squared error), cosine similarity,
+    margin and distillation losses. The coefficients are determined by autograd. Importance is the norm of the gradient
+    with respect to the inputs of the torch losses: logits, similarities or embeddings.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -80,7 +80,7 @@ class SentenceLoss(LossAdapter):
     def _record_losses(
         self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, list[_LossCall]]:
-        """The loss of the trainer, and the means that are taken on the way to it."""
+        """The loss of the trainer, and the torch losses computed for it."""
         calls: list[_LossCall] = []
         hooks = [
             module.register_forward_hook(partial(_record_call, calls), with_kwargs=True) for module in self._modules
@@ -125,9 +125,9 @@ class SentenceLoss(LossAdapter):
     def _check_first_batch(
         self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int
     ) -> None:
-        """Refuse losses that compare examples, by a batch that is the first example again and again.
+        """Refuse losses that compare examples, which change in a batch of copies of the first example.
 
-        Untrained models tell examples apart by little, so that those are refused as well that have no labels.
+        Untrained models hardly distinguish examples, so losses without labels are refused as well.
         """
         trainer = self.trainer
         components, trainer.accum_loss_components = trainer.accum_loss_components, {"train": {}, "eval": {}}
@@ -179,21 +179,21 @@ def _refuse_arguments(trainer: Any) -> None:
         )
 
 
-# ---- losses of torch -------------------------------------------------------------------------------------------------
+# ---- torch losses ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _LossCall:
-    """A loss of torch that was computed.
+    """A recorded call of a torch loss.
 
     Args:
-        mean: what it returned.
-        each: the same without its reduction.
-        args: what it was given.
-        kwargs: likewise.
-        classes: whether its targets are classes.
-        logarithms: whether it is given logarithms of probabilities.
-        settings: its other arguments.
+        mean: its result.
+        each: the loss without reduction.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        classes: whether the targets are classes.
+        logarithms: whether the inputs are log probabilities.
+        settings: other settings of the loss.
     """
 
     mean: Tensor
@@ -205,7 +205,7 @@ class _LossCall:
     settings: dict[str, Any]
 
     def losses(self, size: int) -> Tensor:
-        """`[size]`, of so many examples: the mean over what else there is, as several texts of each, or elements."""
+        """Losses of `size` examples, `[size]`: the mean over several texts of each, or over elements."""
         each = self.each(*self.args, **self.kwargs).float()
         if not each.dim() or len(each) % size:
             raise ValueError(f"A torch loss has shape {list(each.shape)} for {size} examples. {UNKNOWN}")
@@ -213,9 +213,9 @@ class _LossCall:
         return each.sum(1) if self.settings.get("reduction") == "batchmean" else each.mean(1)
 
     def gradients(self, losses: Tensor) -> list[Tensor]:
-        """`[size, elements]` each: of losses that are made of this one, with respect to all that it was given.
+        """Gradients of `losses` with respect to the inputs of this loss, `[size, elements]` each.
 
-        Of logarithms of probabilities with respect to their logits: that of log p itself is −t, whatever p is.
+        For log probabilities, with respect to the logits: the gradient by log p is −t, independent of p.
         """
         given = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
         found = torch.autograd.grad(losses.sum(), given, retain_graph=True, allow_unused=True)
@@ -226,12 +226,12 @@ class _LossCall:
 
     @property
     def decision(self) -> tuple[Tensor | None, Tensor | None]:
-        """Prediction and target, as far as it was called with these."""
+        """Prediction and target, if they were positional arguments."""
         return self.args[:2] if len(self.args) > 1 else (None, None)
 
     @property
     def counted(self) -> Tensor | None:
-        """`[size]`: of classes, whether an example has one; else None."""
+        """Whether each example has a class, `[size]`; None if targets are not classes."""
         target = self.decision[1]
         if not self.classes or target is None or target.is_floating_point() or target.dim() != 1:
             return None
@@ -249,7 +249,7 @@ def _record_call(
 
 
 class _LossRecorder(TorchFunctionMode):
-    """Takes down the losses that are called as functions."""
+    """Records the calls of loss functions."""
 
     def __init__(self, calls: list[_LossCall]) -> None:
         super().__init__()
@@ -270,5 +270,5 @@ class _LossRecorder(TorchFunctionMode):
 
 
 def _rows(values: Tensor, size: int) -> Tensor:
-    """`[size, elements]`, also where columns of texts come one after the other: `[columns · size, …]`."""
+    """Reshape to `[size, elements]`, also from concatenated text columns, `[columns · size, …]`."""
     return values.reshape(-1, size, values[0].numel()).transpose(0, 1).flatten(1)

@@ -8,13 +8,13 @@ from hf_importance.losses import per_example
 
 
 class LastLayer:
-    """Catches what the linear last layer of a model is given, until `remove()`.
+    """Captures the inputs of the linear last layer of a model, until `remove()` is called.
 
     Args:
-        model: of which it is the last `nn.Linear` with as many outputs as there are labels.
+        model: the layer is its last `nn.Linear` with `num_labels` outputs.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,7 +33,7 @@ class LastLayer:
         self._features = args[0].detach()
 
     def importance(self, gradient_norm: Tensor) -> Tensor:
-        """`[batch]`, of the norms of the gradients with respect to the logits."""
+        """Importance `[batch]` from the norms of the gradients with respect to the logits."""
         features, self._features = self._features, None
         if features is None or features.dim() != 2 or len(features) != len(gradient_norm):
             raise ValueError(
