@@ -35,7 +35,7 @@ def test_figures_by_hand():
     assert found.figures()["suspected label errors"] == "1 (25.0%)"
     assert found.summary() == (
         "Importance sampling: 20 visits of 4 examples, 90 % of them to 50% of the examples, "
-        "second moment of the gradient 0.80 of that of uniform sampling, up to 25% pruned at a time."
+        "second moment of the gradient 0.80 times that of uniform sampling, at most 25% pruned."
     )
     found.history.append({"step": 15, "importance/pruned": 0.5})
     assert found.pruned == 0.5, "they came back since"

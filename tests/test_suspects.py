@@ -245,14 +245,14 @@ def test_the_card_and_the_report_tell(tmp_path):
     run = trained(tmp_path, 0.0)
     number = int(run._sampler.suspects.flagged.sum())
     assert number > 0
-    assert f"{number} left out of the loss" in run.importance_report().read_text()
+    assert f"{number} excluded from the loss" in run.importance_report().read_text()
     run.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert f"| suspects when it ended | {number} left out of the loss |" in card
+    assert f"| suspects at the end | {number} excluded from the loss |" in card
     assert "had weight 0 in the loss (`suspect_weight`), so training did not minimise the mean loss" in card
     assert run.kept_indices.tolist() == list(range(80)), "nothing is pruned, and no suspect"
     control = trained(tmp_path, 1.0)
-    assert "suspects when it ended" not in control.importance_report().read_text()
+    assert "suspects at the end" not in control.importance_report().read_text()
     assert control._sampler.suspects is None
     assert len(control.suspects) > 0, "the list is there all the same"
 

@@ -1,4 +1,4 @@
-"""The report as files: a page, tables, pictures."""
+"""The report as files: page, tables, plots."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from hf_importance.report.findings import ClassFindings, Findings
 from hf_importance.report.plots import plots
 from hf_importance.report.texts import cut, readable
 
-_PER_ROW = 6  # of a contact sheet
+_PER_ROW = 6  # images per row of a contact sheet
 _CLASSES, _PAIRS = 30, 10
-"""That the page shows."""
+"""Maximum numbers shown on the page."""
 _LABELS = 10
-"""Of a group of equal texts that the page shows."""
+"""Labels shown per group of duplicates."""
 _FORMULA = ("=", "+", "-", "@")
-"""Beginnings of what a spreadsheet would run."""
+"""Prefixes that spreadsheets interpret as a formula."""
 
 
 def write_table(findings: Findings, path: Path) -> None:
-    """Write a parquet file with a row per training example, in their order; null is what is not known."""
+    """Write a parquet file with one row per training example, in order; null where unknown."""
     columns = findings.columns
     number = _whole if findings.is_classification else _or_null
     rows: dict[str, Any] = {"label": number(columns["label"]), "prediction": number(columns["prediction"])}
@@ -49,7 +49,7 @@ def write_table(findings: Findings, path: Path) -> None:
 
 
 def write_importances(findings: Findings, path: Path) -> None:
-    """Write a csv file with a row per training example: what tells nothing of the examples themselves."""
+    """Write a csv file with one row per training example, without their contents."""
     pa_csv.write_csv(_importances(findings, {}), path)
 
 
@@ -69,7 +69,7 @@ def _whole(values: torch.Tensor) -> pa.Array:
 
 
 def write_plots(findings: Findings, folder: Path) -> dict[str, str]:
-    """Write the plots into the folder, for a light page; returns the names of the files, and what they show."""
+    """Write the plots with the light theme into a folder; return file names and descriptions."""
     written = {}
     for plot in plots(findings):
         (folder / f"{plot.name}.png").write_bytes(plot.png("light"))
@@ -87,17 +87,17 @@ def write_report(
     tokens: Mapping[int, Sequence[Token]] | None = None,
     quiet: bool = True,
 ) -> Path:
-    """Write all of it: `report.html`, `examples.parquet`, plots, what is hardest and most suspect, classes, conflicts.
+    """Write the report: `report.html`, `examples.parquet`, plots, hardest examples, suspects, classes and conflicts.
 
     Args:
-        folder: is made if it is not there.
-        findings: what there is to say.
-        examples: `[examples]`, what to show of each: images, texts, or dicts with such, `pixel_values` or `input_ids`.
+        folder: created if needed.
+        findings: figures of the training.
+        examples: `[examples]`, images, texts, or dicts with images, texts, `pixel_values` or `input_ids`.
         tokenizer: decodes `input_ids`; may be None.
-        number: of examples in each list.
-        title: of the page.
-        tokens: of some of the hardest examples, with their losses.
-        quiet: show no progress bar.
+        number: number of examples per list.
+        title: title of the page.
+        tokens: tokens of the hardest examples with their losses.
+        quiet: whether to hide progress bars.
 
     Returns:
         The path of the page.
@@ -137,7 +137,7 @@ def write_report(
 
 
 def _conflict_row(findings: Findings, conflict: Conflict) -> dict[str, Any]:
-    """What it says, and how many have which label."""
+    """Text of a conflict, and the examples with each label."""
     found: dict[float, list[int]] = {}
     for i, label in zip(conflict.index, conflict.labels, strict=True):
         found.setdefault(label, []).append(i)
@@ -146,7 +146,7 @@ def _conflict_row(findings: Findings, conflict: Conflict) -> dict[str, Any]:
 
 
 def _write_list(folder: Path, name: str, shown: Sequence[ShownExample]) -> None:
-    """A contact sheet of those with a picture, and a table of the others."""
+    """Write a contact sheet of the examples with images, and a table of the others."""
     pictured = [example for example in shown if example.picture is not None]
     (folder / f"{name}.png").unlink(missing_ok=True)
     if pictured:
@@ -157,7 +157,7 @@ def _write_list(folder: Path, name: str, shown: Sequence[ShownExample]) -> None:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """None where there are no rows: what an earlier report left is removed. No cell is a formula."""
+    """Write a csv file with escaped formulas; without rows, remove the file of an earlier report."""
     rows = [[_escape_formula(cell) for cell in row] for row in rows]
     path.unlink(missing_ok=True)
     if rows:
@@ -166,7 +166,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 
 
 def _escape_formula(cell: Any) -> Any:
-    """With an apostrophe before what a spreadsheet would take for a formula; numbers stay.
+    """Prepend an apostrophe to cells that a spreadsheet would evaluate, except numbers.
 
     >>> _escape_formula("=1+1"), _escape_formula("-1.5")
     ("'=1+1", '-1.5')
