@@ -1,4 +1,4 @@
-"""Checkpoints: one file per rank, written so that half of one is never taken for a whole one."""
+"""Checkpoint files, one per rank, written atomically."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _ADVICE = (
     "Resume from another checkpoint, or delete its importance_*.pt files to continue with the saved model and unknown "
     "importances."
 )
-_TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
+_TRAINER_STATE = "trainer_state.json"  # written last by `Trainer`
 
 
 def save_state(checkpoint: str | Path, rank: int, ranks: int, state: dict[str, Any]) -> None:
-    """Write the state of one rank into the folder of a checkpoint: tensors and plain values."""
+    """Write the state of one rank, tensors and plain values, into the folder of a checkpoint."""
     path = Path(checkpoint) / _name(rank, ranks)
-    for other in path.parent.glob(_FILES):  # of a run that was killed here
+    for other in path.parent.glob(_FILES):  # left by a run that was killed while saving
         if not other.stem.endswith(f"_of_{ranks:05d}"):
             other.unlink(missing_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -42,10 +42,10 @@ def save_state(checkpoint: str | Path, rank: int, ranks: int, state: dict[str, A
 
 
 def load_states(checkpoint: str | Path) -> list[dict[str, Any]]:
-    """The states of all ranks, in their order; none if there are no files.
+    """Load the states of all ranks in order; empty if there are no files.
 
     Raises:
-        ValueError: if a file is missing among others, damaged, or not the one that its name says.
+        ValueError: if a file is missing or damaged, or does not match its name.
     """
     paths = sorted(Path(checkpoint).glob(_FILES))
     if not paths:
@@ -68,21 +68,21 @@ def resume(
     data: dict[str, Any],
     settings: dict[str, Any],
 ) -> str | None:
-    """Put a sampler where it was, or as near as it can be.
+    """Restore a sampler from a checkpoint, as far as the checkpoint matches.
 
     Args:
-        sampler: of this rank; nothing was drawn.
-        states: what [`load_states`] gave.
-        rank: this one.
+        sampler: sampler of this rank, before its first draw.
+        states: result of [`load_states`].
+        rank: this rank.
         skip: see [`ImportanceBatchSampler.load_state_dict`].
-        data: what [`fingerprint.fingerprint`] says of the training data.
-        settings: that training goes on with.
+        data: [`fingerprint.fingerprint`] of the training data.
+        settings: settings of the resumed training.
 
     Returns:
-        What could not be kept, None if all was.
+        A message on what could not be restored; None if everything was.
 
     Raises:
-        ValueError: if a state is not what a sampler like this one has written; others where parts are missing.
+        ValueError: if a state has the wrong form; other errors if parts are missing, see [`explaining_errors`].
     """
     length = sampler.shard.length
     unknown = torch.full((length,), torch.nan)
@@ -130,7 +130,7 @@ def resume(
 
 @contextmanager
 def explaining_errors(checkpoint: str | Path) -> Iterator[None]:
-    """What is wrong with a state is told as a `ValueError`, with the checkpoint and the way out."""
+    """Turn errors in a state into a `ValueError` that names the checkpoint and the fix."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
@@ -138,7 +138,7 @@ def explaining_errors(checkpoint: str | Path) -> Iterator[None]:
 
 
 def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str, Any] | None]:
-    """The importances and the record of all examples, of the samplers of all ranks."""
+    """Merge the importances and the records of the samplers of all ranks."""
     importance = torch.full((length,), torch.nan)
     index = [slice(None) if state["shard"] is None else state["shard"] for state in samplers]
     for positions, state in zip(index, samplers, strict=True):
@@ -150,7 +150,7 @@ def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str
 
 
 def _importance(state: dict[str, Any], shape: list[int]) -> Tensor:
-    """Of examples as they are; unknown where that of suspects was scaled, see [`SuspectWeights`]."""
+    """Importances of a rank; NaN for suspects, whose importance was scaled, see [`SuspectWeights`]."""
     importance = read_tensor(state["memory"], "importance", shape, torch.float32)
     if state["suspects"] is None:
         return importance
@@ -171,7 +171,7 @@ def _load(path: Path, rank: int, ranks: int) -> dict[str, Any]:
         for name in ("sampler", "settings", "data", "objective", "reported"):
             if not isinstance(state[name], dict):
                 raise ValueError(f"{name} must be a dict, but is a {type(state[name]).__name__}")
-    except Exception as error:  # of a damaged file there is hardly one that does not come
+    except Exception as error:  # a damaged file may raise almost anything
         raise _unreadable(path, error) from error
     return state
 
@@ -185,7 +185,7 @@ def _first_line(error: Exception) -> str:
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end; killed while saving, a run leaves one behind that was not."""
+    """The newest complete checkpoint; a run that is killed while saving leaves an incomplete one."""
     found = {
         int(path.name.removeprefix("checkpoint-")): path
         for path in Path(output_dir).glob("checkpoint-*")

@@ -1,4 +1,4 @@
-"""What is known of each example, of those of this process and of all."""
+"""Per-example columns of this process, and gathered from all processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 
 class Columns:
-    """Columns of all examples: of those of this process as they are, of the others as they were last gathered.
+    """Columns of all examples: current for those of this process, as last gathered for the others.
 
-    So whoever asks needs no other process for it.
+    Reading them requires no communication.
 
     Args:
-        sampler: of this process.
-        first: whether it is the first one, which has all columns of all; the others have the importances.
+        sampler: the sampler of this process.
+        first: whether this is the main process, which keeps all columns; the others only keep the importances.
     """
 
     def __init__(self, sampler: ImportanceBatchSampler, first: bool) -> None:
@@ -26,15 +26,15 @@ class Columns:
 
     @property
     def importances(self) -> Tensor:
-        """float32 `[examples]`, NaN where unknown."""
+        """Importances, float32 `[examples]`, NaN where unknown."""
         return self._global_column("importance", self._sampler.importances)
 
     def all_columns(self) -> dict[str, Tensor]:
-        """`[examples]` each: what is recorded of them, `importance`, `pruned`; `down_weighted` where some are."""
+        """`[examples]` each: recorded columns, `importance`, `pruned`, and `down_weighted` with `suspect_weight`."""
         return {name: self._global_column(name, column) for name, column in self._local_columns().items()}
 
     def gather(self, add_up: Callable[[Tensor], Tensor]) -> None:
-        """Bring those of the others up to date. A collective, where `add_up` adds over all processes."""
+        """Update the columns of the other processes. A collective operation; `add_up` sums over processes."""
         shard, mine = self._sampler.shard, self._local_columns()
         if shard.index is None:
             return

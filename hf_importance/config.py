@@ -21,7 +21,7 @@ Sampling = Literal["reshuffled", "replacement"]
 if TYPE_CHECKING:
     Budget = float | Literal["auto"]
 else:
-    Budget = str  # a flag has one type; numbers are made of it below
+    Budget = str  # a command-line flag has one type; __post_init__ converts numbers
 
 _REMOVED = {
     "max_rate": "rates are now capped at 64 times the average",
@@ -40,14 +40,14 @@ def _setting(default: object, text: str) -> Any:
 
 @dataclass
 class ImportanceConfig:
-    """How importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
+    """Settings of how importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
 
-    What people set: `budget`, `prune_mass`, `record`, `seed`, and where labels are wrong
-    `suspect_weight`. What experiments need: the others.
+    The settings for everyday use are `budget`, `prune_mass`, `record`, `seed`, and `suspect_weight` for noisy labels.
+    The others are for experiments.
 
     Raises:
-        ValueError: where a value is out of its range; the message says which and what to pass instead.
-        TypeError: where it has the wrong type.
+        ValueError: if a value is out of range; the message names the field and the accepted values.
+        TypeError: if a value has the wrong type.
 
     >>> ImportanceConfig(budget=0.5).metric
     'logit_gradient'
@@ -55,57 +55,57 @@ class ImportanceConfig:
 
     budget: Budget = _setting(
         "auto",
-        "auto: training ends, and the learning rate has decayed, when as much was learnt as uniform sampling learns in "
-        "num_train_epochs or max_steps. While a step is worth g uniform ones, the learning rate is √g times as high. "
-        "A number above 0: so many visits per epoch over the number of examples, and all epochs or steps are made.",
+        "auto: num_train_epochs or max_steps count uniform-equivalent steps. Training ends, and the learning rate has "
+        "decayed, once they are reached; while a step is worth g uniform steps, the learning rate is √g times as high. "
+        "A number above 0: run all epochs or steps, with this many visits per epoch relative to the dataset size.",
     )
     prune_mass: float = _setting(
         0.0,
-        "After each pass leave out the examples that together hold less than this share of the importance, in [0, 1). "
+        "After each pass, prune the examples that together hold less than this share of the importance, in [0, 1). "
         "0 prunes nothing.",
     )
     record: bool = _setting(
-        True, "Keep what importance_report shows of every example: visits, loss, prediction; 28 bytes each."
+        True, "Record the visits, loss and prediction of every example for importance_report; 28 bytes each."
     )
-    seed: int | None = _setting(None, "Seed of the sampler; by default data_seed or seed of TrainingArguments.")
+    seed: int | None = _setting(None, "Seed of the sampler. Defaults to data_seed or seed of TrainingArguments.")
     metric: Metric = _setting(
         "logit_gradient",
-        "What importance is: the norm of the gradient of an example's loss with respect to the logits "
-        "(logit_gradient) or to the weights of a linear last layer (last_layer_gradient), its loss (loss), or the same "
-        "for all (uniform: plain reshuffling, all weights 1).",
+        "Definition of importance: the norm of the gradient of an example's loss with respect to the logits "
+        "(logit_gradient) or to the weights of a linear last layer (last_layer_gradient), the loss itself (loss), or "
+        "equal for all (uniform: plain reshuffling, all weights 1).",
     )
     sampling: Sampling = _setting(
         "reshuffled",
-        "reshuffled: visits as even as the rates allow, with rates of the last eighth of a pass, and a guard that "
-        "makes them uniform where importances tell nothing. replacement: independent draws, as in the paper.",
+        "reshuffled: visits as evenly spaced as the rates allow, with rates updated eight times per pass, and a guard "
+        "that makes them uniform if importances are not informative. replacement: independent draws, as in the paper.",
     )
-    memory_momentum: float = _setting(0.2, "Share of the old importance when a new one is measured, in [0, 1).")
+    memory_momentum: float = _setting(0.2, "Weight of the old importance when a new one is measured, in [0, 1).")
     uniform_fraction: float = _setting(
         0.3,
-        "Lowest floor of the rates, in [0, 1]: this share of the visits is uniform; no weight is above its inverse.",
+        "Minimum share of the visits that is uniform, in [0, 1]; importance weights are at most its inverse.",
     )
     weight_exponent: float = _setting(
         1.0,
-        "Weight of a visit is rate^-exponent, in [0, 1]. 1 keeps the gradient unbiased; less prefers important "
-        "examples, which pays only with clean labels.",
+        "The importance weight of a visit is rate^-exponent, in [0, 1]. 1 keeps the gradient unbiased; less emphasises "
+        "important examples, which only helps with clean labels.",
     )
     importance_increment: float = _setting(
         0.0,
-        "Added to every known importance at the end of each pass, at least 0: the paper's way to forget no example.",
+        "Added to every known importance after each pass, at least 0, so no example is forgotten (as in the paper).",
     )
 
     suspect_weight: float = _setting(
         1.0,
-        "Weight in the loss of examples whose label is probably wrong, in [0, 1]: 0 leaves them out. Less than 1 "
-        "changes what is minimised. It is for wrong labels, and puts rare classes at risk.",
+        "Weight in the loss of examples whose label is probably wrong, in [0, 1]; 0 excludes them. Below 1, the "
+        "training objective changes. Intended for noisy labels; it can hurt rare classes.",
     )
-    suspects_from: float = _setting(2.0, "Effective epochs from which on suspect_weight holds, at least 0.")
+    suspects_from: float = _setting(2.0, "Effective epochs after which suspect_weight applies, at least 0.")
 
     @classmethod
     def paper(cls, memory_momentum: float = 0.2, importance_increment: float = 1e-3) -> ImportanceConfig:
-        """The sampler of Salaün et al. 2023: with replacement, without a floor, for all the steps.
+        """The sampler of Salaün et al. 2023: with replacement, without a uniform share, for all steps.
 
-        They give α ∈ {0, 0.1, 0.2, 0.3} for the momentum and no figure for the increment, which is our choice.
+        The paper gives α ∈ {0, 0.1, 0.2, 0.3} for the momentum, but no value for the increment, which is our choice.
         """
         return cls(
             budget=1.0,
@@ -117,15 +117,15 @@ class ImportanceConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> ImportanceConfig:
-        """Load `importance_config.json`. Of settings of version 0.1 that are no more it says what took their place.
+        """Load `importance_config.json`. Warns about settings of version 0.1 that were removed.
 
         Args:
-            name_or_path: the file, a folder that has it, or a model on the Hub.
+            name_or_path: the file, a folder that contains it, or a model on the Hub.
             **hub: `revision`, `token`, `cache_dir`, … for the Hub.
 
         Raises:
             OSError: if there is no such file.
-            ValueError: if it is not JSON, or has settings that we do not know or values out of range.
+            ValueError: if it is not JSON, or has unknown settings or values out of range.
         """
         path = Path(name_or_path)
         if not path.is_file():
@@ -150,7 +150,7 @@ class ImportanceConfig:
         return cls(**settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `importance_config.json` into a folder, which is made if it is not there; returns its path."""
+        """Write `importance_config.json` into a folder, created if needed, and return its path."""
         path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")

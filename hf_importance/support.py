@@ -1,4 +1,4 @@
-"""What is refused: the reason, and the way out."""
+"""Checks for unsupported arguments, overrides and data, with messages that name the fix."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _HOOKS = {
     "_save_rng_state": "Call it in the override, or checkpoints lose the importances.",
     "_load_optimizer_and_scheduler": "Call it in the override, or resuming loses the importances.",
 }
-"""What importance sampling lives in, and what to do where a class overrides it without calling it."""
+"""Methods that importance sampling overrides, and the fix if a user's override does not call them."""
 _STRATEGIES = {
     "sequential": "importance sampling draws examples in an order of its own. Remove the argument",
     "batch_rebalance": "it distributes batches of different sizes among the processes, while here each process draws "
@@ -47,10 +47,10 @@ _STRATEGIES = {
 
 
 def refuse_version(trainer: type = Trainer) -> None:
-    """Refuse a version of transformers in which a private method that we override would never be called.
+    """Refuse versions of transformers without the private methods that hf_importance overrides.
 
     Raises:
-        ImportError: if it is no more.
+        ImportError: if one of them is missing.
     """
     missing = [name for name in _PRIVATE_HOOKS if not hasattr(trainer, name)]
     if missing:
@@ -64,10 +64,10 @@ def refuse_version(trainer: type = Trainer) -> None:
 
 
 def refuse_arguments(trainer: Any) -> None:
-    """Refuse arguments of an `ImportanceTrainer` that are no values of theirs.
+    """Refuse invalid arguments of an `ImportanceTrainer`.
 
     Raises:
-        TypeError: for what is of the wrong type.
+        TypeError: for arguments of the wrong type.
         ValueError: for a seed out of range.
     """
     args = trainer.args
@@ -89,14 +89,14 @@ def refuse_arguments(trainer: Any) -> None:
 
 
 def refuse_training(trainer: Any, schedule: LRScheduler | None) -> None:
-    """Refuse what an `ImportanceTrainer` that has training data cannot train with; others may evaluate with it.
+    """Refuse settings that training with importance sampling does not support; evaluation may use them.
 
     Args:
-        trainer: see above.
-        schedule: that was passed in `optimizers`.
+        trainer: an `ImportanceTrainer` with training data.
+        schedule: the schedule passed in `optimizers`.
 
     Raises:
-        ValueError: for what is not supported.
+        ValueError: for unsupported settings.
     """
     args = trainer.args
     if trainer.compute_loss_func is not None:
@@ -146,7 +146,7 @@ def _refuse_data(data: Any, ranks: int) -> None:
 
 
 def _schedule_of_deepspeed(trainer: Any) -> str | None:
-    """The schedule in the configuration of DeepSpeed, which it makes and steps by itself."""
+    """Type of the schedule in the DeepSpeed config, which DeepSpeed creates and steps itself."""
     if not trainer.is_deepspeed_enabled:
         return None
     config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
@@ -154,15 +154,15 @@ def _schedule_of_deepspeed(trainer: Any) -> str | None:
 
 
 def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deepspeed: str | None) -> None:
-    """Refuse a schedule that is known not to follow before training begins.
+    """Refuse a schedule that cannot follow the effective steps.
 
     Args:
-        args: of the training.
-        scheduler: that was passed in `optimizers`.
-        deepspeed: the name of one in the configuration of DeepSpeed.
+        args: the training arguments.
+        scheduler: the schedule passed in `optimizers`.
+        deepspeed: type of the schedule in the DeepSpeed config.
 
     Raises:
-        ValueError: where the learning rate cannot follow what was learnt.
+        ValueError: if there is such a schedule.
     """
     found = None
     if args.lr_scheduler_type in _BY_RESULTS:
@@ -179,22 +179,22 @@ def refuse_schedule(args: TrainingArguments, scheduler: LRScheduler | None, deep
         )
 
 
-# ---- what users have written -----------------------------------------------------------------------------------------
+# ---- overrides by users ----------------------------------------------------------------------------------------------
 
 
 def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
-    """Refuse classes of users that would be silently ignored, or would switch importance sampling off.
+    """Refuse overrides by users that would be ignored, or would disable importance sampling.
 
-    An override that calls `super()` is honoured. Whether one does can only be seen at the first step, which
-    [`TrainingWatch`] is for; here those are refused that surely do not.
+    Overrides that call `super()` are supported. This function refuses those that certainly do not; [`TrainingWatch`]
+    detects the others at the first step.
 
     Args:
-        cls: of the trainer.
-        mixin: ours among its bases; what comes after it is called by it, if at all.
+        cls: class of the trainer.
+        mixin: `ImportanceTrainerMixin`, one of its bases.
         has_loss_function: whether there is a `per_example_loss_func`.
 
     Raises:
-        ValueError: with what to do instead.
+        ValueError: for such an override.
     """
     theirs = list(_user_classes(cls, mixin))
     for owner, is_before in theirs:
@@ -215,33 +215,33 @@ def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
 
 
 class TrainingWatch(TrainerCallback):
-    """Watches a training from within: it stops where nothing is measured, before anything is learnt from it.
+    """Stops training if no importance is measured, before the optimizer step.
 
-    It comes before the callbacks of users, who get a loader to look at instead of that of the training loop.
+    It is the first callback, so the callbacks of users get a preview dataloader instead of that of the training loop.
 
     Args:
         trainer: an `ImportanceTrainer`.
-        mixin: ours among its bases.
+        mixin: `ImportanceTrainerMixin`, one of its bases.
     """
 
     def __init__(self, trainer: Any, mixin: type) -> None:
         self._trainer, self._mixin = trainer, mixin
-        self._unmeasured = 0  # steps in a row
+        self._unmeasured = 0  # consecutive unmeasured steps
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the other callbacks a loader of their own."""
+        """Give other callbacks a preview dataloader."""
         self._unmeasured = 0
         self._trainer.callback_handler.train_dataloader = self._trainer._preview_loader()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the optimizer takes a step: the first one must be measured, and of two later ones one."""
+        """Raise an error if the first step, or two consecutive steps, were not measured."""
         self._unmeasured = 0 if self._trainer._has_measured() else self._unmeasured + 1
         if self._unmeasured and (state.global_step == 0 or self._unmeasured > 1):
             raise unmeasured(type(self._trainer), self._mixin)
 
 
 def unmeasured(cls: type, mixin: type) -> ValueError:
-    """The error of a step in which no importance was measured."""
+    """The error for a step without measured importances."""
     hooks = ("compute_loss", "training_step", "get_batch_samples", "get_train_dataloader")
     found = [
         f"{owner.__name__}.{name}" for owner, _ in _user_classes(cls, mixin) for name in hooks if name in vars(owner)
@@ -254,7 +254,7 @@ def unmeasured(cls: type, mixin: type) -> ValueError:
 
 
 def _user_classes(cls: type, mixin: type) -> Iterator[tuple[type, bool]]:
-    """Classes that users have written, and whether they come before ours; none from that of a known library on."""
+    """Classes written by users before any adapted class, and whether they precede `mixin`."""
     adapted = adapted_class(cls)
     order = cls.__mro__ if adapted is None else cls.__mro__[: cls.__mro__.index(adapted)]
     for place, owner in enumerate(order):
@@ -263,7 +263,7 @@ def _user_classes(cls: type, mixin: type) -> Iterator[tuple[type, bool]]:
 
 
 def _never_calls_super(owner: type, name: str, classes: list[type]) -> bool:
-    """Whether a method cannot call the one that it overrides: nothing that it may call names what it would need."""
+    """Whether an override cannot call the overridden method, because neither it nor its helpers refer to it."""
     override = _function(vars(owner)[name])
     if override is None or "super" in _names(override):
         return False
@@ -277,7 +277,7 @@ def _function(member: Any) -> FunctionType | None:
 
 
 def _names(function: FunctionType, depth: int = 3) -> set[str]:
-    """All names in a function, and in the functions that it calls by name or has around it."""
+    """All names used in a function, in the functions that it calls by name, and in its closure."""
     names = _names_in(function.__code__)
     around = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
     called = [function.__globals__.get(name) for name in function.__code__.co_names]
@@ -301,13 +301,13 @@ def _is_empty(cell: CellType) -> bool:
 
 
 def refuse_loader(loader: Any, cls: type, batch_size: int, drop_last: bool, length: int) -> None:
-    """Refuse a loader of the training data, as the classes after ours made it, that could not be taken over as it is.
+    """Refuse a training dataloader that importance sampling cannot replace without changing its behaviour.
 
     Raises:
-        ValueError: if it draws or iterates in a way of its own.
+        ValueError: if it has its own sampler or iteration.
     """
     batches = getattr(loader, "batch_sampler", None)
-    batches = getattr(batches, "batch_sampler", batches)  # of the shards of accelerate
+    batches = getattr(batches, "batch_sampler", batches)  # unwrap the shards of accelerate
     sampler = getattr(batches, "sampler", None)
     usual = type(sampler) in (RandomSampler, SeedableRandomSampler) and not sampler.replacement
     if (
