@@ -1,26 +1,26 @@
 """Online importance sampling for the Hugging Face `Trainer`.
 
-To read the code, go upward, as the imports do:
+The modules, in the order of their imports (each imports only those above it):
 
-- `state`: what is read from a checkpoint is checked.
-- `randomness`: random numbers that training does not miss.
-- `record`: what else was seen of every example, for people to look at.
-- `losses`: which loss a model trains with, example by example, and the importances.
-- `sampling`: which examples come next, with what weight, and when enough was learnt.
-- `adapters`: trainers of other libraries that compute their loss by themselves.
-- `data`: carries that with the batch.
-- `fingerprint`: by what training data are told.
-- `lengths`: how long texts are, which is what they cost.
-- `checkpoint`: files of an interrupted training.
+- `state`: validation of what is read from a checkpoint.
+- `randomness`: random numbers that do not affect those of training.
+- `record`: statistics of every example's visits, for the report.
+- `losses`: per-example losses and importances.
+- `sampling`: which examples are drawn next, their weights, and when to stop.
+- `adapters`: losses of trainers of other libraries (TRL, sentence-transformers).
+- `data`: dataset and collator that carry the draw along with the batch.
+- `fingerprint`: identification of the training data.
+- `lengths`: lengths of texts, which determine what they cost.
+- `checkpoint`: the files of a checkpoint.
 - `config`: all settings.
-- `step`: the batches of a step, and the draws that they came of.
-- `columns`: what is known of each example, of those of all processes.
-- `loader`: of the training loop, and one to look at.
-- `schedule`: the learning rate follows what was learnt, and training ends by it.
-- `support`: what is refused, and the way out.
-- `report`: what was learnt about the data, as table, plots, page and model card.
+- `step`: the batches of one training step and their draws.
+- `columns`: per-example columns, gathered from all processes.
+- `loader`: the dataloader of the training loop, and one for previews.
+- `schedule`: learning rate and end of training by effective epochs.
+- `support`: checks for unsupported settings, with the fix.
+- `report`: findings about the data as table, plots, page and model card.
 - `trainer`: the hooks into `Trainer`.
-- `command_line`: what the scripts that fine-tune share.
+- `command_line`: code shared by the fine-tuning scripts.
 """
 
 from hf_importance.config import ImportanceConfig

@@ -1,4 +1,4 @@
-"""Checkpoints: one file per rank, written so that half of one is never taken for a whole one."""
+"""Checkpoint files, one per rank, written atomically."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from hf_importance.state import read_number, read_tensor
 _FORMAT = 7
 _FILES = "importance_*.pt"
 _ADVICE = (
-    "Resume from another checkpoint, or remove its importance_*.pt to go on with the model as it is and importances "
-    "that are unknown."
+    "Resume from another checkpoint, or delete its importance_*.pt files to continue with the saved model and unknown "
+    "importances."
 )
-_TRAINER_STATE = "trainer_state.json"  # what `Trainer` writes last
+_TRAINER_STATE = "trainer_state.json"  # written last by `Trainer`
 
 
 def save_state(checkpoint: str | Path, rank: int, ranks: int, state: dict[str, Any]) -> None:
-    """Write the state of one rank into the folder of a checkpoint: tensors and plain values."""
+    """Write the state of one rank, tensors and plain values, into the folder of a checkpoint."""
     path = Path(checkpoint) / _name(rank, ranks)
-    for other in path.parent.glob(_FILES):  # of a run that was killed here
+    for other in path.parent.glob(_FILES):  # left by a run that was killed while saving
         if not other.stem.endswith(f"_of_{ranks:05d}"):
             other.unlink(missing_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -42,21 +42,21 @@ def save_state(checkpoint: str | Path, rank: int, ranks: int, state: dict[str, A
 
 
 def load_states(checkpoint: str | Path) -> list[dict[str, Any]]:
-    """The states of all ranks, in their order; none if there are no files.
+    """Load the states of all ranks in order; empty if there are no files.
 
     Raises:
-        ValueError: if a file is missing among others, damaged, or not the one that its name says.
+        ValueError: if a file is missing or damaged, or does not match its name.
     """
     paths = sorted(Path(checkpoint).glob(_FILES))
     if not paths:
         return []
     ranks = re.search(r"_of_(\d{5})$", paths[0].stem)
     if ranks is None:
-        raise _unreadable(paths[0], ValueError("its name is not one of ours"))
+        raise _unreadable(paths[0], ValueError("its name must be importance_<rank>_of_<ranks>.pt"))
     names = [_name(rank, int(ranks[1])) for rank in range(int(ranks[1]))]
     for path in paths:
         if path.name not in names:
-            raise _unreadable(path, ValueError(f"it does not belong to {paths[0].name}"))
+            raise _unreadable(path, ValueError(f"it does not belong with {paths[0].name}"))
     return [_load(Path(checkpoint) / name, rank, len(names)) for rank, name in enumerate(names)]
 
 
@@ -68,27 +68,27 @@ def resume(
     data: dict[str, Any],
     settings: dict[str, Any],
 ) -> str | None:
-    """Put a sampler where it was, or as near as it can be.
+    """Restore a sampler from a checkpoint, as far as the checkpoint matches.
 
     Args:
-        sampler: of this rank; nothing was drawn.
-        states: what [`load_states`] gave.
-        rank: this one.
+        sampler: sampler of this rank, before its first draw.
+        states: result of [`load_states`].
+        rank: this rank.
         skip: see [`ImportanceBatchSampler.load_state_dict`].
-        data: what [`fingerprint.fingerprint`] says of the training data.
-        settings: that training goes on with.
+        data: [`fingerprint.fingerprint`] of the training data.
+        settings: settings of the resumed training.
 
     Returns:
-        What could not be kept, None if all was.
+        A message on what could not be restored; None if everything was.
 
     Raises:
-        ValueError: if a state is not what a sampler like this one has written; others where parts are missing.
+        ValueError: if a state has the wrong form; other errors if parts are missing, see [`explaining_errors`].
     """
     length = sampler.shard.length
     unknown = torch.full((length,), torch.nan)
     if not states:
         sampler.restart(unknown, 0, skip)
-        return "has no importances: they start unknown."
+        return "contains no importances: they start unknown."
     before, samplers = states[0], [state["sampler"] for state in states]
     changed = [
         f"{name}={before['settings'][name]!r} (now {settings[name]!r})"
@@ -98,27 +98,27 @@ def resume(
     keeps = False
     if samplers[0]["length"] != length:
         dropped = (
-            f"has the importances of {samplers[0]['length']} training examples, but there are {length}, so that it is "
-            "not known which is which: importances start unknown."
+            f"has the importances of {samplers[0]['length']} training examples, but train_dataset now has {length}: "
+            "importances start unknown."
         )
     elif other := differences(before["data"], data):
-        dropped = f"was written with other training data ({other}): importances start unknown."
+        dropped = f"was written with different training data ({other}): importances start unknown."
     elif before["settings"].get("metric") != settings.get("metric"):
-        dropped = f"was written with {' and '.join(changed)}, another measure: importances start unknown."
+        dropped = f"was written with {' and '.join(changed)}, a different metric: importances start unknown."
     elif changed:
         keeps = True
         dropped = (
-            f"was written with {' and '.join(changed)}: the importances are kept, and from here on the new settings "
-            "hold, in a new order of the examples."
+            f"was written with {' and '.join(changed)}: importances are kept, and training continues with the "
+            "new settings and a new order of the examples."
         )
-    elif len(states) == sampler.shard.ranks and sampler.goes_on_from(samplers[rank]):
+    elif len(states) == sampler.shard.ranks and sampler.matches(samplers[rank]):
         sampler.load_state_dict(samplers[rank], skip)
         return None
     else:
         keeps = True
         dropped = (
-            "was written with another number of processes, batch size or kind of sampling: the "
-            "importances are kept, the order of the examples is a new one."
+            "was written with a different number of processes, batch size or sampling method: importances are kept, "
+            "but the examples are in a new order."
         )
     if keeps:
         importance, record = _join(samplers, length)
@@ -129,8 +129,8 @@ def resume(
 
 
 @contextmanager
-def reading(checkpoint: str | Path) -> Iterator[None]:
-    """What is wrong with a state is told as a `ValueError`, with the checkpoint and the way out."""
+def explaining_errors(checkpoint: str | Path) -> Iterator[None]:
+    """Turn errors in a state into a `ValueError` that names the checkpoint and the fix."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
@@ -138,7 +138,7 @@ def reading(checkpoint: str | Path) -> Iterator[None]:
 
 
 def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str, Any] | None]:
-    """The importances and the record of all examples, of the samplers of all ranks."""
+    """Merge the importances and the records of the samplers of all ranks."""
     importance = torch.full((length,), torch.nan)
     index = [slice(None) if state["shard"] is None else state["shard"] for state in samplers]
     for positions, state in zip(index, samplers, strict=True):
@@ -150,7 +150,7 @@ def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str
 
 
 def _importance(state: dict[str, Any], shape: list[int]) -> Tensor:
-    """Of examples as they are; unknown where that of suspects was scaled, see [`SuspectWeights`]."""
+    """Importances of a rank; NaN for suspects, whose importance was scaled, see [`SuspectWeights`]."""
     importance = read_tensor(state["memory"], "importance", shape, torch.float32)
     if state["suspects"] is None:
         return importance
@@ -165,13 +165,13 @@ def _load(path: Path, rank: int, ranks: int) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != _FORMAT:
-            raise ValueError(f"its format is {state['format']!r}, wanted is {_FORMAT}")
+            raise ValueError(f"its format must be {_FORMAT}, but is {state['format']!r}")
         if (state["rank"], state["ranks"]) != (rank, ranks):
-            raise ValueError(f"it is that of process {state['rank']} of {state['ranks']}, under another name")
+            raise ValueError(f"it was written by process {state['rank']} of {state['ranks']}")
         for name in ("sampler", "settings", "data", "objective", "reported"):
             if not isinstance(state[name], dict):
-                raise ValueError(f"{name} is a {type(state[name]).__name__}")
-    except Exception as error:  # of a damaged file there is hardly one that does not come
+                raise ValueError(f"{name} must be a dict, but is a {type(state[name]).__name__}")
+    except Exception as error:  # a damaged file may raise almost anything
         raise _unreadable(path, error) from error
     return state
 
@@ -185,7 +185,7 @@ def _first_line(error: Exception) -> str:
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end; killed while saving, a run leaves one behind that was not."""
+    """The newest complete checkpoint; a run that is killed while saving leaves an incomplete one."""
     found = {
         int(path.name.removeprefix("checkpoint-")): path
         for path in Path(output_dir).glob("checkpoint-*")

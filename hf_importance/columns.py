@@ -1,4 +1,4 @@
-"""What is known of each example, of those of this process and of all."""
+"""Per-example columns of this process, and gathered from all processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 
 class Columns:
-    """Columns of all examples: of those of this process as they are, of the others as they were last gathered.
+    """Columns of all examples: current for those of this process, as last gathered for the others.
 
-    So whoever asks needs no other process for it.
+    Reading them requires no communication.
 
     Args:
-        sampler: of this process.
-        first: whether it is the first one, which has all columns of all; the others have the importances.
+        sampler: the sampler of this process.
+        first: whether this is the main process, which keeps all columns; the others only keep the importances.
     """
 
     def __init__(self, sampler: ImportanceBatchSampler, first: bool) -> None:
@@ -25,17 +25,17 @@ class Columns:
         self._gathered: dict[str, Tensor] = {}
 
     @property
-    def importance(self) -> Tensor:
-        """float32 `[examples]`, NaN where unknown."""
-        return self._of_all("importance", self._sampler.importance)
+    def importances(self) -> Tensor:
+        """Importances, float32 `[examples]`, NaN where unknown."""
+        return self._global_column("importance", self._sampler.importances)
 
-    def of_all(self) -> dict[str, Tensor]:
-        """`[examples]` each: what is recorded of them, `importance`, `pruned`; `down_weighted` where some are."""
-        return {name: self._of_all(name, column) for name, column in self._mine().items()}
+    def all_columns(self) -> dict[str, Tensor]:
+        """`[examples]` each: recorded columns, `importance`, `pruned`, and `down_weighted` with `suspect_weight`."""
+        return {name: self._global_column(name, column) for name, column in self._local_columns().items()}
 
     def gather(self, add_up: Callable[[Tensor], Tensor]) -> None:
-        """Bring those of the others up to date. A collective, where `add_up` adds over all processes."""
-        shard, mine = self._sampler.shard, self._mine()
+        """Update the columns of the other processes. A collective operation; `add_up` sums over processes."""
+        shard, mine = self._sampler.shard, self._local_columns()
         if shard.index is None:
             return
         whole = torch.zeros(len(mine), shard.length)
@@ -45,14 +45,14 @@ class Columns:
         if not self._first:
             self._gathered = {"importance": self._gathered["importance"].clone()}
 
-    def _mine(self) -> dict[str, Tensor]:
+    def _local_columns(self) -> dict[str, Tensor]:
         record = self._sampler.record
-        seen = {} if record is None else record.columns()
-        columns = {**seen, "importance": self._sampler.importance, "pruned": self._sampler.pruned}
+        recorded = {} if record is None else record.columns()
+        columns = {**recorded, "importance": self._sampler.importances, "pruned": self._sampler.pruned}
         suspects = self._sampler.suspects
         return columns if suspects is None else columns | {"down_weighted": suspects.flagged}
 
-    def _of_all(self, name: str, mine: Tensor) -> Tensor:
+    def _global_column(self, name: str, mine: Tensor) -> Tensor:
         shard = self._sampler.shard
         if shard.index is None:
             return mine.clone()

@@ -21,17 +21,17 @@ Sampling = Literal["reshuffled", "replacement"]
 if TYPE_CHECKING:
     Budget = float | Literal["auto"]
 else:
-    Budget = str  # a flag has one type; numbers are made of it below
+    Budget = str  # a command-line flag has one type; __post_init__ converts numbers
 
-_GONE = {
-    "max_rate": "no example is visited much more often than 64 times the average",
-    "prune_until": "training ends when enough was learnt (budget='auto')",
-    "uniform_below": "training ends when enough was learnt (budget='auto')",
-    "revisit_pruned": "what is pruned is looked at again after each pass",
-    "guard": "there is one with sampling='reshuffled', and none with 'replacement'",
-    "report_examples_to_hub": "it is an argument of ImportanceTrainer, and never loaded from a file",
+_REMOVED = {
+    "max_rate": "rates are now capped at 64 times the average",
+    "prune_until": "training now ends by itself (budget='auto')",
+    "uniform_below": "training now ends by itself (budget='auto')",
+    "revisit_pruned": "pruned examples are now reconsidered after each pass",
+    "guard": "it is now always on with sampling='reshuffled' and off with 'replacement'",
+    "report_examples_to_hub": "pass it to ImportanceTrainer instead",
 }
-"""Settings of version 0.1 that are no more, and what took their place."""
+"""Settings of version 0.1 that were removed, and what replaces them."""
 
 
 def _setting(default: object, text: str) -> Any:
@@ -40,14 +40,14 @@ def _setting(default: object, text: str) -> Any:
 
 @dataclass
 class ImportanceConfig:
-    """How importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
+    """Settings of how importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
 
-    What people set: `budget`, `prune_mass`, `record`, `seed`, and where labels are wrong
-    `suspect_weight`. What experiments need: the others.
+    The settings for everyday use are `budget`, `prune_mass`, `record`, `seed`, and `suspect_weight` for noisy labels.
+    The others are for experiments.
 
     Raises:
-        ValueError: where a value is out of its range; the message says which and what to pass instead.
-        TypeError: where it has the wrong type.
+        ValueError: if a value is out of range; the message names the field and the accepted values.
+        TypeError: if a value has the wrong type.
 
     >>> ImportanceConfig(budget=0.5).metric
     'logit_gradient'
@@ -55,57 +55,57 @@ class ImportanceConfig:
 
     budget: Budget = _setting(
         "auto",
-        "auto: training ends, and the learning rate has decayed, when as much was learnt as uniform sampling learns in "
-        "num_train_epochs or max_steps. While a step is worth g uniform ones, the learning rate is √g times as high. "
-        "A number above 0: so many visits per epoch over the number of examples, and all epochs or steps are made.",
+        "auto: num_train_epochs or max_steps count uniform-equivalent steps. Training ends, and the learning rate has "
+        "decayed, once they are reached; while a step is worth g uniform steps, the learning rate is √g times as high. "
+        "A number above 0: run all epochs or steps, with this many visits per epoch relative to the dataset size.",
     )
     prune_mass: float = _setting(
         0.0,
-        "After each pass leave out the examples that together hold less than this share of the importance, in [0, 1). "
+        "After each pass, prune the examples that together hold less than this share of the importance, in [0, 1). "
         "0 prunes nothing.",
     )
     record: bool = _setting(
-        True, "Keep what importance_report shows of every example: visits, loss, prediction; 28 bytes each."
+        True, "Record the visits, loss and prediction of every example for importance_report; 28 bytes each."
     )
-    seed: int | None = _setting(None, "Seed of the sampler; by default data_seed or seed of TrainingArguments.")
+    seed: int | None = _setting(None, "Seed of the sampler. Defaults to data_seed or seed of TrainingArguments.")
     metric: Metric = _setting(
         "logit_gradient",
-        "What importance is: the norm of the gradient of an example's loss with respect to the logits "
-        "(logit_gradient) or to the weights of a linear last layer (last_layer_gradient), its loss (loss), or the same "
-        "for all (uniform: plain reshuffling, all weights 1).",
+        "Definition of importance: the norm of the gradient of an example's loss with respect to the logits "
+        "(logit_gradient) or to the weights of a linear last layer (last_layer_gradient), the loss itself (loss), or "
+        "equal for all (uniform: plain reshuffling, all weights 1).",
     )
     sampling: Sampling = _setting(
         "reshuffled",
-        "reshuffled: visits as even as the rates allow, with rates of the last eighth of a pass, and a guard that "
-        "makes them uniform where importances tell nothing. replacement: independent draws, as in the paper.",
+        "reshuffled: visits as evenly spaced as the rates allow, with rates updated eight times per pass, and a guard "
+        "that makes them uniform if importances are not informative. replacement: independent draws, as in the paper.",
     )
-    memory_momentum: float = _setting(0.2, "Share of the old importance when a new one is measured, in [0, 1).")
+    memory_momentum: float = _setting(0.2, "Weight of the old importance when a new one is measured, in [0, 1).")
     uniform_fraction: float = _setting(
         0.3,
-        "Lowest floor of the rates, in [0, 1]: this share of the visits is uniform; no weight is above its inverse.",
+        "Minimum share of the visits that is uniform, in [0, 1]; importance weights are at most its inverse.",
     )
     weight_exponent: float = _setting(
         1.0,
-        "Weight of a visit is rate^-exponent, in [0, 1]. 1 keeps the gradient unbiased; less prefers important "
-        "examples, which pays only with clean labels.",
+        "The importance weight of a visit is rate^-exponent, in [0, 1]. 1 keeps the gradient unbiased; less emphasises "
+        "important examples, which only helps with clean labels.",
     )
     importance_increment: float = _setting(
         0.0,
-        "Added to every known importance at the end of each pass, at least 0: the paper's way to forget no example.",
+        "Added to every known importance after each pass, at least 0, so no example is forgotten (as in the paper).",
     )
 
     suspect_weight: float = _setting(
         1.0,
-        "Weight in the loss of examples whose label is probably wrong, in [0, 1]: 0 leaves them out. Less than 1 "
-        "changes what is minimised. It is for wrong labels, and puts rare classes at risk.",
+        "Weight in the loss of examples whose label is probably wrong, in [0, 1]; 0 excludes them. Below 1, the "
+        "training objective changes. Intended for noisy labels; it can hurt rare classes.",
     )
-    suspects_from: float = _setting(2.0, "Effective epochs from which on suspect_weight holds, at least 0.")
+    suspects_from: float = _setting(2.0, "Effective epochs after which suspect_weight applies, at least 0.")
 
     @classmethod
     def paper(cls, memory_momentum: float = 0.2, importance_increment: float = 1e-3) -> ImportanceConfig:
-        """The sampler of Salaün et al. 2023: with replacement, without a floor, for all the steps.
+        """The sampler of Salaün et al. 2023: with replacement, without a uniform share, for all steps.
 
-        They give α ∈ {0, 0.1, 0.2, 0.3} for the momentum and no figure for the increment, which is our choice.
+        The paper gives α ∈ {0, 0.1, 0.2, 0.3} for the momentum, but no value for the increment, which is our choice.
         """
         return cls(
             budget=1.0,
@@ -117,15 +117,15 @@ class ImportanceConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> ImportanceConfig:
-        """Load `importance_config.json`. Of settings of version 0.1 that are no more it says what took their place.
+        """Load `importance_config.json`. Warns about settings of version 0.1 that were removed.
 
         Args:
-            name_or_path: the file, a folder that has it, or a model on the Hub.
+            name_or_path: the file, a folder that contains it, or a model on the Hub.
             **hub: `revision`, `token`, `cache_dir`, … for the Hub.
 
         Raises:
             OSError: if there is no such file.
-            ValueError: if it is not JSON, or has settings that we do not know or values out of range.
+            ValueError: if it is not JSON, or has unknown settings or values out of range.
         """
         path = Path(name_or_path)
         if not path.is_file():
@@ -133,20 +133,24 @@ class ImportanceConfig:
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} must be JSON, but cannot be read ({error}).") from error
+            raise ValueError(f"{path} must be valid JSON, but could not be parsed ({error}).") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"{path} must hold an object with settings, but holds {type(settings).__name__}.")
-        for name in sorted(_GONE.keys() & settings):
-            logger.warning(f"{path}: {name}={settings.pop(name)!r} of hf_importance 0.1 is no more: {_GONE[name]}.")
+            raise ValueError(
+                f"{path} must contain a JSON object of settings, but contains a {type(settings).__name__}."
+            )
+        for name in sorted(_REMOVED.keys() & settings):
+            logger.warning(
+                f"{path}: the setting {name}={settings.pop(name)!r} was removed in hf_importance 0.2: {_REMOVED[name]}."
+            )
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(settings) - known):
             raise ValueError(
-                f"{path} has settings that ImportanceConfig does not know: {unknown}. Known: {sorted(known)}."
+                f"{path} has unknown settings {unknown}: remove them. ImportanceConfig has {sorted(known)}."
             )
         return cls(**settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `importance_config.json` into a folder, which is made if it is not there; returns its path."""
+        """Write `importance_config.json` into a folder, created if needed, and return its path."""
         path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -183,13 +187,13 @@ class ImportanceConfig:
             self._check_range("budget", "'auto' or a number above 0 and finite", lambda x: 0 < x < math.inf)
 
     def _check_suspects(self) -> None:
-        told = f"ImportanceConfig.suspect_weight={self.suspect_weight!r}, below 1, needs"
+        start = f"ImportanceConfig.suspect_weight={self.suspect_weight!r} is below 1, which requires"
         if not self.record:
-            raise ValueError(f"{told} record=True: suspects are found by what is recorded.")
+            raise ValueError(f"{start} record=True: suspects are found from the recorded visits.")
         if self.sampling != "reshuffled":
-            raise ValueError(f"{told} sampling='reshuffled', but sampling is {self.sampling!r}.")
+            raise ValueError(f"{start} sampling='reshuffled', but sampling is {self.sampling!r}.")
         if not self.suspect_weight and not self.uniform_fraction:
-            raise ValueError(f"{told} uniform_fraction above 0: else what was left out would never be looked at again.")
+            raise ValueError(f"{start} uniform_fraction above 0: otherwise suspects would never be visited again.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

@@ -1,4 +1,4 @@
-"""Carries the draw with the batch: sampler → data set → collator → training step."""
+"""Carries the draw along with the batch: sampler → dataset → collator → training step."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.sampling.draw import Draw
 
 DRAW_KEY = "importance_draw"
 """Key of the draw in a collated batch."""
 LABEL_COLUMNS = ("labels", "label", "label_ids")
-_MOST_EXAMPLES, _MOST_MASKS = 1024, 64
-"""That a mean over the data is taken of: its error is then a few percent, and only scales the learning rate."""
+_MAX_EXAMPLES, _MAX_MASKS = 1024, 64
+"""Examples that a mean over the data is estimated from: a few percent of error, which only scales the learning rate."""
 _MASK = 2**14
-"""Elements from which on the label of an example is a mask, which takes time to load."""
+"""Labels with at least this many elements are masks, which are slow to load."""
 
 
 class ImportanceDataset(Dataset):
-    """A map-style data set that is asked for a whole [`Draw`] and answers with its examples and the draw.
+    """A map-style dataset that is indexed by a whole [`Draw`] and returns its examples together with the draw.
 
-    The examples are asked from `dataset` at every visit, so that transforms and random augmentation keep working.
+    Examples are read from `dataset` at every visit, so transforms and random augmentation keep working.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -34,7 +34,7 @@ class ImportanceDataset(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, draw: Draw) -> tuple[list[Any], Draw]:
-        """What `DataLoader` calls with one item of its batch sampler."""
+        """Called by `DataLoader` with one item of its batch sampler."""
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(draw.index), draw
         return [self.dataset[i] for i in draw.index], draw
@@ -43,24 +43,24 @@ class ImportanceDataset(Dataset):
         return self.dataset[index]
 
     def set_epoch(self, epoch: int) -> None:
-        """Passed on to a data set that has it."""
+        """Forward to the dataset if it has this method."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
 
 class ImportanceCollator:
-    """Collates the examples with `collate` and puts the draw beside them: one object that no device transfer touches.
+    """Collates the examples with `collate` and adds the draw to the batch, an object that ignores device transfers.
 
     Raises:
         TypeError: if `collate` does not return a mapping.
-        ValueError: if it fails at labels that are texts.
+        ValueError: if it fails because labels are strings.
     """
 
     def __init__(self, collate: Callable[[list[Any]], MutableMapping[str, Any]]) -> None:
         self.collate = collate
 
     def __call__(self, examples_and_draw: tuple[list[Any], Draw]) -> MutableMapping[str, Any]:
-        """What `DataLoader` calls with what it got from [`ImportanceDataset`]."""
+        """Called by `DataLoader` with the output of [`ImportanceDataset`]."""
         examples, draw = examples_and_draw
         try:
             batch = self.collate(examples)
@@ -78,7 +78,7 @@ class ImportanceCollator:
 
 
 def _lengths_in_one_row(examples: list[Any], batch: Mapping[str, Any]) -> list[int] | None:
-    """Of examples that are one row of tokens now; None where each has its own, or none."""
+    """Lengths of examples that were concatenated into one row of tokens; None if they were not."""
     tokens = batch.get("input_ids")
     if len(examples) == 1 or not isinstance(tokens, Tensor) or len(tokens) != 1:
         return None
@@ -87,18 +87,18 @@ def _lengths_in_one_row(examples: list[Any], batch: Mapping[str, Any]) -> list[i
 
 
 def refuse_texts_as_labels(example: Any, error: Exception | None = None) -> None:
-    """Of an example that no label could be read of.
+    """Check an example whose label could not be read.
 
     Raises:
-        ValueError: if its label is a text.
+        ValueError: if its label is a string.
     """
     for name in LABEL_COLUMNS:
         label = example.get(name) if isinstance(example, Mapping) else None
         label = label[0] if isinstance(label, (list, tuple)) and label else label
         if isinstance(label, str):
             raise ValueError(
-                f"The label in {name!r} is a text, {label!r}, but must be a number: number the classes, as "
-                f"dataset.class_encode_column({name!r}) does."
+                f"Labels must be numbers, but the column {name!r} has the string {label!r}: encode the classes as "
+                f"numbers, for example with dataset.class_encode_column({name!r})."
             ) from error
 
 
@@ -107,11 +107,11 @@ def mean_over_examples(
 ) -> float:
     """Mean of `count(batch[key])`, `[batch, …] → [batch]`, over the data, or evenly spaced examples if it is large.
 
-    The same on all ranks, in every run, and for every batch size; no random number that training would get is taken.
+    It is the same on all ranks, in every run and for every batch size, and does not affect the random state.
     """
-    with own_randomness(owners=(dataset, collate)):
+    with isolated_randomness(owners=(dataset, collate)):
         first = collate([dataset[0]])[key]
-        most = _MOST_EXAMPLES if first.numel() < _MASK else _MOST_MASKS
+        most = _MAX_EXAMPLES if first.numel() < _MASK else _MAX_MASKS
         examples = range(0, len(dataset), -(-len(dataset) // most))
         total = int(count(first).sum())
         for i in examples[1:]:

@@ -1,4 +1,4 @@
-"""By what training data are told, so that importances are not given to other examples."""
+"""Identification of the training data, to avoid restoring importances for different examples."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ import torch
 from torch import Tensor
 
 from hf_importance.data import LABEL_COLUMNS
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 
-_MOST_READ, _MOST_BYTES = 128, 2**22
-"""Examples that are read; of `datasets` so many bytes of them, if that is more."""
+_MAX_READ, _MAX_BYTES = 128, 2**22
+"""Number of examples that are read; for `datasets`, at least this many bytes."""
 
 
 def fingerprint(dataset: Any, labels: Iterable[str] = LABEL_COLUMNS) -> dict[str, Any]:
-    """What training data are told by: the fingerprint of `datasets` where there is one, and digests of their columns.
+    """Fingerprint of the training data: that of `datasets` if available, and a digest of each column.
 
-    A digest is of some examples, evenly spaced. Of labels in `datasets`, and in lists of dicts, it is of all of them.
-    What cannot be read, or reads differently each time, as with random augmentation by a generator of its own, has
-    none.
+    A digest covers evenly spaced examples; for labels in `datasets` or lists of dicts, it covers all examples. Columns
+    that cannot be read, or change with every read (random augmentation), have none.
 
     Args:
-        dataset: see above.
-        labels: names of the columns of labels.
+        dataset: the training data.
+        labels: names of the label columns.
     """
     try:
-        with own_randomness(owners=(dataset,)):
+        with isolated_randomness(owners=(dataset,)):
             if hasattr(dataset, "with_format") and hasattr(dataset, "_fingerprint"):
                 return {"datasets": dataset._fingerprint, "columns": _digests_of_arrow(dataset, set(labels))}
             return {"datasets": None, "columns": _digests_of_examples(dataset, set(labels))}
-    except Exception:  # of data that someone has written: training does not end for that
+    except Exception:  # arbitrary user data must not stop training
         return {"datasets": None, "columns": {}}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what training data differ that [`fingerprint`] has told; empty if in nothing."""
+    """Describe how two results of [`fingerprint`] differ; empty if they agree."""
     if not before or not now or (before["datasets"] is not None and before["datasets"] == now["datasets"]):
         return ""
     common = before["columns"].keys() & now["columns"]
@@ -49,12 +48,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _digests_of_examples(dataset: Any, labels: set[str]) -> dict[str, str]:
-    examples = range(0, len(dataset), -(-len(dataset) // _MOST_READ))
+    examples = range(0, len(dataset), -(-len(dataset) // _MAX_READ))
     first, second = ([_columns_of(dataset[i]) for i in examples] for _ in range(2))
     names = {name for row in first for name in row}
     digests, again = ({name: _digest([row.get(name) for row in rows]) for name in names} for rows in (first, second))
     digests = {name: digest for name, digest in digests.items() if digest and digest == again[name]}
-    if isinstance(dataset, (list, tuple)):  # nothing has to be loaded
+    if isinstance(dataset, (list, tuple)):  # in memory already
         for name in labels & digests.keys():
             digests[name] = _digest([_columns_of(row).get(name) for row in dataset])
     return {name: digest for name, digest in digests.items() if digest}
@@ -63,7 +62,7 @@ def _digests_of_examples(dataset: Any, labels: set[str]) -> dict[str, str]:
 def _digests_of_arrow(dataset: Any, labels: set[str]) -> dict[str, str]:
     dataset = dataset.with_format("arrow")
     size = max(1, dataset.data.nbytes // max(1, len(dataset.data)))  # of an example
-    number = max(_MOST_READ, _MOST_BYTES // size)
+    number = max(_MAX_READ, _MAX_BYTES // size)
     table = dataset[list(range(0, len(dataset), -(-len(dataset) // number)))]
     digests = {name: _digest(table.column(name).to_pylist()) for name in table.column_names}
     for name in labels & set(table.column_names):
@@ -84,7 +83,7 @@ def _columns_of(example: Any) -> dict[str, Any]:
 
 
 def _digest(values: list[Any]) -> str | None:
-    """Of what is the same in another process; None if there is something else among it."""
+    """Digest of values that are the same in every process; None if there are others."""
     digest = hashlib.sha256()
     try:
         for value in values:
@@ -104,7 +103,7 @@ def _bytes_of(value: Any) -> bytes:
     if isinstance(value, (Mapping, list, tuple)):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
         return b"".join(_bytes_of(part) for pair in pairs for part in pair) + b";"
-    if hasattr(value, "tobytes") and str(getattr(value, "dtype", "")) != "object":  # an array, or an image of pillow
+    if hasattr(value, "tobytes") and str(getattr(value, "dtype", "")) != "object":  # an array, or a PIL image
         return f"{getattr(value, 'shape', getattr(value, 'size', ''))}".encode() + value.tobytes()
     if value is None or isinstance(value, (str, bytes, bool, int, float, date)):
         return repr(value).encode(errors="surrogatepass") + b","

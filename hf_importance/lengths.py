@@ -1,4 +1,4 @@
-"""How long training texts are, which is what they cost where batches have little padding."""
+"""Lengths of training texts, which determine their cost if batches have little padding."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from transformers.utils.logging import tqdm
 
 from hf_importance.data import ImportanceCollator
 from hf_importance.losses.per_example import IGNORE_INDEX
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.sampling.draw import SKIPPED, Shard
 from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.rates import relative_costs
 
 _LARGE = 2**17
-"""Examples, from which on a progress bar is shown."""
+"""Show a progress bar from this many examples on."""
 _PIECE = 2**16
-"""Rows of `datasets` at a time."""
+"""Rows of `datasets` read at a time."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long the training texts are, as far as it matters.
+    """Lengths of the training texts, as far as they are needed.
 
     Args:
-        length: int32 `[examples]`, where visits cost by it; else None.
-        tokens: int32 `[examples]`, how many have a loss, where the loss of an example is a sum over them; else None.
+        length: int32 `[examples]`, if the cost of a visit depends on it; else None.
+        tokens: int32 `[examples]`, number of tokens with a loss, if the loss of an example is a sum; else None.
     """
 
     length: Tensor | None = None
     tokens: Tensor | None = None
 
     def cost(self, shard: Shard) -> Tensor | None:
-        """Of a visit of each example of a shard, relative to their mean; None where all cost the same."""
+        """Cost of a visit of each example of a shard, relative to the mean; None if all cost the same."""
         return None if self.length is None else relative_costs(_part(self.length, shard))
 
     def tokens_of(self, shard: Shard) -> Tensor | None:
-        """float32 `[examples of the shard]`."""
+        """Number of tokens with a loss, float32 `[examples of the shard]`."""
         return None if self.tokens is None else _part(self.tokens, shard).float()
 
     def groups(self, shard: Shard, batch_size: int, batches: int) -> LengthGroups:
-        """Of the visits of a shard: arguments of [`LengthGroups`]."""
+        """A [`LengthGroups`] for the visits of a shard."""
         return LengthGroups(_part(self.length, shard), batch_size, batches, shard.length)
 
 
 def name_of_tokens(processing_class: Any) -> str:
-    """Whose length `Trainer` takes for that of an example: the first input of the model."""
+    """The column whose length `Trainer` uses as the length of an example: the first input of the model."""
     return next(iter(getattr(processing_class, "model_input_names", None) or ["input_ids"]))
 
 
 def length_name(dataset: Any, column: str, tokens: str = "input_ids") -> str | None:
-    """What tells the lengths of the examples: `column`, if it has numbers, else `tokens`, whose length they are.
+    """The column that gives the lengths: `column` if it has numbers, else `tokens`, whose elements are counted.
 
-    None where the first example has neither.
+    None if the first example has neither.
     """
-    with own_randomness(owners=(dataset,)):
+    with isolated_randomness(owners=(dataset,)):
         first = dataset[0]
         stored = dataset.with_format(None)[0] if _is_stored(dataset, column) else first
     if isinstance(stored, Mapping) and hasattr(stored.get(column), "__int__"):
@@ -68,30 +68,30 @@ def length_name(dataset: Any, column: str, tokens: str = "input_ids") -> str | N
 
 
 def refuse_unknown_lengths(dataset: Any, column: str, tokens: str) -> None:
-    """Of training data whose texts are to be grouped by length.
+    """Check that texts can be grouped by length.
 
     Raises:
-        ValueError: if lengths cannot be had.
+        ValueError: if their lengths are unknown.
     """
     if length_name(dataset, column, tokens) is None:
-        with own_randomness(owners=(dataset,)):
+        with isolated_randomness(owners=(dataset,)):
             first = dataset[0]
-        found = f"the columns {list(first)}" if isinstance(first, Mapping) else f"a {type(first).__name__}"
+        found = f"has the columns {list(first)}" if isinstance(first, Mapping) else f"is a {type(first).__name__}"
         raise ValueError(
-            f"train_sampling_strategy='group_by_length' needs the length of each example: a column {column!r} "
-            f"(length_column_name), or {tokens!r}, but the first example has {found}. Add such a column, as by "
-            f"dataset.map(lambda row: {{{column!r}: len(row['text'])}}), or leave train_sampling_strategy out."
+            f"train_sampling_strategy='group_by_length' requires the length of each example, in a column {column!r} "
+            f"(length_column_name) or as the length of {tokens!r}, but the first example {found}. Add such a column, "
+            f"for example with dataset.map(lambda row: {{{column!r}: len(row['text'])}}), or remove the argument."
         )
 
 
 def lengths_of(dataset: Any, column: str, tokens: str = "input_ids", quiet: bool = False) -> Tensor:
-    """int32 `[examples]`, at least 1.
+    """Length of each example, int32 `[examples]`, at least 1.
 
     Args:
-        dataset: that [`refuse_unknown_lengths`] accepts.
-        column: that has the lengths.
-        tokens: whose lengths count where there is no such column.
-        quiet: show no progress bar.
+        dataset: one that [`refuse_unknown_lengths`] accepts.
+        column: column with the lengths.
+        tokens: column whose elements are counted if there is no such column.
+        quiet: whether to hide the progress bar.
 
     >>> lengths_of([{"input_ids": [5, 6]}, {"input_ids": [7]}], "length")
     tensor([2, 1], dtype=torch.int32)
@@ -102,12 +102,12 @@ def lengths_of(dataset: Any, column: str, tokens: str = "input_ids", quiet: bool
 
 
 def labels_of(dataset: Any, lengths: Tensor, label: str = "labels", quiet: bool = False) -> Tensor:
-    """int32 `[examples]`, at least 1: how many tokens have a loss; all of them where examples have no labels for each.
+    """Number of tokens with a loss, int32 `[examples]`, at least 1; `lengths` if there are no per-token labels.
 
     >>> labels_of([{"labels": [-100, 6, 7]}, {"labels": [5]}], lengths=torch.tensor([3, 1]))
     tensor([2, 1], dtype=torch.int32)
     """
-    with own_randomness(owners=(dataset,)):
+    with isolated_randomness(owners=(dataset,)):
         first = dataset[0]
     if not isinstance(first, Mapping) or not hasattr(first.get(label), "__len__"):
         return lengths
@@ -118,17 +118,17 @@ def has_token_losses(
     dataset: Any,
     collate: Callable[[list[Any]], MutableMapping[str, Any]],
     labels: Collection[str],
-    writes: bool = False,
+    is_encoder_decoder: bool = False,
 ) -> bool:
-    """Whether texts have a label per token, so that their loss is a sum over these: by what an example collates to.
+    """Whether texts have one label per token, so their loss is a sum over tokens, judged by the first collated example.
 
     Args:
-        dataset: as the loader has it.
-        collate: likewise.
+        dataset: the dataset of the dataloader.
+        collate: the collator of the dataloader.
         labels: names of the labels.
-        writes: whether the model is an encoder-decoder, whose labels are as many as it is to write.
+        is_encoder_decoder: whether the model is an encoder-decoder, whose labels need not be as long as its inputs.
     """
-    with own_randomness(owners=(dataset, collate)):
+    with isolated_randomness(owners=(dataset, collate)):
         first = dataset[0]
         if not isinstance(first, Mapping) or "input_ids" not in first:
             return False
@@ -136,7 +136,7 @@ def has_token_losses(
     found = [batch[name] for name in labels if name in batch]
     if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].dim() != 2 or found[0].is_floating_point():
         return False
-    return writes or found[0].shape == batch["input_ids"].shape
+    return is_encoder_decoder or found[0].shape == batch["input_ids"].shape
 
 
 def find_lengths(
@@ -145,28 +145,28 @@ def find_lengths(
     columns: tuple[str, str],
     *,
     labels: Collection[str],
-    writes: bool,
+    is_encoder_decoder: bool,
     grouped: bool,
     own_loss: bool,
     prunes: bool,
     quiet: bool,
 ) -> Lengths:
-    """Where visits cost by the length of their text: those of losses per token, and where texts are grouped by it.
+    """Lengths of the texts if they determine the cost: with per-token losses, or if texts are grouped by length.
 
-    Other texts are padded to the longest of their batch, whose length says little of theirs.
+    Other texts are padded to the longest of their batch, so their own length says little about their cost.
 
     Args:
         dataset: the training data.
-        base: the loader of `Trainer`.
-        columns: see [`length_name`].
+        base: the dataloader of `Trainer`.
+        columns: arguments of [`length_name`].
         labels: names of the labels.
-        writes: see [`has_token_losses`].
+        is_encoder_decoder: see [`has_token_losses`].
         grouped: whether texts are grouped by length.
-        own_loss: whether the loss is one of the user's, of which nothing is known.
-        prunes: whether examples are left out, for which tokens are counted.
-        quiet: show no progress bar.
+        own_loss: whether the loss is a `per_example_loss_func`.
+        prunes: whether examples may be pruned, which requires the number of tokens with a loss.
+        quiet: whether to hide the progress bar.
     """
-    of_tokens = not own_loss and has_token_losses(base.dataset, base.collate_fn, labels, writes)
+    of_tokens = not own_loss and has_token_losses(base.dataset, base.collate_fn, labels, is_encoder_decoder)
     if not (grouped or (of_tokens and length_name(dataset, *columns) is not None)):
         return Lengths()
     length = lengths_of(dataset, *columns, quiet)
@@ -176,9 +176,9 @@ def find_lengths(
 def _values(
     dataset: Any, name: str, of_row: Callable[[Any], int], of_column: Callable[[Any], Tensor], quiet: bool
 ) -> Tensor:
-    """Of each example a number: of columns of `datasets` a piece at a time, else row by row."""
+    """One number per example: columns of `datasets` are read in pieces, other data row by row."""
     bar = {"disable": quiet or len(dataset) < _LARGE, "desc": f"Counting {name}", "total": len(dataset)}
-    with own_randomness(owners=(dataset,)), tqdm(**bar) as progress:
+    with isolated_randomness(owners=(dataset,)), tqdm(**bar) as progress:
         if _is_stored(dataset, name) and (of_row is int or dataset.format["type"] != "custom"):  # not by a transform
             table, pieces = dataset.with_format("arrow"), []
             for start in range(0, len(dataset), _PIECE):
@@ -194,7 +194,7 @@ def _values(
 
 
 def _is_stored(dataset: Any, name: str) -> bool:
-    """Whether it is a column of `datasets`."""
+    """Whether `name` is a stored column of a `datasets.Dataset`."""
     return hasattr(dataset, "with_format") and name in (getattr(dataset, "column_names", None) or ())
 
 
@@ -203,7 +203,7 @@ def _count(labels: Any) -> int:
 
 
 def _numbers(column: Any) -> Tensor:
-    """Of a column of pyarrow."""
+    """Values of a pyarrow column."""
     return torch.tensor(column.to_numpy(zero_copy_only=False)).long()
 
 

@@ -1,4 +1,4 @@
-"""Loaders of the training data: one for the training loop, which carries draws, and one to look at."""
+"""Dataloaders of the training data: one for the training loop, which carries draws, and one for previews."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Sampler
 
 from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
@@ -28,8 +28,8 @@ _WORKER_SETTINGS = (
 )
 
 
-class _Anew(Sampler[Draw]):
-    """Makes a sampler where it is iterated, so that a loader to look at holds nothing of all examples."""
+class _LazySampler(Sampler[Draw]):
+    """Creates its sampler when it is iterated, so a preview dataloader holds no per-example memory."""
 
     def __init__(self, make: Callable[[], ImportanceBatchSampler]) -> None:
         self._make, self._length = make, len(make())
@@ -42,27 +42,27 @@ class _Anew(Sampler[Draw]):
 
 
 class PreviewLoader(DataLoader):
-    """Batches as the first pass draws them, without their draws. To look at them changes nothing in training.
+    """Batches as in the first pass, without their draws. Iterating over them does not affect training.
 
     Args:
-        base: the loader whose data and settings it has.
-        new_sampler: makes one that training does not use.
-        device: to which the batches are sent.
+        base: dataloader that provides the data and the settings.
+        new_sampler: creates a sampler that training does not use.
+        device: device that the batches are sent to.
     """
 
     def __init__(
         self, base: DataLoader, new_sampler: Callable[[], ImportanceBatchSampler], device: torch.device
     ) -> None:
-        super().__init__(**_settings(base, _Anew(new_sampler)), generator=torch.Generator().manual_seed(0))
+        super().__init__(**_settings(base, _LazySampler(new_sampler)), generator=torch.Generator().manual_seed(0))
         self._device = device
-        self.total_batch_size = getattr(base, "total_batch_size", base.batch_size)  # of all processes
+        self.total_batch_size = getattr(base, "total_batch_size", base.batch_size)  # over all processes
         self.total_dataset_length = len(base.dataset)
 
     def __iter__(self) -> Iterator[Any]:
-        """An epoch."""
+        """Iterate over one epoch."""
         iterator, number = super().__iter__(), 0
         while True:
-            with own_randomness(seed=number, owners=(self.dataset, self.collate_fn)):
+            with isolated_randomness(seed=number, owners=(self.dataset, self.collate_fn)):
                 batch = next(iterator, None)
             if batch is None:
                 return
@@ -72,9 +72,9 @@ class PreviewLoader(DataLoader):
 
 
 def training_loader(base: DataLoader, sampler: ImportanceBatchSampler, accelerator: Accelerator) -> DataLoader:
-    """The loader of `Trainer` with our sampler, its data set and collator wrapped to carry the draws."""
+    """The dataloader of `Trainer` with our sampler, and dataset and collator wrapped to carry the draws."""
     generator = _generator_of_worker_seeds() if base.persistent_workers else None
-    loader = prepare_data_loader(  # `accelerator.prepare` would deal out the draws of one process to all of them
+    loader = prepare_data_loader(  # `accelerator.prepare` would distribute the draws of one process over all of them
         DataLoader(**_settings(base, sampler), generator=generator),
         accelerator.device,
         num_processes=1,
@@ -98,8 +98,8 @@ def _settings(base: DataLoader, sampler: Sampler[Draw]) -> dict[str, Any]:
 
 
 def _generator_of_worker_seeds() -> torch.Generator:
-    """For persistent workers, which are seeded once, by a random number that is taken at the first iteration.
+    """Generator for persistent workers, which are seeded once, with a random number drawn at the first iteration.
 
-    A resumed run has that in another epoch, and would be one number of the global generator off from there on.
+    A resumed run has its first iteration in another epoch; without this its global generator would be one draw off.
     """
     return torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))

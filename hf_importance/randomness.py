@@ -1,4 +1,4 @@
-"""Random numbers that training does not miss."""
+"""Random numbers that do not affect those of training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import nn
 
 
 @contextmanager
-def own_randomness(seed: int = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = ()) -> Iterator[None]:
-    """Whatever is drawn inside, from the generators of Python, NumPy and torch, outside nothing has been drawn.
+def isolated_randomness(
+    seed: int = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = ()
+) -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch on exit, as if nothing had been drawn inside.
 
     Args:
-        seed: that the global generators have inside.
-        devices: GPUs whose generators are kept as well as that of the CPU.
-        owners: data sets and collators that may have generators of their own, which are kept, too.
+        seed: seed of the global generators inside.
+        devices: GPUs whose generators are restored, in addition to the CPU.
+        owners: datasets and collators whose own generators are restored as well.
     """
     python, arrays = random.getstate(), numpy.random.get_state()
     restore = [undo for owner in owners for undo in _restoring(owner)]
@@ -37,7 +39,7 @@ def own_randomness(seed: int = 0, devices: Iterable[torch.device] = (), owners: 
 
 
 def _restoring(owner: Any, depth: int = 3) -> Iterator[Callable[[], None]]:
-    """For each generator that an object has, or an object in it: what puts it back; also one that is yet to be made."""
+    """Functions that restore each generator in an object and its attributes, and remove those created later."""
     attributes = getattr(owner, "__dict__", {})
     for name, value in list(attributes.items()):
         undo = _restoring_generator(value)

@@ -1,4 +1,4 @@
-"""What else was seen of every example at its visits. For people to look at; no draw depends on it."""
+"""Statistics of every example's visits, for the report. Sampling does not depend on them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from hf_importance.state import read_number, read_tensor
 
-SEEN = ("label", "loss", "prediction", "probability")
-"""What is seen at a visit; NaN where the task has no such thing."""
-COLUMNS = (*SEEN, "visits", "mean_loss")
+OBSERVED = ("label", "loss", "prediction", "probability")
+"""What is observed at a visit; NaN where the task does not define it."""
+COLUMNS = (*OBSERVED, "visits", "mean_loss")
 QUANTILES = 101
 _PER_EXAMPLE = ("seen", "visits", "total_loss", "kept_visits")
-_MOST_EXAMPLES = 2**16
-"""Of which a distribution is taken."""
+_MAX_EXAMPLES = 2**16
+"""Examples that a distribution is computed from."""
 
 
 class Distribution(NamedTuple):
-    """How importances and visits were spread at a moment, see [`distribution`].
+    """Percentiles of importances and visits at one moment of training, see [`distribution`].
 
     Args:
-        visits: per example, until then.
+        visits: mean visits per example so far.
         importance: `[101]`.
-        visits_since: `[101]`, of the visits since the moment before.
+        visits_since: `[101]`, of the visits since the previous moment.
     """
 
     visits: float
@@ -35,9 +35,9 @@ class Distribution(NamedTuple):
 
 
 class VisitRecord:
-    """Per example: how often it was visited, with what mean loss, and what was seen the last time. 28 bytes each.
+    """Per example: number of visits, mean loss, and the last observation; 28 bytes each.
 
-    The mean leaves out the first visit, at which the model may know nothing yet, unless it is the only one.
+    The mean loss excludes the first visit, when the model may still be untrained, unless it is the only one.
 
     Args:
         length: number of examples.
@@ -51,47 +51,49 @@ class VisitRecord:
     """
 
     def __init__(self, length: int) -> None:
-        self._seen = torch.full((len(SEEN), length), torch.nan)
+        self._observed = torch.full((len(OBSERVED), length), torch.nan)
         self._visits = torch.zeros(length, dtype=torch.int32)
         self._total_loss = torch.zeros(length)
-        self._kept_visits = torch.zeros(length, dtype=torch.int32)  # when a distribution was kept the last time
+        self._kept_visits = torch.zeros(length, dtype=torch.int32)  # when the last distribution was kept
         self.distributions: list[Distribution] = []
 
-    def update(self, index: Tensor, seen: Tensor) -> None:
-        """Take down visits; many at once cost hardly more than a few.
+    def update(self, index: Tensor, observed: Tensor) -> None:
+        """Record visits; many at once cost hardly more than a few.
 
         Args:
             index: int64 `[visits]`, in the order of the visits.
-            seen: float32 `[4, visits]`, the rows named in `SEEN`.
+            observed: float32 `[4, visits]`, the rows named in `OBSERVED`.
         """
         index, visit, count = index.unique(return_inverse=True, return_counts=True)
         place = torch.arange(len(visit))
         first = torch.full_like(index, len(visit)).scatter_reduce_(0, visit, place, "amin")
         last = torch.zeros_like(index).scatter_reduce_(0, visit, place, "amax")
-        loss = seen[SEEN.index("loss")].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        loss = observed[OBSERVED.index("loss")].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         loss[first[self._visits[index] == 0]] = 0.0
         self._total_loss[index] += torch.zeros(len(index)).index_add_(0, visit, loss)
         self._visits[index] += count.int()
-        self._seen[:, index] = seen[:, last]
+        self._observed[:, index] = observed[:, last]
 
     def columns(self) -> dict[str, Tensor]:
-        """`[examples]` each: what is named in `COLUMNS`; `visits` int32, the others float32, NaN if never visited."""
-        mean_loss = torch.where(self._visits > 1, self._total_loss / (self._visits - 1), self._seen[SEEN.index("loss")])
-        return dict(zip(SEEN, self._seen.clone(), strict=True)) | {
+        """The columns named in `COLUMNS`, `[examples]` each: `visits` int32, others float32, NaN if never visited."""
+        mean_loss = torch.where(
+            self._visits > 1, self._total_loss / (self._visits - 1), self._observed[OBSERVED.index("loss")]
+        )
+        return dict(zip(OBSERVED, self._observed.clone(), strict=True)) | {
             "visits": self._visits.clone(),
             "mean_loss": mean_loss,
         }
 
     def keep_distribution(self, importance: Tensor) -> None:
-        """Of the importances as they are now, and of the visits since the last time."""
+        """Keep the distribution of the current importances, and of the visits since the last call."""
         since = distribution((self._visits - self._kept_visits).float())
         self.distributions.append(Distribution(self._visits.double().mean().item(), distribution(importance), since))
         self._kept_visits.copy_(self._visits)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as tensors and plain values."""
+        """The state as tensors and plain values."""
         return {
-            "seen": self._seen.clone(),
+            "seen": self._observed.clone(),
             "visits": self._visits.clone(),
             "total_loss": self._total_loss.clone(),
             "kept_visits": self._kept_visits.clone(),
@@ -99,9 +101,9 @@ class VisitRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where [`state_dict`] was taken."""
+        """Restore a [`state_dict`] exactly."""
         length = len(self._visits)
-        self._seen.copy_(read_tensor(state, "seen", [len(SEEN), length], torch.float32))
+        self._observed.copy_(read_tensor(state, "seen", [len(OBSERVED), length], torch.float32))
         self._visits.copy_(read_tensor(state, "visits", [length], torch.int32))
         self._total_loss.copy_(read_tensor(state, "total_loss", [length], torch.float32))
         self._kept_visits.copy_(read_tensor(state, "kept_visits", [length], torch.int32))
@@ -115,14 +117,14 @@ def _read_distribution(*values: Any) -> Distribution:
 
 
 def distribution(importance: Tensor) -> Tensor:
-    """`[101]`: minimum, percentiles and maximum of what is known, of at most 65,536 examples, evenly spaced."""
-    known = importance[:: math.ceil(len(importance) / _MOST_EXAMPLES)]
+    """Minimum, percentiles and maximum of the known values, `[101]`, from at most 65,536 evenly spaced examples."""
+    known = importance[:: math.ceil(len(importance) / _MAX_EXAMPLES)]
     known = known[known.isfinite()]
     return torch.full((QUANTILES,), torch.nan) if not len(known) else known.quantile(torch.linspace(0, 1, QUANTILES))
 
 
 def join(states: Sequence[Mapping[str, Any]], index: Sequence[Tensor | slice], length: int) -> dict[str, Any]:
-    """One state for all examples, of those of several ranks: `index` says which examples each of them had."""
+    """Merge the states of several ranks into one for all examples; `index` holds the examples of each rank."""
     whole = VisitRecord(length).state_dict()
     for state, positions in zip(states, index, strict=True):
         for name in _PER_EXAMPLE:
@@ -132,20 +134,21 @@ def join(states: Sequence[Mapping[str, Any]], index: Sequence[Tensor | slice], l
 
 
 def part(state: Mapping[str, Any], index: Tensor | slice) -> dict[str, Any]:
-    """The state of some examples."""
+    """The state restricted to some examples."""
     return {**state, **{name: state[name][..., index] for name in _PER_EXAMPLE}}
 
 
 def suspects(columns: Mapping[str, Tensor], classes: int | None = None) -> Tensor:
-    """Whether the label is probably wrong: bool `[examples]`.
+    """Which examples probably have a wrong label: bool `[examples]`.
 
-    It is suspect if over its visits it got less probability than chance: a mean loss above the logarithm of the number
-    of classes. The mean over the visits tells more than the final loss: what is wrong is learnt late, and by the end it
-    may have been learnt by heart (Pleiss et al. 2020, arXiv 2001.10528). None is where examples have no single label.
+    A label is suspect if its mean probability over the visits is below chance: the mean loss is above the logarithm of
+    the number of classes. The mean over the visits is more informative than the final loss, because wrong labels are
+    learnt late but may be memorised in the end (Pleiss et al. 2020, arXiv 2001.10528). No example is suspect if
+    examples have no single label.
 
     Args:
-        columns: those of [`VisitRecord.columns`].
-        classes: how many there are; by default as many as there are labels.
+        columns: the columns of [`VisitRecord.columns`].
+        classes: number of classes; by default the number of distinct labels.
 
     >>> columns = {"label": [0.0, 1.0], "probability": [0.9, 0.9], "mean_loss": [2.3, 0.1]}
     >>> suspects({name: torch.tensor(column) for name, column in columns.items()})
@@ -156,6 +159,6 @@ def suspects(columns: Mapping[str, Tensor], classes: int | None = None) -> Tenso
 
 
 def loss_of_chance(columns: Mapping[str, Tensor], classes: int | None = None) -> float:
-    """Cross-entropy where all classes are equally probable: the logarithm of their number."""
+    """Cross-entropy of a uniform prediction: the logarithm of the number of classes."""
     classes = classes or len(columns["label"][columns["probability"].isfinite()].unique())
     return math.log(max(classes, 2))

@@ -1,4 +1,4 @@
-"""Effective epochs in `Trainer`: the learning rate follows what was learnt, and training ends by it."""
+"""Effective epochs in `Trainer`: they determine the learning rate and the end of training."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from hf_importance.sampling.segments import SEGMENTS
 from hf_importance.state import read_number, read_tensor
 
 _FORECAST_AFTER = 0.2
-"""Of the training, as soon as which it is said when it will end."""
-_ALIKE = 0.95
-"""A least variance ratio above it leaves nothing to gain."""
-ALL_STEPS = "Pass ImportanceConfig(budget=1.0): then all epochs or steps are made, with any schedule."
+"""Share of the effective steps after which the expected end of training is announced."""
+_NO_GAIN_ABOVE = 0.95
+"""If the smallest possible variance ratio is above this, there is little to gain."""
+ALL_STEPS = "Pass ImportanceConfig(budget=1.0) to run all epochs or steps with any schedule."
 
 
 class EffectiveEpochs(TrainerCallback):
-    """Counts effective visits, and ends training when they are those of the epochs that were asked for.
+    """Counts effective steps, and ends training when they reach the requested number.
 
-    Once per segment, an eighth of an epoch, four numbers are added over all processes, from which follows what a step
-    is worth until the next time. They come from the device a step later, so that nothing waits for them.
+    Once per segment (an eighth of an epoch), four numbers are summed over all processes; they determine what a step is
+    worth until the next segment. They are read from the device one step later, to avoid a synchronisation.
 
     Args:
-        reduce: adds a tensor over all processes.
-        say: shows a line to people.
+        reduce: sums a tensor over all processes.
+        say: prints a line for the user.
     """
 
     def __init__(self, reduce: Callable[[Tensor], Tensor], say: Callable[[str], None]) -> None:
@@ -39,13 +39,13 @@ class EffectiveEpochs(TrainerCallback):
         self._reduce, self._say = reduce, say
         self._sampler: ImportanceBatchSampler | None = None
         self._gradients: GradientSample | None = None
-        self._measured_until = torch.zeros(2, dtype=torch.float64)  # the moments of the sampler that were taken
+        self._measured_until = torch.zeros(2, dtype=torch.float64)  # moments of the sampler at the last measurement
         self._pending: tuple[Tensor, torch.Event | None] | None = None
-        self._forecast = True  # whether it is still to come
-        self._was_over = False
+        self._forecast = True  # whether it is still to be announced
+        self._already_finished = False
 
     def start(self, model: nn.Module, sampler: ImportanceBatchSampler, steps: int, steps_per_epoch: int) -> None:
-        """Of a training of so many steps."""
+        """Start counting for a training run of `steps` uniform steps."""
         self.progress = EffectiveVisits(steps, steps_per_epoch)
         self._sampler, self._gradients = sampler, GradientSample(model.parameters())
         self._measured_until.zero_()
@@ -54,31 +54,31 @@ class EffectiveEpochs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Resumed after its end, there is nothing left to train.
+        """Stop at once if training is resumed after its end.
 
         Raises:
-            ValueError: if the schedule is not one of ours.
+            ValueError: if the schedule does not follow the effective steps.
         """
         if self.progress is None:
             raise ValueError(
-                "With budget='auto' the learning rate follows what was learnt, but create_scheduler() was overridden "
-                f"and made a schedule that does not: return super().create_scheduler(...) there. {ALL_STEPS}"
+                "With budget='auto' the learning rate follows the effective epochs, but the schedule of the overridden "
+                f"create_scheduler() does not: return super().create_scheduler(...) from it. {ALL_STEPS}"
             )
-        self._was_over = self.progress.finished
-        if self._was_over:
+        self._already_finished = self.progress.finished
+        if self._already_finished:
             control.should_training_stop = True
             state.max_steps = state.global_step
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the gradients, before they are gone."""
+        """Observe the gradients before they are cleared."""
         self._gradients.observe()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the step, unless it overflowed; where it is the last one, `Trainer` ends as it does at `max_steps`."""
+        """Count the step unless it overflowed; after the last one, set `max_steps` so `Trainer` stops."""
         if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             self.progress.advance()
         if self._pending is not None:
@@ -100,8 +100,8 @@ class EffectiveEpochs(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Of an epoch without a step, after which nothing is new to evaluate or save."""
-        if self._was_over:
+        """Do not evaluate, save or log after an epoch without a step."""
+        if self._already_finished:
             control.should_evaluate = control.should_save = control.should_log = False
 
     def _measure(self, device: torch.device) -> None:
@@ -118,24 +118,24 @@ class EffectiveEpochs(TrainerCallback):
         self._pending = (sums.cpu(), arrived)
 
     def forecast(self, step: int) -> str:
-        """When training will end, or why it will not end early, as it looks now."""
+        """A message on when training is expected to end, or why it will not end early."""
         steps = self.progress.steps
         least = self._sampler.memory.least_variance_ratio()
-        if least > _ALIKE:
+        if least > _NO_GAIN_ABOVE:
             return (
-                f"Importance sampling has little to gain here so far (step {step:,}): importances are alike, and the "
-                f"gradient estimate is at best {least:.2f} of that of uniform sampling"
-                f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless they differ more as the "
-                f"model learns, training will take about all of its {steps:,} steps."
+                f"Importance sampling has little to gain here so far (step {step:,}): importances are similar, and the "
+                f"variance ratio to uniform sampling is at best {least:.2f}"
+                f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless importances diverge as the "
+                f"model learns, training will take nearly all of its {steps:,} steps."
             )
-        end = min(steps, round(step + self.progress.left()))
+        end = min(steps, round(step + self.progress.remaining_steps()))
         return (
-            f"Importance sampling: as it looks now (step {step:,}), training will end after about {end:,} of {steps:,} "
-            "steps; sooner if importances differ more as the model learns."
+            f"Importance sampling: at step {step:,}, training is expected to end after about {end:,} of {steps:,} "
+            "steps, or sooner if importances diverge as the model learns."
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As tensors and plain values."""
+        """The state as tensors and plain values."""
         if self._pending is not None and self._pending[1] is not None:
             self._pending[1].synchronize()
         return {
@@ -147,7 +147,7 @@ class EffectiveEpochs(TrainerCallback):
         }
 
     def load_state_dict(self, state: dict[str, Any], exactly: bool) -> None:
-        """Go on where [`state_dict`] was taken; not `exactly` if the sampler has begun anew."""
+        """Restore a [`state_dict`]; with `exactly=False` if the sampler was restarted."""
         self.progress.load_state_dict(state["progress"])
         self._forecast = read_number(state, "forecast", bool)
         if exactly:
@@ -158,14 +158,14 @@ class EffectiveEpochs(TrainerCallback):
 
 
 class EffectiveProgress(ProgressCallback):
-    """The progress bar of `Trainer`, in effective steps."""
+    """The progress bar of `Trainer`, counting effective steps."""
 
     def __init__(self, epochs: EffectiveEpochs) -> None:
         super().__init__()
         self._epochs = epochs
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """As in `ProgressCallback`."""
+        """Advance the bar to the current effective step."""
         if state.is_world_process_zero:
             step = int(min(self._epochs.progress.value, self._epochs.progress.steps))
             self.training_bar.update(step - self.current_step)
@@ -173,12 +173,12 @@ class EffectiveProgress(ProgressCallback):
 
 
 def unwrapped(scheduler: Any) -> Any:
-    """The schedule in the wrapper of one that DeepSpeed steps by itself, within the backward pass."""
+    """The schedule inside the wrapper that accelerate uses for schedules stepped by DeepSpeed."""
     return scheduler.scheduler if isinstance(scheduler, DeepSpeedSchedulerWrapper) else scheduler
 
 
 def _set_rates_again(scheduler: Any) -> None:
-    """Where DeepSpeed has asked for them before the step was counted; `Trainer` asks after it."""
+    """Recompute the learning rates, because DeepSpeed steps the schedule before the step is counted."""
     inner = unwrapped(scheduler)
     if inner is scheduler:
         return
@@ -188,21 +188,21 @@ def _set_rates_again(scheduler: Any) -> None:
 
 
 def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:
-    """Make a schedule of transformers follow the effective steps, and be higher by what a step is worth.
+    """Make a schedule of transformers follow the effective steps, scaled by [`learning_rate_factor`].
 
     Raises:
-        ValueError: if it is of another kind.
+        ValueError: if the schedule is not a `LambdaLR`.
     """
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
-            f"With budget='auto' the learning rate follows what was learnt, which the schedule "
-            f"{type(scheduler).__name__} cannot. {ALL_STEPS}"
+            f"With budget='auto' the learning rate follows the effective epochs, which the schedule "
+            f"{type(scheduler).__name__} does not support. {ALL_STEPS}"
         )
     scheduler.lr_lambdas = [_following(schedule, epochs) for schedule in scheduler.lr_lambdas]
 
 
 def _following(schedule: Callable[[float], float], epochs: EffectiveEpochs) -> Callable[[int], float]:
-    steps_to_factor = getattr(schedule, "steps_to_factor", schedule)  # of one that follows already
+    steps_to_factor = getattr(schedule, "steps_to_factor", schedule)  # already wrapped
 
     def factor(_: int) -> float:
         progress = epochs.progress

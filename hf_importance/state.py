@@ -1,4 +1,4 @@
-"""What is read from a checkpoint is what was written into it: shapes and types are those that training goes on with."""
+"""Validation of what is read from a checkpoint: shapes and types must be those that training needs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def read_tensor(
     below: int | None = None,
     optional: bool = False,
 ) -> Tensor | None:
-    """A tensor of a state.
+    """Read a tensor from a state dict.
 
     Args:
-        state: that should have it.
-        name: of it.
-        shape: None for an axis of any size.
-        dtype: of it.
-        below: of positions, which are from 0 up to it.
+        state: the state dict.
+        name: key of the tensor.
+        shape: its shape; None for an axis of any size.
+        dtype: its type.
+        below: upper bound of its values, which must be at least 0.
         optional: whether it may be None.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: if the tensor is missing or does not match.
     """
     value = state.get(name)
     if value is None and optional and name in state:
@@ -48,10 +48,10 @@ def read_tensor(
 
 
 def read_number(state: Mapping[str, Any], name: str, kind: type = float, least: float = -math.inf) -> Any:
-    """A number of a state, not below `least`: `float` takes whole ones and NaN, too, `bool` truth values only.
+    """Read a number of at least `least` from a state dict; `float` also accepts integers and NaN, `bool` only booleans.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: if the number is missing or does not match.
     """
     value = state.get(name)
     fits = isinstance(value, (int, float) if kind is float else kind)

@@ -1,4 +1,4 @@
-"""The batches of one step and the draws that they came of."""
+"""The batches of one training step and their draws."""
 
 from __future__ import annotations
 
@@ -13,37 +13,41 @@ from hf_importance.sampling.draw import Draw
 
 
 class StepDraws:
-    """Which draw a batch came of, also where users have made another batch of it; and what was measured of them.
+    """Maps the batches of a step to their draws, even if users have modified them, and tracks which were measured.
 
     Args:
-        batches: of the step, as the loader of the training loop gives them. The draws are taken out of them.
+        batches: batches of the step from the training dataloader. The draws are removed from them.
 
     Raises:
-        ValueError: if a batch has none.
+        ValueError: if a batch has no draw.
     """
 
     def __init__(self, batches: list[MutableMapping[str, Any]]) -> None:
         if not all(DRAW_KEY in batch for batch in batches):
             raise ValueError(
-                "The batch carries no draw: training data must come from get_train_dataloader() of "
-                "ImportanceTrainer; to change the data, wrap the data set or the collator instead."
+                "The batch does not carry its draw: training batches must come from "
+                "ImportanceTrainer.get_train_dataloader(). To change the data, wrap the dataset or the collator "
+                "instead."
             )
         self._drawn = [(batch, batch.pop(DRAW_KEY)) for batch in batches]
         self._measured: set[int] = set()  # numbers of draws
         self._positions: Tensor | None = None
 
     def __len__(self) -> int:
-        """Batches of the step."""
+        """Number of batches in the step."""
         return len(self._drawn)
 
     def of(self, inputs: Mapping[str, Any], is_outstanding: Callable[[Draw], bool]) -> Draw:
-        """That of this batch, or of the one that it was made of: by its tensors, what is in them, else the next.
+        """The draw of this batch, or of the batch it was made from: matched by tensors, then by values, else the next.
 
         Raises:
-            ValueError: if no step is made.
+            ValueError: outside of a training step.
         """
         if not self._drawn:
-            raise ValueError("training_step is for train(): outside of it no batch has a draw. Use compute_loss.")
+            raise ValueError(
+                "training_step() must be called inside train(), where batches carry draws. Use compute_loss() "
+                "elsewhere."
+            )
         for batch, draw in self._drawn:
             if batch is inputs or any(batch.get(name) is value for name, value in _tensors(inputs)):
                 return draw
@@ -55,25 +59,25 @@ class StepDraws:
         return waiting[0] if waiting else self._drawn[-1][1]
 
     def has_measured(self, draw: Draw | None = None) -> bool:
-        """Whether this draw was measured, or any of the step."""
+        """Whether this draw was measured, or any draw of the step."""
         return bool(self._measured) if draw is None else draw.number in self._measured
 
-    def measured(self, draw: Draw) -> None:
-        """It was."""
+    def mark_measured(self, draw: Draw) -> None:
+        """Mark this draw as measured."""
         self._measured.add(draw.number)
 
     def positions(
         self, label: str, count: Callable[[Tensor, list[int] | None], Tensor], mean: Callable[[Tensor], Tensor] | None
     ) -> Tensor | None:
-        """Σ w n over the batches of the step: weighted tokens or pixels that have a loss.
+        """Σ w n over the batches of the step: the weighted number of tokens or pixels with a loss.
 
         Args:
             label: name of the labels.
-            count: from labels, and the lengths of examples that are in one row, to their number per example, `[batch]`.
-            mean: over the processes, of which each has such batches; None if there is one.
+            count: maps labels, and the lengths of examples in one row, to the number per example, `[batch]`.
+            mean: averages over the processes; None if there is only one.
 
         Returns:
-            A scalar; None where a batch is divided by its own: a single one, or one of several that have no labels.
+            A scalar; None if each batch is normalised on its own: there is one batch, or some have no labels.
         """
         alone = len(self._drawn) == 1 and mean is None
         if alone or not all(isinstance(batch.get(label), Tensor) for batch, _ in self._drawn):

@@ -1,4 +1,4 @@
-"""The hooks into `Trainer`: draws in, importances out. Everything else of it stays as it is."""
+"""The hooks into `Trainer`: draws in, importances out. Everything else is unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_importance.adapters.base import ComputeLoss, LossAdapter
 from hf_importance.adapters.known import adapted_class, adapter_of
-from hf_importance.checkpoint import load_states, newest_complete, reading, resume, save_state
+from hf_importance.checkpoint import explaining_errors, load_states, newest_complete, resume, save_state
 from hf_importance.columns import Columns
 from hf_importance.config import ImportanceConfig
 from hf_importance.data import LABEL_COLUMNS, mean_over_examples, refuse_texts_as_labels
@@ -28,10 +28,10 @@ from hf_importance.loader import PreviewLoader, training_loader
 from hf_importance.losses.first_batch import without_peft
 from hf_importance.losses.heads import Labels, PerExampleLoss
 from hf_importance.losses.objective import Measured, Objective
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 from hf_importance.record import VisitRecord, suspects
 from hf_importance.report.hooks import ReportMixin
-from hf_importance.report.logs import shorten
+from hf_importance.report.logs import limit_console_logs
 from hf_importance.report.tokens import Token, token_losses
 from hf_importance.report.training import Training
 from hf_importance.sampling.draw import Draw, Shard
@@ -58,24 +58,24 @@ refuse_version()
 
 
 class ImportanceTrainerMixin(ReportMixin):
-    """Online importance sampling for a subclass of `Trainer`; put it first among the bases.
+    """Online importance sampling for a subclass of `Trainer`. It must come first in the bases.
 
     Args:
-        importance: the settings, by default `ImportanceConfig()`.
-        per_example_loss_func: `f(outputs, labels) -> Tensor[batch]`, for a loss that is not the usual cross-entropy,
-            binary cross-entropy or squared error of a classification or regression head. It is computed from what the
-            model returns, as `outputs["logits"]`, and does not couple the examples of a batch. `labels` is what the
-            collator makes of them, a dict if the model has several label names, and where there are none the inputs of
-            the model. With a third argument that has no default, or one called `inputs`, it gets the inputs of the
-            model as well, without the labels. It is the loss of evaluations, too. The mean is over all examples of a
-            batch, also those whose loss is 0.
-        report_examples_to_hub: let `push_to_hub` upload the whole report, in which training examples, their labels and
-            predictions can be seen; by default only importances and plots.
+        importance: the settings, available as `importance_config`; by default `ImportanceConfig()`.
+        per_example_loss_func: `f(outputs, labels) -> Tensor[batch]`, for a loss other than the usual cross-entropy,
+            binary cross-entropy or squared error of a classification or regression head. It must be computed from the
+            outputs of the model, such as `outputs["logits"]`, independently for each example. `labels` are the collated
+            labels, a dict if the model has several label names, or the inputs of the model if there are none. If the
+            function has a third argument without a default, or an argument `inputs`, it also gets the inputs of the
+            model, without the labels. It is also used in evaluation. Its mean is over all examples of a batch,
+            including those with loss 0.
+        report_examples_to_hub: whether `push_to_hub` may upload the full report, which shows training examples with
+            their labels and predictions; by default, only importances and plots are uploaded.
         *args, **kwargs: as for `Trainer`.
 
     Raises:
-        ValueError: for what is not supported, at construction, or at the first step where only that can tell. The
-            message names what was found and what to do.
+        ValueError: for unsupported arguments, at construction or, if necessary, at the first step. The message names
+            the cause and the fix.
     """
 
     def __init__(
@@ -89,28 +89,28 @@ class ImportanceTrainerMixin(ReportMixin):
         adapted = adapted_class(type(self))
         self._start_measuring()
         super().__init__(*args, **kwargs)
-        self.importance = ImportanceConfig() if importance is None else importance
+        self.importance_config = ImportanceConfig() if importance is None else importance
         self.per_example_loss_func = per_example_loss_func
         self.report_examples_to_hub = report_examples_to_hub
-        self.loss_is_scaled_for_ga = False  # our loss is a mean over the micro-batch
-        self._schedule_passed = self.lr_scheduler  # in `optimizers`
+        self.loss_is_scaled_for_ga = False  # the loss is a mean over the micro-batch
+        self._schedule_passed = self.lr_scheduler  # passed in `optimizers`
         self._adapter: LossAdapter | None = None
         refuse_arguments(self)
         if adapted is not None and self.train_dataset is not None:
-            self._adapter = adapter_of(self, adapted)  # which knows more of its trainer than what is refused of any
+            self._adapter = adapter_of(self, adapted)  # first, because its messages are more specific
         self._refuse_unsupported()
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
         self.callback_handler.callbacks.insert(0, TrainingWatch(self, ImportanceTrainerMixin))
         self._effective: EffectiveEpochs | None = None
-        if self.importance.budget == "auto":
+        if self.importance_config.budget == "auto":
             self._effective = EffectiveEpochs(self._sum_over_processes, self._say)
             self.add_callback(self._effective)
             for bar in list(self.callback_handler.callbacks):
-                if type(bar) is ProgressCallback:  # one of the user's stays
+                if type(bar) is ProgressCallback:  # subclasses, written by users, are kept
                     self.remove_callback(bar)
                     self.add_callback(EffectiveProgress(self._effective))
-        shorten(self.callback_handler.callbacks, EffectiveProgress)
+        limit_console_logs(self.callback_handler.callbacks, EffectiveProgress)
 
     def _refuse_unsupported(self) -> None:
         refuse_arguments(self)
@@ -119,14 +119,14 @@ class ImportanceTrainerMixin(ReportMixin):
             refuse_overrides(type(self), ImportanceTrainerMixin, self.per_example_loss_func is not None)
 
     def _find_label_names(self) -> None:
-        """Of a model whose `forward` has no labels: they are in the data, for our loss alone, or there are none."""
+        """Set `label_names` for a model whose `forward` has no labels, if the data has labels for the loss function."""
         data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        with own_randomness(owners=(data,)):
+        with isolated_randomness(owners=(data,)):
             example = data[0] if hasattr(data, "__getitem__") and not isinstance(data, dict) and len(data) else {}
         if isinstance(example, Mapping) and set(LABEL_COLUMNS) & set(example):
             self.label_names = ["labels"]
         else:
-            self.can_return_loss = True  # so that `Trainer` evaluates it
+            self.can_return_loss = True  # otherwise `Trainer` does not evaluate the loss
 
     def _start_measuring(self) -> None:
         self._examples_to_show = None
@@ -134,14 +134,14 @@ class ImportanceTrainerMixin(ReportMixin):
         self._objective: Objective | LossAdapter | None = None
         self._loop_wants_loader = False
         self._loop_loader: DataLoader | None = None
-        self._trained: nn.Module | None = None  # what the step is given
+        self._trained: nn.Module | None = None  # the model of the current step
         self._step = StepDraws([])
         self._mean_over_examples: Callable[..., float] | None = None
         self._mean_positions: float | None = None
         self._columns: Columns | None = None
         self._reported: Training | None = None
-        self._draw: Draw | None = None  # of the batch that is trained on
-        self._data_are: dict[str, Any] | None = None  # their fingerprint
+        self._draw: Draw | None = None  # of the current batch
+        self._data_fingerprint: dict[str, Any] | None = None  # see `_fingerprint`
         self._lengths: Lengths | None = None
 
     # ---- the training data -------------------------------------------------------------------------------------------
@@ -151,8 +151,8 @@ class ImportanceTrainerMixin(ReportMixin):
         return super()._inner_training_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of the training data. Whoever asks but the training loop gets some to look at, with no effect."""
-        if self._loop_loader is not None and self._loop_wants_loader:  # asked for twice by an override
+        """The training dataloader. Outside of the training loop, a preview that does not affect training."""
+        if self._loop_loader is not None and self._loop_wants_loader:  # an override calls it twice
             return self._loop_loader
         base = self._base_loader()
         if not self._loop_wants_loader:
@@ -164,24 +164,24 @@ class ImportanceTrainerMixin(ReportMixin):
         has_lengths = self._lengths.length is not None
         self._reported = Training(self._sampler, self._columns, self._effective, has_lengths, self._token_losses)
         if self.args.save_strategy != "no":
-            self._fingerprint()  # before anything changes the data set, as by `set_epoch`
+            self._fingerprint()  # before `set_epoch` or others change the dataset
         self._loop_loader = training_loader(base, self._sampler, self.accelerator)
         return self._loop_loader
 
-    def _loader_to_look_at(self) -> DataLoader:
-        """What [`TrainingWatch`] gives to callbacks; from here on the training loop has its own."""
+    def _preview_loader(self) -> DataLoader:
+        """A preview dataloader for callbacks, see [`TrainingWatch`]. Called once the training loop has its own."""
         if self._sampler is None:
             raise ValueError(
-                "The training loop has a loader that was not made for it by get_train_dataloader() of "
-                "ImportanceTrainer: it must be asked for anew in each training, by super().get_train_dataloader()."
+                "The training loop uses a dataloader that ImportanceTrainer.get_train_dataloader() did not create for "
+                "this call of train(): an override must call super().get_train_dataloader() every time."
             )
         self._loop_wants_loader, self._loop_loader = False, None
         return PreviewLoader(self._base_loader(), partial(self._new_sampler, records=False), self.args.device)
 
     def _base_loader(self) -> DataLoader:
-        """That of `Trainer`, whose data, collator and settings ours have."""
+        """The dataloader of `Trainer`, which provides dataset, collator and settings."""
         args, loaders = self.args, self.accelerator._dataloaders
-        strategy, args.train_sampling_strategy = args.train_sampling_strategy, "random"  # lengths are counted by us
+        strategy, args.train_sampling_strategy = args.train_sampling_strategy, "random"  # our sampler groups
         try:
             base = super().get_train_dataloader()
         finally:
@@ -203,18 +203,18 @@ class ImportanceTrainerMixin(ReportMixin):
             base,
             (args.length_column_name, name_of_tokens(self.processing_class)),
             labels=self.label_names or ["labels"],
-            writes=bool(getattr(config, "is_encoder_decoder", False)),
+            is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
             grouped=self._groups_by_length,
             own_loss=self.per_example_loss_func is not None,
-            prunes=self.importance.prune_mass > 0,
+            prunes=self.importance_config.prune_mass > 0,
             quiet=args.disable_tqdm or not self.is_world_process_zero(),
         )
 
     def _new_sampler(
         self, before: ImportanceBatchSampler | None = None, records: bool = True
     ) -> ImportanceBatchSampler:
-        """With what was learnt `before`, by an attempt of `auto_find_batch_size`."""
-        config, args = self.importance, self.args
+        """Create a sampler, with the memory of the one `before` it in an earlier attempt of `auto_find_batch_size`."""
+        config, args = self.importance_config, self.args
         seed = seed_of(config, args)
         shard = Shard.of(len(self.train_dataset), args.process_index, args.world_size, seed)
         if before is None:
@@ -252,13 +252,13 @@ class ImportanceTrainerMixin(ReportMixin):
         )
         if not len(sampler):
             raise ValueError(
-                f"dataloader_drop_last leaves no batch: a process has {sampler.visits_per_epoch} visits per epoch, and "
-                f"batches of {sampler.batch_size}. Make the batch smaller, or leave dataloader_drop_last out."
+                f"dataloader_drop_last=True leaves no batch: a process has {sampler.visits_per_epoch} visits per "
+                f"epoch, fewer than the batch size {sampler.batch_size}. Reduce the batch size, or set it to False."
             )
         return sampler
 
     def _effective_epochs(self) -> float:
-        """That were learnt, or made, so far."""
+        """Effective epochs so far, or epochs if all steps count as one."""
         progress = None if self._effective is None else self._effective.progress
         return self.state.global_step / self._steps_per_epoch if progress is None else progress.epochs
 
@@ -267,7 +267,7 @@ class ImportanceTrainerMixin(ReportMixin):
         return -(-len(self._sampler) // self.args.gradient_accumulation_steps)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """As `Trainer.create_scheduler`; with `budget="auto"` it follows the effective steps."""
+        """Create the schedule like `Trainer`; with `budget="auto"` it follows the effective steps."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self._effective is not None and self._sampler is not None:
             self._effective.start(self.model, self._sampler, num_training_steps, self._steps_per_epoch)
@@ -277,10 +277,10 @@ class ImportanceTrainerMixin(ReportMixin):
     # ---- the training step -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. Every call starts with an empty memory, or with that of the checkpoint.
+        """Train like `Trainer.train`. Every call starts with an empty memory, or with that of the checkpoint.
 
-        `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end. `ignore_data_skip` has no
-        effect: no data is loaded to be skipped, so that nothing is saved by not coming to the right place.
+        `resume_from_checkpoint=True` selects the newest complete checkpoint. `ignore_data_skip` has no effect, because
+        skipping batches does not load any data.
         """
         self._refuse_unsupported()
         self._start_measuring()
@@ -305,15 +305,15 @@ class ImportanceTrainerMixin(ReportMixin):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """As `Trainer.get_batch_samples`; takes the draws out of the batches before anything else looks at them."""
+        """Get the batches of a step like `Trainer`, and separate the draws from them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step = StepDraws(batches)
         return batches, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As `Trainer.training_step`."""
+        """Run a training step like `Trainer`, for the batch of a draw."""
         self._draw, self._trained = self._step.of(inputs, self._sampler.is_outstanding), model
-        self._sampler.use(self._draw)
+        self._sampler.mark_used(self._draw)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
             if not self._step.has_measured(self._draw):
@@ -323,7 +323,7 @@ class ImportanceTrainerMixin(ReportMixin):
             self._draw = self._trained = None
 
     def _has_measured(self) -> bool:
-        """Whether a batch of this step was; for [`TrainingWatch`]."""
+        """Whether any batch of this step was measured; for [`TrainingWatch`]."""
         return self._step.has_measured()
 
     def compute_loss(
@@ -333,20 +333,20 @@ class ImportanceTrainerMixin(ReportMixin):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """In a training step the mean of weight · loss over the batch.
+        """In a training step, the mean of weight · loss over the batch.
 
-        Elsewhere the mean of `per_example_loss_func`, or as `Trainer.compute_loss` if there is none.
+        Elsewhere, the mean of `per_example_loss_func`, or `Trainer.compute_loss` if there is none.
         """
         if self._draw is None and self.per_example_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._draw is None:
-            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # Liger would leave none
+            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # Liger: keep logits
             loss, outputs = self._get_objective().evaluate(model, inputs, self._pop_labels(inputs))
         else:
             measured = self._measure(partial(super().compute_loss, return_outputs=return_outputs), model, dict(inputs))
             again = self._step.has_measured(self._draw)
-            if model is self._trained and not again:  # which is not the teacher of a distillation
-                self._send(self._draw, measured)
+            if model is self._trained and not again:  # not a teacher model in distillation
+                self._store_measurement(self._draw, measured)
             weight = torch.tensor(self._draw.weight, dtype=measured.losses.dtype)
             weight = weight.to(measured.losses.device, non_blocking=True)
             if measured.are_sums:
@@ -357,7 +357,7 @@ class ImportanceTrainerMixin(ReportMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any]) -> Measured:
-        """A batch of a training step. `compute_loss` is that of the class after ours."""
+        """Measure a batch of a training step. `compute_loss` is that of the next class in the MRO."""
         objective = self._get_objective()
         if isinstance(objective, LossAdapter):
             return objective(compute_loss, model, inputs, self._draw)
@@ -365,7 +365,7 @@ class ImportanceTrainerMixin(ReportMixin):
         return objective(model, inputs, labels, len(self._draw.index))
 
     def _loss_of_sums(self, measured: Measured, weight: Tensor, label: str) -> Tensor:
-        """Over the tokens or pixels of the whole step; where its labels are not in its batches, over their mean n̄."""
+        """Loss over the tokens or pixels of the whole step, or over their mean n̄ if batches have no labels."""
         positions = self._positions_of_step(label)
         self.loss_is_scaled_for_ga = positions is not None
         if self.loss_is_scaled_for_ga:
@@ -377,7 +377,7 @@ class ImportanceTrainerMixin(ReportMixin):
         return measured.weighted_mean(weight, positions)
 
     def _positions_of_step(self, label: str) -> Tensor | None:
-        """See [`StepDraws.positions`]; over all processes if `average_tokens_across_devices`, as in `Trainer`."""
+        """See [`StepDraws.positions`]; averaged over processes if `average_tokens_across_devices`, as in `Trainer`."""
         processes = self.args.world_size if self.args.average_tokens_across_devices else 1
 
         def mean(total: Tensor) -> Tensor:
@@ -386,7 +386,7 @@ class ImportanceTrainerMixin(ReportMixin):
         return self._step.positions(label, self._get_objective().count, mean if processes > 1 else None)
 
     def _get_objective(self) -> Objective | LossAdapter:
-        """Made when it is wanted first: by then the engine has wrapped the model."""
+        """Created at its first use, when the engine has wrapped the model."""
         if self._objective is None:
             self._objective = self._new_objective()
         return self._objective
@@ -396,15 +396,15 @@ class ImportanceTrainerMixin(ReportMixin):
             self._adapter.start()
             return self._adapter
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        classes = type(without_peft(self.model)).__mro__  # FSDP2 puts one of its own before that of the model
+        classes = type(without_peft(self.model)).__mro__  # FSDP2 inserts a class before that of the model
         names = {cls.__name__ for cls in classes}
         causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         return Objective(
             self.model,
-            self.importance.metric,
+            self.importance_config.metric,
             smoothing,
             self.per_example_loss_func,
-            causal or (not smoothing and self._loss_shifts_labels),  # with smoothing `Trainer` only knows the former
+            causal or (not smoothing and self._loss_shifts_labels),  # with smoothing, `Trainer` only checks the former
         )
 
     def _labels_in(self, inputs: dict[str, Any]) -> list[str]:
@@ -415,65 +415,67 @@ class ImportanceTrainerMixin(ReportMixin):
         if not names and (self.per_example_loss_func is None or self.label_names):
             refuse_texts_as_labels(self.train_dataset[0])
             raise ValueError(
-                f"The batch has no {self.label_names or ['labels']}, only {list(inputs)}: name the label column so, "
-                "set label_names in TrainingArguments, and leave labels in the batch where you override something. For "
-                "a model that learns without labels pass per_example_loss_func=f with f(outputs, inputs) -> "
+                f"The batch must have {self.label_names or ['labels']}, but only has {list(inputs)}: rename the label "
+                "column or set label_names in TrainingArguments, and keep the labels in the batch in overrides. For a "
+                "model that is trained without labels, pass per_example_loss_func=f with f(outputs, inputs) -> "
                 "Tensor[batch]."
             )
         labels = {name: inputs.pop(name) for name in names}
         if not any(isinstance(value, Tensor) for value in inputs.values()):
-            inputs.update(labels)  # what it learns to restore, as masked images
+            inputs.update(labels)  # inputs that the model reconstructs, as in masked image modelling
         return labels
 
     # ---- importances -------------------------------------------------------------------------------------------------
 
     @property
     def importances(self) -> Tensor:
-        """float32 `[examples]` of `train_dataset`, as measured last; NaN where unknown. Of suspects times their weight.
+        """Importances of `train_dataset`, float32 `[examples]`, NaN where unknown; suspects times `suspect_weight`.
 
-        With several processes those of the others are as they were at the last checkpoint, or at the end of training:
-        nothing is sent, so that any process may ask. During training on a GPU it lags one step behind.
+        With several processes, those of other processes are as of the last checkpoint or the end of training, so that
+        reading them requires no communication. During training on a GPU they lag one step behind.
 
         Raises:
             ValueError: if there is no training data.
         """
         if self.train_dataset is None:
-            raise ValueError("There are importances of train_dataset only: pass it to ImportanceTrainer.")
+            raise ValueError("importances requires train_dataset, but it is None: pass it to ImportanceTrainer.")
         if self._sampler is None:
             return torch.full((len(self.train_dataset),), torch.nan)
-        return self._columns.importance
+        return self._columns.importances
 
     @property
     def kept_indices(self) -> Tensor:
-        """int64 `[kept]`, ascending: examples of `train_dataset` to go on with, as for `dataset.select`.
+        """Indices into `train_dataset` for `dataset.select`, without the least important examples; int64, ascending.
 
-        All but those that together hold less than `prune_mass` of the importance, as `importances` gives it; of losses
-        that are sums over tokens as it is for each of these.
+        It excludes the examples that together hold less than `prune_mass` of the `importances`; per token, if losses
+        are sums over tokens.
         """
         tokens = None if self._lengths is None or self._lengths.tokens is None else self._lengths.tokens.float()
         importance = per_cost(self.importances, tokens)
-        if self._sampler is not None and self._sampler.suspects is not None:  # their importance says little of them
+        if self._sampler is not None and self._sampler.suspects is not None:  # their importance was scaled
             importance[self._reported.columns()["down_weighted"]] = torch.nan
-        return (~unimportant(importance, self.importance.prune_mass)).nonzero().flatten()
+        return (~unimportant(importance, self.importance_config.prune_mass)).nonzero().flatten()
 
     @property
     def suspects(self) -> Tensor:
-        """int64 `[suspects]`, ascending: examples of `train_dataset` whose label is probably wrong, see the report.
+        """Indices of the examples of `train_dataset` whose label is probably wrong, int64 `[suspects]`, ascending.
 
-        With several processes the first one knows those of all, as they were at the last checkpoint or at the end.
+        With several processes, the main process has those of all, as of the last checkpoint or the end of training.
 
         Raises:
             ValueError: before training, and with `record=False`.
         """
         if self._reported is None or not self._reported.has_record:
-            raise ValueError("suspects come of train() with ImportanceConfig(record=True): no visits were recorded.")
+            raise ValueError(
+                "suspects requires train() with ImportanceConfig(record=True), but no visits were recorded."
+            )
         return suspects(self._reported.columns()).nonzero().flatten()
 
     def _training(self) -> Training | None:
         return self._reported
 
     def _token_losses(self, index: list[int]) -> dict[int, list[Token]]:
-        """Of a model that several processes share none: it takes forward passes, which one alone cannot make."""
+        """See [`token_losses`]. Empty with several processes, because forward passes need all of them."""
         if self.args.world_size > 1 or not hasattr(self.processing_class, "decode"):
             return {}
         base, shifts = self._base_loader(), self._get_objective().shifts
@@ -484,18 +486,18 @@ class ImportanceTrainerMixin(ReportMixin):
         return self.accelerator.reduce(values, reduction="sum")
 
     def _sum_on_device(self, values: Tensor) -> Tensor:
-        """Of what is on the CPU, where not every backend can add."""
+        """Sum CPU tensors over processes on the device, because not every backend supports the CPU."""
         return self._sum_over_processes(values.to(self.accelerator.device)).cpu()
 
-    def _send(self, draw: Draw, measured: Measured) -> None:
-        """Start the way of what was measured to the memory. From a GPU it takes a step, so that nothing waits for it.
+    def _store_measurement(self, draw: Draw, measured: Measured) -> None:
+        """Pass the measurements of a batch to the sampler, asynchronously from a GPU.
 
-        In one tensor, `[1, batch]` or `[5, batch]`: the importances, and what is to be taken down.
+        They are one tensor, `[1, batch]` or `[5, batch]`: the importances, and the rows to be recorded.
         """
-        self._step.measured(draw)
+        self._step.mark_measured(draw)
         rows = measured.importance.float()[None]
-        if self.importance.record:
-            rows = torch.cat([rows, measured.seen])
+        if self.importance_config.record:
+            rows = torch.cat([rows, measured.observed])
         arrived = None
         if rows.is_cuda:
             rows = rows.to("cpu", non_blocking=True)  # into pinned memory
@@ -506,7 +508,7 @@ class ImportanceTrainerMixin(ReportMixin):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Also ours, beside it: of every rank, before `Trainer` marks the checkpoint as complete."""
+        """Also save the importance state of every rank, before `Trainer` marks the checkpoint as complete."""
         super()._save_rng_state(output_dir)
         if self._sampler is None:
             return
@@ -523,27 +525,27 @@ class ImportanceTrainerMixin(ReportMixin):
         self.accelerator.wait_for_everyone()
 
     def _settings(self) -> dict[str, Any]:
-        """That a resumed training must share with the one that it resumes."""
-        settings = asdict(self.importance) | {"seed": seed_of(self.importance, self.args)}
-        settings["budget"] = 1.0 if self.importance.budget == "auto" else self.importance.budget
+        """Settings that must be equal to resume exactly."""
+        settings = asdict(self.importance_config) | {"seed": seed_of(self.importance_config, self.args)}
+        settings["budget"] = 1.0 if self.importance_config.budget == "auto" else self.importance_config.budget
         return {name: value for name, value in settings.items() if name != "record"}
 
     def _fingerprint(self) -> dict[str, Any]:
-        if self._data_are is None:
-            self._data_are = fingerprint(self.train_dataset, {*LABEL_COLUMNS, *self.label_names})
-        return self._data_are
+        if self._data_fingerprint is None:
+            self._data_fingerprint = fingerprint(self.train_dataset, {*LABEL_COLUMNS, *self.label_names})
+        return self._data_fingerprint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Also our state: here the sampler exists, and nothing was drawn."""
+        """Also load the importance state; at this point the sampler exists, but nothing was drawn."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         accumulation = self.args.gradient_accumulation_steps
         done = self.state.global_step
-        skip = done % self._steps_per_epoch * accumulation  # by `Trainer`, after this
+        skip = done % self._steps_per_epoch * accumulation  # `Trainer` skips these batches later
         states = load_states(checkpoint)
         rank, data = self.args.process_index, self._fingerprint()
-        with reading(checkpoint):
+        with explaining_errors(checkpoint):
             dropped = resume(self._sampler, states, rank, skip, data, self._settings())
             if dropped is None:
                 self._reported.load_state_dict(states[rank]["reported"])
@@ -557,9 +559,9 @@ class ImportanceTrainerMixin(ReportMixin):
         rank = self.args.process_index if exactly else 0
         if states and states[rank]["effective"] is not None:
             self._effective.load_state_dict(states[rank]["effective"], exactly)
-            if not exactly:  # steps may be of another size: at least those that `Trainer` counts
+            if not exactly:  # steps may differ in size: count at least those of `Trainer`
                 self._effective.progress.value = max(self._effective.progress.value, float(done))
-        else:  # of a training in which each step counted as one
+        else:  # without budget="auto", each step counted as one
             self._effective.progress.value = float(done)
         if self._effective.progress.finished:
             self._sampler.end()
@@ -569,10 +571,10 @@ class ImportanceTrainerMixin(ReportMixin):
         if newest is not None:
             return str(newest)
         if get_last_checkpoint(self.args.output_dir) is None:
-            return True  # there is none at all: `Trainer` says so
-        logger.warning(f"No checkpoint in {self.args.output_dir} was written to its end: training starts anew.")
+            return True  # no checkpoint at all: `Trainer` raises an error
+        logger.warning(f"{self.args.output_dir} has no complete checkpoint: training starts from scratch.")
         return False
 
 
 class ImportanceTrainer(ImportanceTrainerMixin, Trainer):
-    """`Trainer` with online importance sampling. Its arguments, and those of [`ImportanceTrainerMixin`]."""
+    """`Trainer` with online importance sampling. It takes the arguments of both, see [`ImportanceTrainerMixin`]."""

@@ -23,4 +23,4 @@ def _seed():
 @pytest.fixture
 def small_gains(monkeypatch):
     """Importance sampling also where it saves less than a tenth of the cost, as with tiny models of tokens."""
-    monkeypatch.setattr("hf_importance.sampling.guard._WORTH_WEIGHTS", 1.0)
+    monkeypatch.setattr("hf_importance.sampling.guard._MAX_RELATIVE_SPENDING", 1.0)

@@ -72,7 +72,7 @@ AT_CONSTRUCTION = {
     ),
     "plateau": (
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "more": {"eval_dataset": tiny.texts()}},
-        ValueError, "budget='auto'.*lr_scheduler_type='reduce_lr_on_plateau' cannot.*ImportanceConfig\\(budget=1.0\\)"
+        ValueError, "budget='auto'.*lr_scheduler_type='reduce_lr_on_plateau' does not.*ImportanceConfig\\(budget=1.0\\)"
     ),
     "loss": ({"more": {"per_example_loss_func": 3}}, TypeError, "per_example_loss_func must be a function.*is int"),
     "loss of four": (
@@ -80,11 +80,11 @@ AT_CONSTRUCTION = {
         r"f\(outputs, labels\) or f\(outputs, labels, inputs\).*\(outputs, labels, inputs, gamma\).*missing.*'gamma'"
     ),
     "loss of one": (
-        {"more": {"per_example_loss_func": lambda outputs: outputs}}, TypeError, "cannot be called so: too many"
+        {"more": {"per_example_loss_func": lambda outputs: outputs}}, TypeError, "cannot be called that way: too many"
     ),
     "stream": ({"data": Stream()}, ValueError, "Stream is a stream.*load it without streaming"),
     "no length": ({"data": WithoutLength()}, ValueError, "train_dataset must have a length"),
-    "empty": ({"data": []}, ValueError, "train_dataset must have an example for each of 1 processes, but has 0"),
+    "empty": ({"data": []}, ValueError, "train_dataset must have at least one example per process \\(1\\), but has 0"),
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_parallelism_within_a_batch(tmp_path, monkeypatch):
     for kind in ("tp", "cp", "sp"):
         with monkeypatch.context() as patched:
             patched.setattr(ImportanceTrainer, f"get_{kind}_size", lambda self: 2)
-            with pytest.raises(ValueError, match="parallelism_config has tensor, context or sequence parallelism"):
+            with pytest.raises(ValueError, match="parallelism_config must not have tensor, context or"):
                 tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
 
 
@@ -149,8 +149,8 @@ class ForeignLoader(ImportanceTrainer):
 
 
 IN_TRAINING = {
-    "no labels": (tiny.bert, rows(labels=lambda i: None), {}, r"no \['labels'\], only .*label_names"),
-    "other label": (tiny.bert, tiny.texts(), {"label_names": ["target"]}, r"no \['target'\].*label_names"),
+    "no labels": (tiny.bert, rows(labels=lambda i: None), {}, r"must have \['labels'\], but only has .*label_names"),
+    "other label": (tiny.bert, tiny.texts(), {"label_names": ["target"]}, r"must have \['target'\], but.*label_names"),
     "label too large": (tiny.bert, rows(labels=lambda i: i % 7), {}, "Labels must be in 0 … 3.*num_labels"),
     "label below 0": (tiny.bert, rows(labels=lambda i: i % 3 - 1), {}, r"Labels must be in 0 … 3.*are in -1 … 1"),
     "label of a token": (tiny.token_bert, rows(labels=lambda i: torch.full((8,), 9)), {}, "Labels must be in 0 … 3"),
@@ -169,18 +169,18 @@ IN_TRAINING = {
         "label_smoothing_factor is for single-label classification, not regression",
     ),
     "tuple": (lambda: Returns(lambda z, y: (z,)), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"),
-    "numbers": (lambda: Returns(lambda z, y: [1.0]), tiny.texts(), {}, "or a tuple that begins so, but returned list"),
+    "numbers": (lambda: Returns(lambda z, y: [1.0]), tiny.texts(), {}, "that starts with it, but returned list"),
     "no logits": (
         lambda: Returns(lambda z, y: {"loss": z.mean(), "logits_per_text": z}), tiny.texts(), {},
-        r"dict with 'logits', .*but returned the keys \['loss', 'logits_per_text'\].*couple the examples.*use Trainer",
+        r"dict with 'logits', .*but returned the keys \['loss', 'logits_per_text'\].*compare the examples.*use Trainer",
     ),
     "logits of the batch": (
         lambda: Returns(lambda z, y: {"loss": z.mean(), "logits": z.mean(0)}), tiny.texts(), {},
-        r"logits must be \[8, …\], one row per example, but are \[4\]",
+        r"logits must have shape \[8, …\], one row per example, but has \[4\]",
     ),
     "no loss": (lambda: Returns(keeping), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"),
     "weighted classes": (
-        lambda: tiny.WithoutConfig(scale=1.1), tiny.texts(), {}, "loss of its own.*per_example_loss_func"
+        lambda: tiny.WithoutConfig(scale=1.1), tiny.texts(), {}, "its own loss.*per_example_loss_func"
     ),
     "loss of the batch": (
         tiny.bert, tiny.texts(), loss(lambda o, y: cross_entropy(o["logits"], y)), r"shape \[8\], but returned \[\]"
@@ -191,7 +191,7 @@ IN_TRAINING = {
     "list of losses": (
         tiny.bert, tiny.texts(), loss(lambda o, y: list(o["logits"].sum(1))), r"shape \[8\], but returned list"
     ),
-    "coupled losses": (tiny.bert, tiny.texts(), loss(coupled), "must not couple the examples of a batch.*Use Trainer"),
+    "coupled losses": (tiny.bert, tiny.texts(), loss(coupled), "each loss from one example alone.*Use Trainer"),
     "losses of something else": (
         tiny.bert, tiny.texts(), loss(lambda o, y: y.float()), "must compute the losses from the logits in outputs"
     ),
@@ -199,18 +199,18 @@ IN_TRAINING = {
         tiny.bert, tiny.texts(), {"more": {"data_collator": list}},
         "data_collator must return a dict of tensors, but returned list",
     ),
-    "loader": (tiny.bert, tiny.texts(), {"cls": ForeignLoader}, "The batch carries no draw"),
+    "loader": (tiny.bert, tiny.texts(), {"cls": ForeignLoader}, "The batch does not carry its draw"),
     "last layer of tokens": (
         tiny.token_bert, tiny.token_rows(), {"importance": {"metric": "last_layer_gradient"}, **loss(None)},
-        r"needs features \[8, hidden\] at the last layer, not \[8, .*use metric='logit_gradient'",
+        r"requires inputs \[8, hidden\] of the last layer, but got \[8, .*use metric='logit_gradient'",
     ),
     "no last layer": (
         lambda: tiny.vit(num_labels=0), tiny.images(), {"importance": {"metric": "last_layer_gradient"}},
-        "needs a last layer nn.Linear with 0 outputs",
+        "requires a last layer nn.Linear with 0 outputs",
     ),
     "fewer examples than a batch": (
         tiny.bert, tiny.texts(5), {"dataloader_drop_last": True},
-        "dataloader_drop_last leaves no batch: a process has 5 visits per epoch, and batches of 8",
+        "dataloader_drop_last=True leaves no batch: a process has 5 visits per epoch, fewer than the batch size 8",
     ),
 }  # fmt: skip
 

@@ -115,8 +115,8 @@ def test_kept_indices_select(tmp_path):
 
 
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-@pytest.mark.parametrize(("shrinks", "left_out"), [(True, False), (False, True)])
-def test_pruned_examples_come_back_when_the_others_are_learnt(tmp_path, sampling, shrinks, left_out):
+@pytest.mark.parametrize(("shrinks", "are_pruned"), [(True, False), (False, True)])
+def test_pruned_examples_come_back_when_the_others_are_learnt(tmp_path, sampling, shrinks, are_pruned):
     """After 20 steps all other losses are a tenth too, so that nothing is unimportant any more."""
     learnt = []
 
@@ -135,8 +135,8 @@ def test_pruned_examples_come_back_when_the_others_are_learnt(tmp_path, sampling
     shares = tiny.logged(run, "importance/pruned")
     assert 0.25 in shares[:5], "control: they were left out"
     late = {i for draw in run.draws[60:] for i in draw.index}
-    assert late.isdisjoint(range(10)) == left_out
-    assert (shares[-1] == 0.25) == left_out
+    assert late.isdisjoint(range(10)) == are_pruned
+    assert (shares[-1] == 0.25) == are_pruned
 
 
 def test_pruning_leaves_the_loss_of_the_kept(tmp_path):

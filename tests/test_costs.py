@@ -174,8 +174,8 @@ def test_independent_visits_follow_what_is_measured():
     mean = R.per_cost(q, cost / cost.mean()).mean().item()
     for seed in range(3):
         index, measured = tensor([1, 5, 5, seed]), lognormal(4, seed + 5).float()
-        visits.learn(visits.memory.update(index, measured), measured, torch.ones(4))
-    now = R.per_cost(visits.memory.importance, visits.memory.cost)
+        visits.observe(visits.memory.update(index, measured), measured, torch.ones(4))
+    now = R.per_cost(visits.memory.importances, visits.memory.cost)
     wanted = [oracles.unnormalised_rate(x, mean, 0.3) for x in now.tolist()]
     assert visits.rates().tolist() == pytest.approx([12 * r / sum(wanted) for r in wanted], rel=1e-4)
 
@@ -190,10 +190,10 @@ def test_what_nobody_has_seen_is_visited_evenly(guard):
     assert rate.tolist() == [1.0] * 10
     assert index.tolist() == torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist()[:10]
     measured = q[index].float()
-    visits.learn(memory.update(index, measured), measured, rate)
+    visits.observe(memory.update(index, measured), measured, rate)
     fresh = R.per_cost(measured, memory.cost[index]).mean().item()
     index, rate = visits.next(2**62)
-    unseen = memory.importance[index].isnan()
+    unseen = memory.importances[index].isnan()
     assert visits._fresh == pytest.approx(fresh)
     assert len(set(rate[unseen].tolist())) == 1, "whatever they cost"
     assert measured.mean().item() != pytest.approx(fresh, rel=1e-2), "control"
@@ -219,7 +219,7 @@ def test_unbiased_over_every_random_start(monkeypatch):
         memory = memory_of([math.nan] * n, cost)
         visits = segmented(memory, uniform_fraction=0.0)
         for k, rates in enumerate(schedule):
-            memory.importance[:] = tensor(rates) * root
+            memory.importances[:] = tensor(rates) * root
             for i, r in zip(*visits.next(2**62), strict=True):
                 counted[k, i] += 1 / r / 24
                 careless[k, i] += 1 / (r * root[i]) / 24
@@ -261,7 +261,7 @@ def test_losses_that_are_sums_are_pruned_by_the_mean_over_their_tokens():
 def guarded(q, cost, measured):
     guard, root = Guard(0.2), cost.sqrt()
     mean = (q / root).mean().item()
-    guard.learn(q / root, mean, measured, torch.ones(len(q)), math.inf, cost)
+    guard.observe(q / root, mean, measured, torch.ones(len(q)), math.inf, cost)
     return guard, mean
 
 
@@ -297,7 +297,7 @@ def test_where_a_tenth_is_not_saved_visits_are_uniform(spread, floor):
     assert spent[0] < 0.97 * spent[-1], "premise: there is something to gain"
     assert guard.floor() == pytest.approx(floor)
     free = Guard(0.2)
-    free.learn(q / cost.sqrt(), mean, q, torch.ones(5000), math.inf)
+    free.observe(q / cost.sqrt(), mean, q, torch.ones(5000), math.inf)
     assert free.floor() < 1, "control: where all visits cost the same what there is is taken"
 
 
@@ -308,7 +308,7 @@ def test_the_guard_without_costs_would_choose_otherwise():
     q = lognormal(2000, scale=0.3)
     guard, mean = guarded(q, cost, q)
     careless = Guard(0.2)
-    careless.learn(q / cost.sqrt(), mean, q, torch.ones(2000), math.inf)
+    careless.observe(q / cost.sqrt(), mean, q, torch.ones(2000), math.inf)
     assert guard.floor() < careless.floor()
 
 
@@ -332,7 +332,7 @@ def test_evidence_on_costs_is_forgotten_kept_and_the_same_in_any_division():
     for start in range(0, 60, 7):
         part = slice(start, start + 7)
         u = (q / cost.sqrt())[part]
-        parts.learn(u, mean, q[part], torch.ones(len(u)), math.inf, cost[part])
+        parts.observe(u, mean, q[part], torch.ones(len(u)), math.inf, cost[part])
     assert torch.equal(parts._costs, guard._costs)
     again = Guard(0.2)
     again.load_state_dict(guard.state_dict())

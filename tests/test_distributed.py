@@ -210,7 +210,7 @@ def test_from_two_processes_to_one(alone, ranks_of, monkeypatch):
     settings = {"learning_rate": 0.0, "per_device_train_batch_size": 20}
     run = distributed_worker.trainer(alone / "one again", importance=tiny.FIXED, **settings)
     run.train(resume_from_checkpoint=str(folder))
-    assert "another number of processes" in warned[0]
+    assert "a different number of processes" in warned[0]
     rate = rates(known.double(), 0.3, 64.0)
     assert run.draws[0].weight == pytest.approx((1 / rate[run.draws[0].index]).tolist(), rel=1e-5)
     assert len(run.draws[0].index) == 20

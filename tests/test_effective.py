@@ -134,7 +134,7 @@ def test_training_ends_early_and_says_so(tmp_path, caplog):
     assert output.metrics["train_effective_epochs"] == 6.0
     said = caplog.text
     assert f"ended after {output.global_step} of 60 steps" in said
-    assert said.count("training will end after about") == 1
+    assert said.count("training is expected to end after about") == 1
     logged = [log["importance/effective_epoch"] for log in trainer.state.log_history if "loss" in log]
     assert logged == [value / 10 for value in watch.values[1:]]
 
@@ -312,7 +312,7 @@ def test_a_schedule_that_a_subclass_makes_alone_is_refused_before_the_first_step
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=3)
     trainer = Own(model=opinionated_bert(), args=args, train_dataset=texts())
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"create_scheduler\(\) was overridden.*budget=1\.0"):
+        with pytest.raises(ValueError, match=r"overridden create_scheduler\(\) does not.*budget=1\.0"):
             trainer.train()
         assert trainer.state.global_step == 0
     fixed = ImportanceConfig(budget=1.0)

@@ -66,7 +66,7 @@ def test_learning_rate_of_the_uniform_metric_is_that_of_trainer(tmp_path, settin
     plain = tiny.trained(tmp_path, model, data, tiny.Plain, logging_steps=1, **settings)
     importance = {"metric": "uniform", "sampling": sampling}
     ours = tiny.trained(tmp_path, model, data, importance=importance, logging_steps=1, **settings)
-    assert ours.importance.budget == "auto"
+    assert ours.importance_config.budget == "auto"
     assert ours.state.global_step == ours.state.max_steps == plain.state.global_step > 10
     assert tiny.logged(ours, "learning_rate") == tiny.logged(plain, "learning_rate")
     assert len(tiny.logged(ours, "learning_rate")) == ours.state.global_step

@@ -202,7 +202,7 @@ def walk(sampler, stream, steps):
     for _ in range(steps):
         draw = next(stream)
         g = torch.Generator().manual_seed(draw.number)
-        sampler.use(draw)
+        sampler.mark_used(draw)
         sampler.update(draw, torch.rand(1, len(draw.index), generator=g))
         found.append(draw)
     return found
@@ -225,7 +225,7 @@ def test_it_goes_on_exactly(sampling, before):
     for cut in (False, True):
         again = sampler_of(length, 8, sampling=sampling)
         groups = again._groups.state_dict() if cut else state["groups"]
-        assert again.goes_on_from(state)
+        assert again.matches(state)
         skip = before % len(again)
         again.load_state_dict({**state, "groups": groups}, skip)
         stream = epochs(again)
@@ -236,5 +236,5 @@ def test_it_goes_on_exactly(sampling, before):
 
 def test_it_does_not_go_on_from_another_order():
     state = sampler_of(lengths_of(50), 4).state_dict()
-    assert not sampler_of(lengths_of(50), 4, grouped=False).goes_on_from(state)
-    assert sampler_of(lengths_of(50), 4).goes_on_from(state), "control"
+    assert not sampler_of(lengths_of(50), 4, grouped=False).matches(state)
+    assert sampler_of(lengths_of(50), 4).matches(state), "control"

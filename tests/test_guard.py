@@ -40,10 +40,10 @@ def ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_exponent=1.
             measured = norm[index] * noise(len(index), {"noisy": 1.5, "a little noisy": 0.5}.get(case, 0.0))
             ours += (measured / rate).square().sum().item()
             uniform += (measured.square() / rate).sum().item()
-            sampler.use(draw)
+            sampler.mark_used(draw)
             sampler.update(draw, measured.float()[None])
             if case == "shuffled" and draw.number % 5 == 4:  # 8 times a pass
-                importance = sampler.importance
+                importance = sampler.importances
                 importance[:] = importance[torch.randperm(examples, generator=generator)]
         found.append(ours / uniform)
     return found, sampler
@@ -92,9 +92,9 @@ def test_the_evidence_does_not_depend_on_the_weights(monkeypatch):
     assert torch.equal(evidence(0.0), evidence(1.0))
     assert torch.equal(evidence(0.5), evidence(1.0))
     assert evidence(1.0).min() > 0, "premise: there is some"
-    learn = SegmentedVisits.learn
+    observe = SegmentedVisits.observe
     right = evidence(1.0)
-    monkeypatch.setattr(SegmentedVisits, "learn", lambda self, a, b, rate: learn(self, a, b, torch.ones_like(rate)))
+    monkeypatch.setattr(SegmentedVisits, "observe", lambda self, a, b, rate: observe(self, a, b, torch.ones_like(rate)))
     assert not torch.allclose(evidence(0.0), right, rtol=1e-2), "control: by weights of 1"
 
 
@@ -106,7 +106,7 @@ def test_the_floor_returns():
         for draw in sampler:
             sampler.update(draw, norm[draw.index][None])
             if epoch < 4 and draw.number % 5 == 4:
-                importance = sampler.importance
+                importance = sampler.importances
                 importance[:] = importance[torch.randperm(1000)]
         floors.append(sampler.visits.floor)
     assert max(floors[:5]) > 0.5
@@ -139,7 +139,7 @@ def test_it_takes_the_lowest_floor_that_is_good_enough():
         for noise in (0.0, 0.3, 0.7, 1.0, 1.5, 3.0):
             remembered, mean, measured, rate = evidence(seed=seed, noise=noise)
             guard = Guard(0.2)
-            guard.learn(remembered, mean, measured, rate, math.inf)
+            guard.observe(remembered, mean, measured, rate, math.inf)
             floors = [0.2 + 0.1 * k for k in range(9)]
             lists = remembered.tolist(), mean, measured.tolist(), rate.tolist()
             moments = oracles.second_moments(*lists, floors)
@@ -151,7 +151,7 @@ def test_the_more_noise_the_higher_the_floor():
     floors = []
     for noise in (0.0, 0.7, 1.5, 3.0):
         guard = Guard(0.1)
-        guard.learn(*evidence(n=20_000, noise=noise), math.inf)
+        guard.observe(*evidence(n=20_000, noise=noise), math.inf)
         floors.append(guard.floor())
     assert floors == sorted(floors)
     assert floors[0] == pytest.approx(0.1)
@@ -161,7 +161,7 @@ def test_the_more_noise_the_higher_the_floor():
 def test_without_evidence_the_floor_is_the_lowest():
     for guard in (Guard(0.3), Guard(0.3)):
         assert guard.floor() == pytest.approx(0.3)
-    guard.learn(torch.full((3,), math.nan), math.nan, torch.ones(3), torch.ones(3), 64.0)
+    guard.observe(torch.full((3,), math.nan), math.nan, torch.ones(3), torch.ones(3), 64.0)
     assert guard.floor() == pytest.approx(0.3), "of unknown examples nothing is learnt"
     assert Guard(1.0).floor() == 1.0
     assert Guard(0.0).floor() == 0.0
@@ -169,13 +169,13 @@ def test_without_evidence_the_floor_is_the_lowest():
 
 def test_evidence_is_forgotten():
     guard, remembered = Guard(0.3), evidence(noise=2.0)
-    guard.learn(*remembered, 64.0)
+    guard.observe(*remembered, 64.0)
     high = guard.floor()
     before = guard.state_dict()["second_moments"]
     guard.floor()
     assert torch.equal(guard.state_dict()["second_moments"], 0.9 * before)
     for _ in range(60):
-        guard.learn(*evidence(seed=1), 64.0)
+        guard.observe(*evidence(seed=1), 64.0)
         last = guard.floor()
     assert high > last == pytest.approx(0.3)
 
@@ -187,23 +187,23 @@ def test_evidence_is_the_same_in_any_division(size):
     remembered[::7], measured[::11] = math.nan, math.nan
     rate = rate + torch.rand(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole, parts, other = Guard(0.3), Guard(0.3), Guard(0.3)
-    whole.learn(remembered, mean, measured, rate, 64.0)
+    whole.observe(remembered, mean, measured, rate, 64.0)
     for start in range(0, 400, size):
         part = slice(start, start + size)
-        parts.learn(remembered[part], mean, measured[part], rate[part], 64.0)
+        parts.observe(remembered[part], mean, measured[part], rate[part], 64.0)
     assert torch.equal(whole.state_dict()["second_moments"], parts.state_dict()["second_moments"])
-    other.learn(remembered[1:], mean, measured[1:], rate[1:].roll(1), 64.0)
+    other.observe(remembered[1:], mean, measured[1:], rate[1:].roll(1), 64.0)
     assert not torch.allclose(whole.state_dict()["second_moments"], other.state_dict()["second_moments"]), "control"
 
 
 def test_state():
     guard = Guard(0.3)
-    guard.learn(*evidence(noise=2.0), 64.0)
+    guard.observe(*evidence(noise=2.0), 64.0)
     state, again = guard.state_dict(), Guard(0.3)
     again.load_state_dict(state)
     for _ in range(3):
-        again.learn(*evidence(seed=2), 64.0)
-        guard.learn(*evidence(seed=2), 64.0)
+        again.observe(*evidence(seed=2), 64.0)
+        guard.observe(*evidence(seed=2), 64.0)
         assert again.floor() == guard.floor()
     third = Guard(0.3)
     third.load_state_dict(state)
@@ -216,7 +216,7 @@ def test_a_rate_of_full_weight_has_the_ratio_that_the_guard_reckons_with():
     rate = 0.7 * q.double() / mean + 0.3
     visits = torch.repeat_interleave((1000 * rate).round().long())
     guard = Guard(0.3)
-    guard.learn(q[visits], mean, measured[visits], rate[visits], math.inf)
+    guard.observe(q[visits], mean, measured[visits], rate[visits], math.inf)
     moments = guard.state_dict()["second_moments"]
     wanted = variance_ratio(measured[visits].double(), rate[visits], weights(rate[visits]))
     assert (moments[0] / moments[-1]).item() == pytest.approx(wanted.item(), rel=1e-5)

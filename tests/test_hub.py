@@ -106,7 +106,7 @@ def test_wrong_token(pushed):
     """Is found before anything is trained."""
     _, folder = pushed
     message = outcome(folder, "wrong")
-    assert message.startswith("error: The repository wrong cannot be made or written to")
+    assert message.startswith("error: The repository wrong cannot be created or written to")
     assert "Invalid credentials" in message
     assert "Nothing was trained yet" in message
     assert "hf_wrong" not in message

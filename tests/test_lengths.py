@@ -150,7 +150,7 @@ def test_where_a_tenth_is_not_saved_token_losses_are_those_of_trainer(tmp_path, 
     """From the second half on, when visits have shown it."""
     weights_of = {}
     for worth in (0.9, 1.0):
-        monkeypatch.setattr("hf_importance.sampling.guard._WORTH_WEIGHTS", worth)
+        monkeypatch.setattr("hf_importance.sampling.guard._MAX_RELATIVE_SPENDING", worth)
         run = trained(tmp_path, rows_of(300), importance=tiny.FIXED, num_train_epochs=4, learning_rate=1e-3)
         half = len(run.draws) // 2
         weights_of[worth] = {weight for draw in run.draws[half:] for weight in draw.weight}
@@ -242,7 +242,7 @@ def test_what_is_saved_is_told_in_tokens_too(tmp_path, caplog, of_tokens, settin
     cost = sum(drawn) / len(drawn) / length.double().mean().item()
     logged = tiny.logged(run, "importance/cost")
     assert sum(logged) / len(logged) == pytest.approx(cost, rel=1e-4)
-    assert "of that of uniform sampling at equal cost" in said
+    assert "times that of uniform sampling at equal cost" in said
 
 
 def test_the_variance_ratio_is_at_equal_cost(tmp_path):
@@ -362,8 +362,8 @@ def test_counting_takes_no_random_numbers(tmp_path):
 @pytest.mark.parametrize("strategy", ["sequential", "batch_rebalance"])
 def test_other_orders_are_refused_with_the_reason(tmp_path, strategy):
     reason = {
-        "sequential": "have no order to be kept",
-        "batch_rebalance": "batches of different numbers.*group_by_length",
+        "sequential": "in an order of its own",
+        "batch_rebalance": "batches of different sizes.*group_by_length",
     }
     with pytest.raises(ValueError, match=f"train_sampling_strategy must be .*{strategy}.*{reason[strategy]}.*or use"):
         trainer_of(tmp_path, rows_of(), train_sampling_strategy=strategy)
@@ -372,7 +372,9 @@ def test_other_orders_are_refused_with_the_reason(tmp_path, strategy):
 
 def test_groups_without_lengths_are_refused(tmp_path):
     rows = [{"pixel_values": torch.ones(1, 8, 8), "labels": i % 4} for i in range(8)]
-    message = r"needs the length of each example: a column 'length'.*'input_ids', but.*'pixel_values'.*dataset.map"
+    message = (
+        r"requires the length of each example, in a column 'length'.*'input_ids', but.*'pixel_values'.*dataset.map"
+    )
     with pytest.raises(ValueError, match=message):
         tiny.trainer(tmp_path, tiny.vit(), rows, **GROUPED)
     tiny.trainer(tmp_path, tiny.vit(), [{**row, "length": 3} for row in rows], **GROUPED)  # control

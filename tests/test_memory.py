@@ -35,12 +35,12 @@ def same(a, b):
 def test_first_measurement_is_taken_and_later_ones_are_mixed_in():
     memory = ImportanceMemory(4, momentum=0.25)
     update = memory.update(tensor([2, 0]), tensor([1.0, 3.0]))
-    assert memory.importance.tolist() == pytest.approx([3.0, math.nan, 1.0, math.nan], nan_ok=True)
+    assert memory.importances.tolist() == pytest.approx([3.0, math.nan, 1.0, math.nan], nan_ok=True)
     assert memory.known == 2
     assert (update.index.tolist(), update.after.tolist(), update.change.tolist()) == ([0, 2], [3.0, 1.0], [1, 0])
     assert update.before.isnan().all()
     update = memory.update(tensor([0, 1]), tensor([1.0, 8.0]))
-    assert memory.importance.tolist() == pytest.approx([0.25 * 3 + 0.75 * 1, 8.0, 1.0, math.nan], nan_ok=True)
+    assert memory.importances.tolist() == pytest.approx([0.25 * 3 + 0.75 * 1, 8.0, 1.0, math.nan], nan_ok=True)
     assert update.before.tolist() == pytest.approx([3.0, math.nan], nan_ok=True)
     assert update.after.tolist() == [1.5, 8.0]
     assert memory.known == 3
@@ -49,31 +49,31 @@ def test_first_measurement_is_taken_and_later_ones_are_mixed_in():
 def test_visits_of_one_example_in_a_batch_count_as_one():
     memory = ImportanceMemory(3, momentum=0.5)
     memory.update(tensor([1, 1, 1, 2]), tensor([1.0, 2.0, 6.0, 5.0]))
-    assert memory.importance[1:].tolist() == [3.0, 5.0]
+    assert memory.importances[1:].tolist() == [3.0, 5.0]
     update = memory.update(tensor([1, 2, 1]), tensor([4.0, 1.0, 6.0]))
-    assert memory.importance[1:].tolist() == [4.0, 3.0]
+    assert memory.importances[1:].tolist() == [4.0, 3.0]
     assert update.change.tolist() == [0, 1, 0]
     in_two = ImportanceMemory(3, momentum=0.5)
     in_two.update(tensor([1, 1, 1, 2]), tensor([1.0, 2.0, 6.0, 5.0]), tensor([0, 0, 1, 1]))
-    assert in_two.importance[1:].tolist() == [0.5 * 1.5 + 0.5 * 6.0, 5.0], "control: of two batches they are two"
+    assert in_two.importances[1:].tolist() == [0.5 * 1.5 + 0.5 * 6.0, 5.0], "control: of two batches they are two"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_unknown(bad):
     memory = remembering([1.0, 2.0, 3.0], momentum=0.5)
     update = memory.update(tensor([0, 1, 1]), tensor([bad, 1.0, bad]))
-    assert memory.importance.tolist() == pytest.approx([math.nan, math.nan, 3.0], nan_ok=True)
+    assert memory.importances.tolist() == pytest.approx([math.nan, math.nan, 3.0], nan_ok=True)
     assert update.after.isnan().all()
     assert memory.known == 1
     memory.update(tensor([0]), tensor([7.0]))
-    assert memory.importance[0] == 7.0, "the next measurement is taken as a first one"
+    assert memory.importances[0] == 7.0, "the next measurement is taken as a first one"
     assert memory.known == 2
 
 
 def test_empty_update():
     memory = ImportanceMemory(2)
     update = memory.update(torch.empty(0, dtype=torch.int64), torch.empty(0))
-    assert memory.importance.isnan().all()
+    assert memory.importances.isnan().all()
     assert len(update.index) == len(update.before) == len(update.after) == len(update.change) == memory.known == 0
 
 
@@ -81,8 +81,8 @@ def test_empty_update():
 def test_other_types_are_remembered_in_float32(dtype):
     memory = ImportanceMemory(1)
     memory.update(tensor([0]), tensor([0.1], dtype=dtype))
-    assert memory.importance.dtype == torch.float32
-    assert memory.importance.item() == tensor(0.1, dtype=dtype).float().item()
+    assert memory.importances.dtype == torch.float32
+    assert memory.importances.item() == tensor(0.1, dtype=dtype).float().item()
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.2, 0.7])
@@ -93,8 +93,8 @@ def test_updates_are_those_of_the_oracle(momentum):
         update = memory.update(index, importance)
         assert update.before[update.change].tolist() == pytest.approx(before, rel=1e-5, nan_ok=True)
         assert update.index[update.change].tolist() == index.tolist()
-        assert memory.importance.tolist() == pytest.approx(wanted, rel=1e-5, nan_ok=True)
-        assert same(update.after, memory.importance[update.index])
+        assert memory.importances.tolist() == pytest.approx(wanted, rel=1e-5, nan_ok=True)
+        assert same(update.after, memory.importances[update.index])
         assert memory.known == sum(map(math.isfinite, wanted))
 
 
@@ -110,19 +110,19 @@ def test_many_batches_at_once_are_as_one_after_the_other(examples, size):
     batch = torch.arange(150).repeat_interleave(size)
     index, importance = (torch.cat(part) for part in zip(*visits, strict=True))
     update = at_once.update(index, importance, batch)
-    assert same(at_once.importance, one_by_one.importance)
+    assert same(at_once.importances, one_by_one.importances)
     assert at_once.known == one_by_one.known
     assert same(update.before[update.change], torch.cat(before))
     assert torch.equal(update.index[update.change], index)
     as_one_batch = ImportanceMemory(examples, 0.3)
     as_one_batch.update(index, importance)
-    assert not same(as_one_batch.importance, one_by_one.importance), "control"
+    assert not same(as_one_batch.importances, one_by_one.importances), "control"
 
 
 def test_increase_leaves_the_unknown_ones():
     memory = remembering([0.0, 2.0, math.nan])
     memory.increase(0.5)
-    assert memory.importance.tolist() == pytest.approx([0.5, 2.5, math.nan], nan_ok=True)
+    assert memory.importances.tolist() == pytest.approx([0.5, 2.5, math.nan], nan_ok=True)
     assert memory.known == 2
 
 
@@ -130,7 +130,7 @@ def test_increase_leaves_the_unknown_ones():
 
 
 @pytest.mark.parametrize(
-    ("importance", "mass", "left_out"),
+    ("importance", "mass", "expected"),
     [
         ([1.0, 2.0, 3.0, 14.0], 0.11, [0]),
         ([1.0, 2.0, 3.0, 14.0], 0.16, [0, 1]),
@@ -150,18 +150,18 @@ def test_increase_leaves_the_unknown_ones():
         ([1.0, 2.0, 3.0, 14.0], 0.0, []),
     ],
 )
-def test_unimportant(importance, mass, left_out):
+def test_unimportant(importance, mass, expected):
     memory = remembering(importance)
-    assert unimportant(memory.importance, mass).dtype == torch.bool
-    assert unimportant(memory.importance, mass).nonzero().flatten().tolist() == left_out
-    assert same(memory.importance, tensor(importance)), "nothing is changed"
+    assert unimportant(memory.importances, mass).dtype == torch.bool
+    assert unimportant(memory.importances, mass).nonzero().flatten().tolist() == expected
+    assert same(memory.importances, tensor(importance)), "nothing is changed"
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_unimportant_holds_less_than_that_share(seed):
     memory = remembering((torch.rand(200, generator=torch.Generator().manual_seed(seed)) ** 3).tolist())
     for mass in (0.01, 0.1, 0.3):
-        found, q = unimportant(memory.importance, mass), memory.importance.double()
+        found, q = unimportant(memory.importances, mass), memory.importances.double()
         assert q[found].sum() < mass * q.sum()
         assert q[found].max() < q[~found].min(), "the smallest ones"
         next_one = q[~found].min()
@@ -183,7 +183,7 @@ def test_mean_importance():
     assert math.isnan(mean_importance(ImportanceMemory(3)))
     assert mean_importance(ImportanceMemory(3), fresh=2.0) == 2.0
     assert math.isnan(mean_importance(memory, pruned=torch.ones(4, dtype=torch.bool)))
-    assert same(memory.importance, tensor([1.0, 3.0, math.nan, 8.0])), "nothing is changed"
+    assert same(memory.importances, tensor([1.0, 3.0, math.nan, 8.0])), "nothing is changed"
 
 
 def test_least_variance_ratio():
@@ -220,7 +220,7 @@ def test_state():
     state = memory.state_dict()
     again = ImportanceMemory(3)
     again.load_state_dict(state)
-    assert same(again.importance, memory.importance)
+    assert same(again.importances, memory.importances)
     assert again.known == memory.known == 2
     again.update(tensor([0]), tensor([9.0]))
     memory.update(tensor([1]), tensor([9.0]))

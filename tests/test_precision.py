@@ -89,7 +89,7 @@ def test_compiled_models_are_checked_too(tmp_path):
     run = tiny.trainer(
         tmp_path, tiny.WithoutConfig(scale=1.1), tiny.texts(), torch_compile=True, torch_compile_backend="eager"
     )
-    with pytest.raises(ValueError, match="loss of its own"):
+    with pytest.raises(ValueError, match="its own loss"):
         run.train()
 
 

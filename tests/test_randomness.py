@@ -5,7 +5,7 @@ import random
 import numpy
 import torch
 
-from hf_importance.randomness import own_randomness
+from hf_importance.randomness import isolated_randomness
 
 
 class Owner:
@@ -42,7 +42,7 @@ def seeded():
 def test_nothing_was_drawn():
     expected = drawn(seeded())
     owner = seeded()
-    with own_randomness(owners=(owner,)):
+    with isolated_randomness(owners=(owner,)):
         inside = drawn(owner)
     assert drawn(owner) == expected
     assert inside[:3] != expected[:3]
@@ -52,7 +52,7 @@ def test_nothing_was_drawn():
 def test_control_without_owners_they_have_moved():
     expected = drawn(seeded())
     owner = seeded()
-    with own_randomness():
+    with isolated_randomness():
         drawn(owner)
     after = drawn(owner)
     assert after[:3] == expected[:3]
@@ -62,7 +62,7 @@ def test_control_without_owners_they_have_moved():
 def test_inside_it_is_the_same_each_time():
     found = []
     for seed in (0, 0, 1):
-        with own_randomness(seed=seed):
+        with isolated_randomness(seed=seed):
             found.append([random.random(), float(numpy.random.rand()), torch.rand(()).item()])
     assert found[0] == found[1] != found[2]
 
@@ -71,7 +71,7 @@ def test_an_error_inside_restores_as_well():
     expected = drawn(seeded())
     owner = seeded()
     try:
-        with own_randomness(owners=(owner,)):
+        with isolated_randomness(owners=(owner,)):
             drawn(owner)
             raise KeyError
     except KeyError:

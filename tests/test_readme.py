@@ -68,7 +68,7 @@ def test_the_change_trains_before_and_after(tmp_path, sign, name):
         exec(report, names)
         assert (tmp_path / "_importance_report" / "report.html").exists()
         exec(settings, names)
-        assert names["trainer"].importance.budget == 0.7
+        assert names["trainer"].importance_config.budget == 0.7
 
 
 def anchors(page):

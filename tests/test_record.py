@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from hf_importance import record
-from hf_importance.record import COLUMNS, SEEN, VisitRecord, distribution, join, part, suspects
+from hf_importance.record import COLUMNS, OBSERVED, VisitRecord, distribution, join, part, suspects
 
 
 def batches(examples=30, batches=150, batch=8):
@@ -34,7 +34,7 @@ def test_columns_are_those_of_one_visit_after_the_other():
     assert set(columns) == set(COLUMNS)
     assert 31 not in last
     assert columns["visits"].tolist() == [len(losses.get(i, [])) for i in range(32)]
-    for row, name in enumerate(SEEN):
+    for row, name in enumerate(OBSERVED):
         expected = torch.tensor([last.get(i, [math.nan] * 4)[row] for i in range(32)])
         assert torch.equal(columns[name].nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
         first = torch.tensor([values[row] for values in visits[0][1].T.tolist()])
@@ -87,7 +87,7 @@ def test_distribution_is_of_the_known(monkeypatch):
     importance = torch.cat([importance, torch.full((50,), torch.nan)])
     torch.testing.assert_close(distribution(importance), torch.arange(101.0))
     assert distribution(torch.full((5,), torch.nan)).isnan().all()
-    monkeypatch.setattr(record, "_MOST_EXAMPLES", 100)
+    monkeypatch.setattr(record, "_MAX_EXAMPLES", 100)
     assert distribution(torch.arange(1000.0))[50].item() == pytest.approx(500, abs=10)
 
 

@@ -34,9 +34,9 @@ def draws(visits, number, at_once=1):
     return indices, rates
 
 
-def learn(visits, index, measured, batch=None):
+def observe(visits, index, measured, batch=None):
     index, measured = torch.as_tensor(index), torch.as_tensor(measured)
-    visits.learn(visits.memory.update(index, measured, batch), measured, torch.ones(len(index)))
+    visits.observe(visits.memory.update(index, measured, batch), measured, torch.ones(len(index)))
 
 
 def counts(index, n):
@@ -96,8 +96,8 @@ def test_chi_square_after_updates():
     visits = visits_from(torch.linspace(0.1, 4.0, n).tolist(), seed=5)
     draws(visits, 3)
     mean = visits._mean
-    learn(visits, [0, 1, 2, 19], [30.0, 8.0, 8.0, 0.1])
-    now = [oracles.unnormalised_rate(q, mean, 0.3) for q in visits.memory.importance.tolist()]
+    observe(visits, [0, 1, 2, 19], [30.0, 8.0, 8.0, 0.1])
+    now = [oracles.unnormalised_rate(q, mean, 0.3) for q in visits.memory.importances.tolist()]
     visits._visits = -(10**9)  # the pass does not end
     index, rate = draws(visits, 20_000, at_once=50)
     assert rate == pytest.approx([n * now[i] / sum(now) for i in index], rel=1e-5)
@@ -120,7 +120,7 @@ def test_every_draw_reads_the_memory():
     visits = visits_from([1.0] * 6, uniform_fraction=0.0)
     assert visits.planned == 0
     assert draws(visits, 2)[1] == [1.0, 1.0]
-    learn(visits, range(6), torch.arange(1.0, 7.0))
+    observe(visits, range(6), torch.arange(1.0, 7.0))
     index, rate = draws(visits, 3)
     assert rate == pytest.approx([(i + 1) / 3.5 for i in index])
     assert rate != [1.0] * 3, "control"
@@ -134,8 +134,8 @@ def test_the_sum_follows_updates():
     for k in range(200):
         index, importance = torch.randint(50, (8,), generator=g), 3 * torch.rand(8, generator=g) ** 4
         importance[torch.rand(8, generator=g) < 0.05] = math.nan
-        learn(visits, index, importance, torch.arange(2).repeat_interleave(4) if k % 2 else None)
-        rates = [oracles.unnormalised_rate(q, visits._mean, 0.3) for q in visits.memory.importance.tolist()]
+        observe(visits, index, importance, torch.arange(2).repeat_interleave(4) if k % 2 else None)
+        rates = [oracles.unnormalised_rate(q, visits._mean, 0.3) for q in visits.memory.importances.tolist()]
         assert visits._total == pytest.approx(sum(rates), rel=1e-6)
         assert visits.rates().mean().item() == pytest.approx(1.0, rel=1e-9)
         assert max(rates) <= visits._largest * (1 + 1e-6)
@@ -154,11 +154,11 @@ def test_the_sum_is_the_same_in_any_division():
     one_by_one, at_once = (visits_from(start, uniform_fraction=0.0) for _ in range(2))
     draws(one_by_one, 1), draws(at_once, 1)
     for index, importance in batches:
-        learn(one_by_one, index, importance)
+        observe(one_by_one, index, importance)
     for k in range(0, 60, 4):
         index, importance = (torch.cat(part) for part in zip(*batches[k : k + 4], strict=True))
-        learn(at_once, index, importance, torch.arange(4).repeat_interleave(6))
-    assert torch.equal(one_by_one.memory.importance, at_once.memory.importance)
+        observe(at_once, index, importance, torch.arange(4).repeat_interleave(6))
+    assert torch.equal(one_by_one.memory.importances, at_once.memory.importances)
     assert one_by_one._largest == at_once._largest
     assert one_by_one._total == at_once._total
 
@@ -166,7 +166,7 @@ def test_the_sum_is_the_same_in_any_division():
 def test_the_mean_is_that_of_the_start_of_the_pass():
     visits = visits_from([1.0, 3.0, 1.0, 3.0])
     draws(visits, 1)
-    learn(visits, [0], [100.0])
+    observe(visits, [0], [100.0])
     draws(visits, 2)
     assert visits._mean == 2.0
     draws(visits, 3)  # the pass has ended with the fourth
@@ -225,9 +225,9 @@ def test_an_update_of_a_pruned_example_leaves_the_sum():
     draws(visits, 7)
     assert visits.pruned.any()
     before = visits._total
-    learn(visits, [0], [0.5])
+    observe(visits, [0], [0.5])
     assert visits._total == before
-    learn(visits, [1, 3], [0.5, 0.5])
+    observe(visits, [1, 3], [0.5, 0.5])
     assert visits._total < before, "control"
     assert visits.rates()[[1, 2, 4, 5]].mean().item() == pytest.approx(1.0)
 
@@ -236,7 +236,7 @@ def test_pruned_examples_come_back_when_others_have_become_less_important():
     visits = visits_from([0.1, 0.1] + [1.0] * 8, prune_mass=0.05)
     draws(visits, 20)
     assert visits.pruned.nonzero().flatten().tolist() == [0, 1]
-    learn(visits, range(2, 10), [0.05] * 8)
+    observe(visits, range(2, 10), [0.05] * 8)
     assert visits.pruned.any(), "a pass that has begun goes on"
     index, _ = draws(visits, 100)
     assert {0, 1} <= set(index)
@@ -270,7 +270,7 @@ def test_increment_brings_forgotten_examples_back():
         visits = visits_from([0.0, 1.0, 1.0], uniform_fraction=0.0, increment=increment)
         index, _ = draws(visits, 150)
         assert (0 in index) == comes_back
-        assert visits.memory.importance[1].item() == pytest.approx(1.0 + increment * (visits.passes - 1), rel=1e-5)
+        assert visits.memory.importances[1].item() == pytest.approx(1.0 + increment * (visits.passes - 1), rel=1e-5)
 
 
 def test_seeds():
@@ -303,7 +303,7 @@ def test_it_goes_on_exactly(before):
         for k in range(steps):
             index, rate = visits.next(3)
             found.append((index.tolist(), rate.tolist()))
-            learn(visits, index, true[index] * (1 + k % 3))
+            observe(visits, index, true[index] * (1 + k % 3))
         return found
 
     visits = fresh()

@@ -23,8 +23,8 @@ from hf_importance.report.plots import THEMES, plots
 def test_figures_by_hand():
     found = findings()
     assert found.visits == 20
-    assert found.busy == 2 / 4, "16 and 3 of 20 visits are more than 90 %; 16 alone are not"
-    assert (found.seen, found.pruned) == (3 / 4, 1 / 4)
+    assert found.share_with_most_visits == 2 / 4, "16 and 3 of 20 visits are more than 90 %; 16 alone are not"
+    assert (found.measured_share, found.pruned) == (3 / 4, 1 / 4)
     assert found.columns["suspect"].tolist() == [False, True, False, False]
     assert found.most_suspect(3) == [1]
     assert found.hardest(2) == [1, 2]
@@ -35,7 +35,7 @@ def test_figures_by_hand():
     assert found.figures()["suspected label errors"] == "1 (25.0%)"
     assert found.summary() == (
         "Importance sampling: 20 visits of 4 examples, 90 % of them to 50% of the examples, "
-        "second moment of the gradient 0.80 of that of uniform sampling, up to 25% pruned at a time."
+        "second moment of the gradient 0.80 times that of uniform sampling, at most 25% pruned."
     )
     found.history.append({"step": 15, "importance/pruned": 0.5})
     assert found.pruned == 0.5, "they came back since"
@@ -43,8 +43,8 @@ def test_figures_by_hand():
 
 def test_busy_of_equal_visits():
     equal = findings(visits=torch.full((4,), 5, dtype=torch.int32))
-    assert equal.busy == 1.0, "three of four have 75 %"
-    assert findings(visits=torch.zeros(4, dtype=torch.int32)).busy == 0.0
+    assert equal.share_with_most_visits == 1.0, "three of four have 75 %"
+    assert findings(visits=torch.zeros(4, dtype=torch.int32)).share_with_most_visits == 0.0
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -211,12 +211,12 @@ def test_wrong_labels_are_found(tmp_path):
 
 def test_what_is_refused(tmp_path):
     a = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)
-    with pytest.raises(ValueError, match="must come after train"):
+    with pytest.raises(ValueError, match="must be called after train"):
         a.importance_report()
     a.train()
     with pytest.raises(ValueError, match="number must be an int of at least 1, but is 0"):
         a.importance_report(number=0)
-    with pytest.raises(ValueError, match="examples must be the 40 of train_dataset, but are 3"):
+    with pytest.raises(ValueError, match="examples must have the 40 items of train_dataset, but has 3"):
         a.importance_report(examples=[1, 2, 3])
     for inside in (tmp_path, tmp_path / "report"):
         with pytest.raises(ValueError, match="pushing to the Hub would upload it"):
@@ -232,7 +232,7 @@ def test_what_is_refused(tmp_path):
 
 def test_without_record(tmp_path, caplog):
     a = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), importance={"record": False, **tiny.FIXED}, max_steps=1)
-    with pytest.raises(ValueError, match=r"needs ImportanceConfig\(record=True\)"):
+    with pytest.raises(ValueError, match=r"requires ImportanceConfig\(record=True\)"):
         a.importance_report()
     assert "Importance sampling:" not in caplog.text
     a.create_model_card()

@@ -196,7 +196,7 @@ def test_by_class_by_hand():
     assert other.importance == pytest.approx((1.2 + 0.5) / 2)
     assert other.mean_loss == pytest.approx((1.2 + 0.4) / 2)
     assert other.share_of_visits == pytest.approx(19 / 20)
-    assert findings().mixed_up(5) == [(other.name, "cat", 1)]
+    assert findings().confused_pairs(5) == [(other.name, "cat", 1)]
     nothing = findings(probability=torch.full((4,), torch.nan))
     assert nothing.by_class() == []
 
@@ -222,8 +222,8 @@ def test_by_class_is_what_a_loop_finds():
         if suspect and label != prediction:
             pair = str(int(label)), str(int(prediction))
             pairs[pair] = pairs.get(pair, 0) + 1
-    assert {(a, b): count for a, b, count in found.mixed_up(99)} == pairs
-    assert found.mixed_up(1)[0][2] == max(pairs.values())
+    assert {(a, b): count for a, b, count in found.confused_pairs(99)} == pairs
+    assert found.confused_pairs(1)[0][2] == max(pairs.values())
 
 
 def test_names_are_looked_up_once_per_class(tmp_path, monkeypatch):
@@ -321,7 +321,7 @@ def test_what_goes_wrong_costs_the_list_and_not_the_report(tmp_path, caplog):
             raise RuntimeError("no such thing")
 
     assert conflicts([Odd(text=t) for t in TEXTS], LABELS) == []
-    assert "The report is without equal texts: RuntimeError: no such thing" in caplog.text
+    assert "The report does not list duplicate texts: RuntimeError: no such thing" in caplog.text
 
 
 def test_report_of_a_multiple_choice(tmp_path):
@@ -408,7 +408,7 @@ def test_they_are_on_the_page_of_a_training(tmp_path, caplog):
     assert 'class="token"' not in hidden, "what is shown is what was given"
     run.model.forward = lambda **_: 1 / 0
     assert 'class="token"' not in run.importance_report().read_text()
-    assert "The report is without the losses of tokens: ZeroDivisionError" in caplog.text
+    assert "The report does not show token losses: ZeroDivisionError" in caplog.text
     texts = tiny.trained(tmp_path, tiny.bert(), tiny.texts(16), more={"processing_class": Numbers()}, max_steps=4)
     assert 'class="token"' not in texts.importance_report().read_text(), "control: one label per text"
 

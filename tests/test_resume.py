@@ -283,7 +283,7 @@ def test_checkpoint_of_trainer(tmp_path, warnings_of):
     tiny.trained(tmp_path, tiny.bert(**MODEL), tiny.texts(), tiny.Plain, **SAVING)
     again = resumed(tmp_path, 7)
     assert again.state.global_step == 15
-    assert "has no importances: they start unknown" in warnings_of[0]
+    assert "contains no importances: they start unknown" in warnings_of[0]
     assert len(again.draws) == 8
     assert set(again.draws[0].weight) == {1.0}
 
@@ -294,7 +294,7 @@ def test_checkpoint_of_a_model_only(tmp_path, warnings_of):
     assert not list(tmp_path.glob("checkpoint-7/importance_*.pt"))
     again = resumed(tmp_path, 7)
     assert again.state.global_step == 15
-    assert "has no importances" in warnings_of[0]
+    assert "contains no importances" in warnings_of[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half", b"not a file of torch"])
@@ -302,7 +302,7 @@ def test_damaged_state(tmp_path, content):
     straight(tmp_path)
     (path,) = (tmp_path / "checkpoint-7").glob("importance_*.pt")
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"importance_00000_of_00001.pt cannot be read .* remove"):
+    with pytest.raises(ValueError, match=r"importance_00000_of_00001.pt cannot be read .* delete"):
         resumed(tmp_path, 7)
     path.unlink()  # what the message says
     assert resumed(tmp_path, 7).state.global_step == 15
@@ -496,7 +496,7 @@ def test_importances_are_not_given_to_other_data(tmp_path, warnings_of, kind, ch
     (state,) = load_states(tmp_path / "checkpoint-14")
     again = resumed(tmp_path, 14, data=make(change(tiny.texts())))
     names = {"shuffled": "input_ids, labels differ", "relabelled": "labels differs", "rewritten": "input_ids differs"}
-    assert f"other training data ({names[change.__name__]}): importances start unknown" in warnings_of[0]
+    assert f"different training data ({names[change.__name__]}): importances start unknown" in warnings_of[0]
     seen = again._sampler.record.columns()["visits"]
     assert seen.sum() == 8 * len(again.draws) < state["sampler"]["record"]["visits"].sum()
     assert again.importances.isfinite().sum() == (seen > 0).sum() < first.importances.isfinite().sum()
@@ -582,7 +582,7 @@ def test_another_loss_is_looked_at_again(tmp_path):
 
     more = {"per_example_loss_func": scaled}
     tiny.trained(tmp_path, tiny.WithoutConfig(scale=1.1), tiny.texts(), more=more, max_steps=5, **SAVING)
-    with pytest.raises(ValueError, match="it has a loss of its own"):
+    with pytest.raises(ValueError, match="the model has its own loss"):
         resume_with(None)
     assert resume_with(scaled).state.global_step == 6
 
@@ -617,7 +617,7 @@ def test_new_settings_hold(tmp_path, warnings_of, name):
     (state,) = load_states(tmp_path / "checkpoint-7")
     again = resumed(tmp_path, 7, {**tiny.FIXED, name: OTHER[name]})
     before = {**asdict(ImportanceConfig(**tiny.FIXED)), "seed": 42}[name]
-    assert f"was written with {name}={before!r} (now {OTHER[name]!r}): the importances are kept" in warnings_of[0]
+    assert f"was written with {name}={before!r} (now {OTHER[name]!r}): importances are kept" in warnings_of[0]
     assert set(again.draws[0].rate) != {1.0}, "what was learnt is used"
     visits = state["sampler"]["record"]["visits"].sum()
     assert again._sampler.record.columns()["visits"].sum() == visits + sum(len(draw.index) for draw in again.draws)
@@ -629,7 +629,7 @@ def test_new_settings_hold(tmp_path, warnings_of, name):
 def test_another_measure_starts_afresh(tmp_path, warnings_of):
     straight(tmp_path, tiny.FIXED)
     again = resumed(tmp_path, 7, {**tiny.FIXED, "metric": "loss"})
-    assert "metric='logit_gradient' (now 'loss'), another measure: importances start unknown" in warnings_of[0]
+    assert "metric='logit_gradient' (now 'loss'), a different metric: importances start unknown" in warnings_of[0]
     assert set(again.draws[0].rate) == {1.0}
 
 
@@ -643,7 +643,7 @@ def test_record_may_be_switched_off(tmp_path, warnings_of):
 def test_other_number_of_examples(tmp_path, warnings_of):
     straight(tmp_path)
     again = resumed(tmp_path, 7, tiny.FIXED, data=tiny.texts(48))
-    assert "40 training examples, but there are 48" in warnings_of[0]
+    assert "40 training examples, but train_dataset now has 48" in warnings_of[0]
     assert again.state.global_step == 18
     assert set(again.draws[0].weight) == {1.0}, "nothing is known"
 
@@ -653,7 +653,7 @@ def test_other_batch_size(tmp_path, warnings_of):
     straight(tmp_path)
     (state,) = load_states(tmp_path / "checkpoint-7")
     again = resumed(tmp_path, 7, tiny.FIXED, per_device_train_batch_size=2)
-    assert "another number of processes, batch size" in warnings_of[0]
+    assert "a different number of processes, batch size" in warnings_of[0]
     visits = state["sampler"]["record"]["visits"].sum()
     assert again._sampler.record.columns()["visits"].sum() == visits + 2 * len(again.draws)
     assert [draw.number for draw in again.draws] == list(range(53))
@@ -668,7 +668,7 @@ def test_other_batch_size_goes_on_with_what_was_learnt(tmp_path, warnings_of):
     straight(tmp_path, **QUICK)
     (state,) = load_states(tmp_path / "checkpoint-30")
     again = resumed(tmp_path, 30, **{**QUICK, "per_device_train_batch_size": 2})
-    assert "another number of processes, batch size" in warnings_of[0]
+    assert "a different number of processes, batch size" in warnings_of[0]
     progress = again._effective.progress
     first = tiny.logged(again, "importance/effective_epoch")[30]
     learnt = state["effective"]["progress"]["value"] / 6
@@ -732,7 +732,7 @@ def test_resume_with_nothing_complete_starts_anew(tmp_path, warnings_of):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
     run = tiny.trainer(tmp_path, tiny.bert(**MODEL), tiny.texts(), Recorder, **SAVING, max_steps=4)
     run.train(resume_from_checkpoint=True)
-    assert "was written to its end: training starts anew" in warnings_of[0]
+    assert "has no complete checkpoint: training starts from scratch" in warnings_of[0]
     assert tiny.difference(run, whole) == 0.0
 
 

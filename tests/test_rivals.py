@@ -10,9 +10,9 @@ from benchmarks.rivals import (
     KAKURENBO,
     EvolvedSampling,
     InfoBatch,
+    Observed,
     Rival,
     RivalTrainer,
-    Seen,
     SeTa,
     SeTaHalf,
 )
@@ -47,7 +47,7 @@ def test_rival_is_uniform_reshuffling(clusters, tmp_path):
 
 def seen(losses, right=True, confidence=1.0):
     losses = torch.as_tensor(losses, dtype=torch.float32)
-    return Seen(losses, torch.full_like(losses, confidence), torch.full(losses.shape, right))
+    return Observed(losses, torch.full_like(losses, confidence), torch.full(losses.shape, right))
 
 
 def started(rival, progress):
@@ -98,7 +98,7 @@ def test_kakurenbo_hides_what_is_low_right_and_sure():
     rival.look = lambda index: looked.append(index) or seen(torch.full((len(index),), 9.0), right=False)
     assert len(rival.choose()[0]) == 100, "nothing is known"
     losses = torch.arange(100.0)
-    rival.observe(torch.arange(100), Seen(losses, torch.where(losses < 20, 0.8, 0.6), losses % 2 == 0))
+    rival.observe(torch.arange(100), Observed(losses, torch.where(losses < 20, 0.8, 0.6), losses % 2 == 0))
     started(rival, 0.1)
     index, weight = rival.choose()
     assert sorted(set(range(100)) - set(index.tolist())) == list(range(0, 20, 2)), "of the lowest 30"
@@ -210,7 +210,7 @@ def test_a_rival_sees_the_losses_of_its_examples_and_may_look_and_raise_the_lear
 def test_of_tokens_a_rival_sees_the_mean():
     model, batch = tiny.token_bert().eval(), tiny.pad(tiny.token_rows(6))
     labels = batch.pop("labels")
-    found = Seen.of(Objective(model)(model, batch, {"labels": labels}, 6))
+    found = Observed.of(Objective(model)(model, batch, {"labels": labels}, 6))
     losses = torch.nn.functional.cross_entropy(model(**batch).logits.mT, labels, reduction="none")
     wanted = (losses.sum(1) / (labels != -100).sum(1)).detach()
     torch.testing.assert_close(found.losses, wanted)

@@ -80,7 +80,7 @@ def test_weights_are_fixed_at_the_draw(sampling):
     sampler.update(draw, tensor([[9.0, 8.0, 7.0]]))
     sampler.flush()
     assert draw == before
-    now = oracles.rates(sampler.importance.tolist(), 0.3)
+    now = oracles.rates(sampler.importances.tolist(), 0.3)
     assert [1 / now[i] for i in draw.index] != pytest.approx(draw.weight), "control"
 
 
@@ -91,7 +91,7 @@ def test_what_was_measured_is_remembered(sampling):
     sampler = ImportanceBatchSampler(ImportanceMemory(5), 5, shard=shard, sampling=sampling, uniform_fraction=0.3)
     draw = next(iter(sampler))
     sampler.update(draw, tensor([[float(i) for i in draw.index]]))
-    found = sampler.importance.tolist()
+    found = sampler.importances.tolist()
     for i, q in zip(shard.index.tolist(), found, strict=True):
         assert q == i if i in draw.index else math.isnan(q)
 
@@ -102,7 +102,7 @@ def test_replacement_reads_the_memory_as_it_is():
     first = next(draws)
     assert first.weight == [1.0, 1.0]
     sampler.update(first, tensor([[4.0, 4.0]]))
-    rates = [0.7 * q + 0.3 for q in sampler.importance.tolist()]
+    rates = [0.7 * q + 0.3 for q in sampler.importances.tolist()]
     second = next(draws)
     assert second.rate == pytest.approx([6 * rates[i] / sum(rates) for i in second.index], rel=1e-6)
     assert second.weight != [1.0, 1.0], "control"
@@ -123,7 +123,7 @@ def test_segments_read_what_was_measured_before_they_are_planned():
         first += [measured] if math.isnan(remembered[i]) else []
         oracles.remember(remembered, [i], [measured], 0.0)
         sampler.update(draw, tensor([[measured]]))
-    assert sampler.importance.tolist() == pytest.approx(remembered, nan_ok=True)
+    assert sampler.importances.tolist() == pytest.approx(remembered, nan_ok=True)
     assert stale > 50, "control: the memory has moved on"
 
 
@@ -338,7 +338,7 @@ class Training:
         rows = torch.rand(5, len(draw.index), generator=g)
         rows[0] = self.true[draw.index] * (0.5 + rows[0]) * 300 / (300 + draw.number)
         rows[0, torch.rand(len(draw.index), generator=g) < self.bad] = math.nan
-        self.sampler.use(draw)
+        self.sampler.mark_used(draw)
         self.sampler.update(draw, rows, Arrival() if self.arrives else None)
 
     def step(self):
@@ -363,7 +363,7 @@ class Training:
         guard = (visits.get("guard") or {}).get("second_moments", torch.zeros(1))
         numbers = [visits.get(name, 0.0) for name in ("fresh_sum", "fresh_count", "fresh", "mean", "total", "largest")]
         return {
-            "importance": sampler.importance,
+            "importance": sampler.importances,
             "guard": guard,
             "moments": tensor(list(sampler.moments.values()), dtype=torch.float64),
             "numbers": tensor(numbers, dtype=torch.float64),
@@ -504,7 +504,7 @@ def test_large_data_are_gone_through_in_pieces(monkeypatch, sampling, piece):
     assert [draw.index for draw in pieces.draws] == [draw.index for draw in whole.draws]
     for a, b in zip(pieces.draws, whole.draws, strict=True):
         assert a.rate == pytest.approx(b.rate, rel=1e-5)
-    assert same(pieces.sampler.importance, whole.sampler.importance)
+    assert same(pieces.sampler.importances, whole.sampler.importances)
     assert whole.sampler.visits.passes > 5, "premise"
 
 
@@ -514,7 +514,7 @@ def test_large_data_are_gone_through_in_pieces(monkeypatch, sampling, piece):
 def resumed(state, sampling, n, batch, delay, skip, **settings):
     """Into fresh objects."""
     again = Training(sampling, n, batch, delay, **settings)
-    assert again.sampler.goes_on_from(state)
+    assert again.sampler.matches(state)
     again.sampler.load_state_dict(copy.deepcopy(state), skip)
     return again
 
@@ -548,12 +548,12 @@ def test_it_goes_on_exactly(sampling, n, batch, before, delay, arrives):
 
 
 @MODES
-@pytest.mark.parametrize("left_out", ["measured", "outstanding", "memory", "visits", "moments"])
-def test_all_of_the_state_counts(sampling, left_out):
+@pytest.mark.parametrize("replaced", ["measured", "outstanding", "memory", "visits", "moments"])
+def test_all_of_the_state_counts(sampling, replaced):
     """The control of the above."""
     training = Training(sampling, 700, 6, delay=3).run(50)
     state, other = training.sampler.state_dict(), Training(sampling, 700, 6, delay=3).sampler.state_dict()
-    again = resumed({**state, left_out: other[left_out]}, sampling, 700, 6, 3, skip=47)
+    again = resumed({**state, replaced: other[replaced]}, sampling, 700, 6, 3, skip=47)
     assert not goes_on(training, again, steps=150)
 
 
@@ -570,7 +570,7 @@ def test_the_epoch_that_was_interrupted_is_as_long_as_any(sampling):
 
 
 @pytest.mark.parametrize(
-    ("other", "goes_on_from"),
+    ("other", "matches"),
     [
         ({}, True),
         ({"batch": 3}, False),
@@ -580,11 +580,11 @@ def test_the_epoch_that_was_interrupted_is_as_long_as_any(sampling):
         ({"sampling": "replacement"}, False),
     ],
 )
-def test_it_goes_on_only_with_the_same_examples_batches_and_sampling(other, goes_on_from):
+def test_it_goes_on_only_with_the_same_examples_batches_and_sampling(other, matches):
     def sampler(batch=2, shard=Shard(8, 2, tensor([0, 1, 2, 4])), sampling="reshuffled"):  # noqa: B008
         return ImportanceBatchSampler(ImportanceMemory(4), batch, shard=shard, sampling=sampling)
 
-    assert sampler(**other).goes_on_from(sampler().state_dict()) == goes_on_from
+    assert sampler(**other).matches(sampler().state_dict()) == matches
 
 
 @MODES
@@ -596,7 +596,7 @@ def test_a_restart_takes_what_was_remembered_elsewhere(sampling):
     settings = {"shard": shard, "rank": 1, "sampling": sampling, "uniform_fraction": 0.3, "record": VisitRecord(5)}
     sampler = ImportanceBatchSampler(ImportanceMemory(5), 1, **settings)
     sampler.restart(whole, passes=2, skip=2, record=record.state_dict())
-    assert torch.equal(sampler.importance, whole[shard.index])
+    assert torch.equal(sampler.importances, whole[shard.index])
     assert sampler.record.columns()["loss"].tolist() == [11.0, 12.0, 15.0, 17.0, 19.0]
     epoch = drawn(sampler)
     assert len(epoch) == len(sampler)

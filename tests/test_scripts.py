@@ -77,7 +77,7 @@ def test_embedded_data(tmp_path, capsys, module, name, cls):
 def test_settings_of_importance_are_flags(tmp_path):
     more = {"budget": 0.5, "sampling": "replacement", "uniform_fraction": 0.4, "seed": 5, "max_train_samples": 40}
     trainer = run_image_classification.main(flags(tmp_path, max_eval_samples=10, **more))
-    config = trainer.importance
+    config = trainer.importance_config
     assert (config.budget, config.sampling, config.uniform_fraction) == (0.5, "replacement", 0.4)
     assert len(trainer.get_train_dataloader()) == 5
     assert results(tmp_path)["examples_processed"] == 12
@@ -88,8 +88,8 @@ def test_settings_from_a_file(tmp_path):
     ImportanceConfig(budget=0.5, uniform_fraction=0.6, metric="loss", seed=7).save_pretrained(tmp_path)
     more = {"importance_config": tmp_path, "metric": "logit_gradient", "max_train_samples": 40, "max_eval_samples": 10}
     trainer = run_image_classification.main(flags(tmp_path, **more))
-    assert trainer.importance == ImportanceConfig(budget=0.5, uniform_fraction=0.6, seed=7)
-    assert ImportanceConfig.from_pretrained(tmp_path / "run") == trainer.importance
+    assert trainer.importance_config == ImportanceConfig(budget=0.5, uniform_fraction=0.6, seed=7)
+    assert ImportanceConfig.from_pretrained(tmp_path / "run") == trainer.importance_config
 
 
 @pytest.mark.parametrize("module", [run_text_classification, run_image_classification], ids=["text", "image"])

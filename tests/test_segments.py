@@ -70,7 +70,7 @@ def test_equal_importances_are_plain_reshuffling_in_every_pass(n, batch, known, 
         assert rate.tolist() == [1.0] * len(index)
         drawn += index.tolist()
         measured = torch.full((len(index),), 0.0 if known == 0 else 0.7)
-        visits.learn(memory.update(index, measured), measured, rate.double())
+        visits.observe(memory.update(index, measured), measured, rate.double())
     assert drawn == reshuffled(n, 3, passes=4)
     assert visits.passes == 4
 
@@ -118,8 +118,8 @@ def test_visits_are_those_of_the_oracle(n, batch, number, equal_first):
         if k % number == 0:
             credit = oracles.first_credits(permutation(n, 7 + k // number))
         if k >= equal_first:
-            memory.importance[:] = tensor(random_importance(n, k))
-        wanted = oracles.rates(memory.importance.tolist(), 0.3)
+            memory.importances[:] = tensor(random_importance(n, k))
+        wanted = oracles.rates(memory.importances.tolist(), 0.3)
         size = bounds[k % number + 1] - bounds[k % number]
         expected, credit = oracles.spend(credit, wanted, size)
         index, rate = segment(visits)
@@ -145,7 +145,7 @@ def test_large_data_are_gone_through_in_pieces(monkeypatch):
         for _ in range(40):
             index, rate = (tensor(x) for x in segment(visits))
             measured = tensor(random_importance(100, 0))[index]
-            visits.learn(memory.update(index, measured), measured, rate)
+            visits.observe(memory.update(index, measured), measured, rate)
             found.append((index.tolist(), rate.tolist()))
         assert visits.pruned.any()
         return found
@@ -184,7 +184,7 @@ def test_unbiased_over_every_random_start(monkeypatch, case):
         memory = ImportanceMemory(n)
         visits = visits_from(memory, batch, uniform_fraction=0.0)
         for k, rates in enumerate(schedule):
-            memory.importance[:] = tensor(rates, dtype=torch.float32)
+            memory.importances[:] = tensor(rates, dtype=torch.float32)
             index, rate = segment(visits)
             for i, r in zip(index, rate, strict=True):
                 counts[k, i] += 1 / starts
@@ -205,9 +205,9 @@ def test_unbiased_over_every_random_start(monkeypatch, case):
 class RoundsIndependently(SegmentedVisits):
     """The control: the right rates, and a whole number of visits that is right in expectation only."""
 
-    def _spend(self, visits, total):
+    def _plan_visits(self, visits, total):
         self._credit = torch.rand(len(self.memory))
-        return super()._spend(visits, total)
+        return super()._plan_visits(visits, total)
 
 
 class DrawsIndependently(IndependentVisits):
@@ -234,7 +234,7 @@ def spread(make, n=200, number=160, drift=0.1):
         if k % 8 == 0:
             between_segments, off = [torch.zeros(n).double()], torch.zeros(n).double()
             lowest, highest, now = (torch.zeros(n).double() for _ in range(3))
-        rates = tensor(oracles.rates(memory.importance.tolist(), 0.3, max_rate=64.0), dtype=torch.float64)
+        rates = tensor(oracles.rates(memory.importances.tolist(), 0.3, max_rate=64.0), dtype=torch.float64)
         index, rate = segment(visits)
         assert rate == pytest.approx(rates[index].tolist(), rel=1e-5), "premise"
         off = off + torch.bincount(tensor(index), minlength=n) - 25 * rates / n
@@ -244,7 +244,7 @@ def spread(make, n=200, number=160, drift=0.1):
             lowest = torch.minimum(lowest, now)
             now[i] += 1
             highest = torch.maximum(highest, now)
-        memory.importance.mul_(torch.exp(drift * torch.randn(n, generator=rng)))
+        memory.importances.mul_(torch.exp(drift * torch.randn(n, generator=rng)))
         spans = torch.stack(between_segments)
         worst[0] = max(worst[0], (spans.amax(0) - spans.amin(0)).max().item())
         worst[1] = max(worst[1], (highest - lowest).max().item())
@@ -316,13 +316,13 @@ def test_a_rate_is_never_older_than_a_segment():
     memory = memory_of([1.0] * 40)
     visits, stale, read = visits_from(memory, 5), 0, 0
     for k in range(400):
-        memory.importance[:] = tensor(random_importance(40, k))
+        memory.importances[:] = tensor(random_importance(40, k))
         if not visits.planned:
-            wanted, read = oracles.rates(memory.importance.tolist(), 0.3), read + 1
+            wanted, read = oracles.rates(memory.importances.tolist(), 0.3), read + 1
         index, rate = visits.next(1)
         assert rate.tolist() == pytest.approx([wanted[i] for i in index.tolist()], rel=1e-5)
         stale += rate.tolist() != pytest.approx(
-            [oracles.rates(memory.importance.tolist(), 0.3)[i] for i in index.tolist()], rel=1e-5
+            [oracles.rates(memory.importances.tolist(), 0.3)[i] for i in index.tolist()], rel=1e-5
         )
     assert 76 <= read <= 84, "8 times a pass"
     assert stale > 300, "control: between, the memory was another one"
@@ -347,17 +347,17 @@ def test_unseen_examples_have_the_mean_of_those_that_were_seen_for_the_first_tim
     fresh, of_all = math.nan, []
     for k in range(8):
         index, rate = (tensor(x) for x in segment(visits))
-        wanted = oracles.rates(memory.importance.tolist(), 0.3, fresh=fresh)
+        wanted = oracles.rates(memory.importances.tolist(), 0.3, fresh=fresh)
         assert rate.tolist() == pytest.approx([wanted[i] for i in index], rel=1e-5)
-        careless = oracles.rates(memory.importance.tolist(), 0.3)
+        careless = oracles.rates(memory.importances.tolist(), 0.3)
         of_all.append(rate.tolist() == pytest.approx([careless[i] for i in index], rel=1e-3))
         measured = true[index] / (1 + k)  # all is learnt, seen or not
-        first = measured[memory.importance[index].isnan()]
+        first = measured[memory.importances[index].isnan()]
         assert len(first), "premise"
         fresh = first.mean().item()
         for part in range(0, len(index), 3):
             now = slice(part, part + 3)
-            visits.learn(memory.update(index[now], measured[now]), measured[now], rate[now])
+            visits.observe(memory.update(index[now], measured[now]), measured[now], rate[now])
     assert of_all[0], "nothing is known"
     assert sum(of_all) <= 2, "control: the mean of all that are known is another one"
 
@@ -367,7 +367,7 @@ def test_what_is_not_finite_was_not_seen():
     visits = visits_from(memory, 4, seed=2)
     index, _ = segment(visits)
     measured = tensor([math.nan, math.inf, 2.0, 4.0])
-    visits.learn(memory.update(tensor(index), measured), measured, torch.ones(4))
+    visits.observe(memory.update(tensor(index), measured), measured, torch.ones(4))
     segment(visits)
     assert visits._fresh == 3.0
 
@@ -376,7 +376,7 @@ def test_nothing_new_leaves_what_was_known_of_new_ones():
     memory = ImportanceMemory(9)
     visits = visits_from(memory, 2, seed=2)
     index, _ = segment(visits)
-    visits.learn(memory.update(tensor(index), tensor([2.0, 4.0])), tensor([2.0, 4.0]), torch.ones(2))
+    visits.observe(memory.update(tensor(index), tensor([2.0, 4.0])), tensor([2.0, 4.0]), torch.ones(2))
     for _ in range(3):
         segment(visits)  # nothing is measured
         assert visits._fresh == 3.0
@@ -419,7 +419,7 @@ def test_equal_ones_beside_pruned_ones_are_not_the_whole_permutation():
     memory = memory_of([0.001] * 2 + [1.0] * 8)
     visits = visits_from(memory, 2, prune_mass=0.01)
     segments(visits, 5)
-    memory.importance[:2] = 0.001
+    memory.importances[:2] = 0.001
     for _ in range(8):
         drawn = [i for index, rate in segments(visits, 5) for i in index if rate == pytest.approx([1.0] * len(rate))]
         counts = torch.bincount(tensor(drawn), minlength=10)
@@ -434,7 +434,7 @@ def test_pruned_examples_come_back_when_others_have_become_less_important():
     segment(visits)
     segment(visits)
     assert visits.pruned.nonzero().flatten().tolist() == [0, 1]
-    memory.importance[2:] = 0.05
+    memory.importances[2:] = 0.05
     assert visits.pruned.any(), "a pass that has begun goes on"
     drawn = visited(visits, 2)
     assert visits.pruned is None or not visits.pruned[:2].any()
@@ -468,11 +468,11 @@ def test_the_increment_is_added_at_the_end_of_each_pass():
     memory = memory_of([0.0, 1.0, math.nan, 2.0])
     visits = visits_from(memory, 4, increment=0.5)
     segment(visits)
-    assert memory.importance.tolist() == pytest.approx([0.0, 1.0, math.nan, 2.0], nan_ok=True)
+    assert memory.importances.tolist() == pytest.approx([0.0, 1.0, math.nan, 2.0], nan_ok=True)
     for times in (1, 2):
         segment(visits)
         wanted = [0.5 * times, 1 + 0.5 * times, math.nan, 2 + 0.5 * times]
-        assert memory.importance.tolist() == pytest.approx(wanted, nan_ok=True)
+        assert memory.importances.tolist() == pytest.approx(wanted, nan_ok=True)
 
 
 # ---- going on after an interruption ----------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def walk(visits, steps, measure=True):
         found.append((index.tolist(), rate.tolist(), visits.floor))
         if measure:
             measured = tensor(random_importance(len(visits.memory), 0))[index] * (1 + k % 3)
-            visits.learn(visits.memory.update(index, measured), measured, rate.double())
+            visits.observe(visits.memory.update(index, measured), measured, rate.double())
     return found
 
 

@@ -588,11 +588,17 @@ def nested_negatives(model):
 
 
 THREE = {"model": {"labels": 3}}
-NO_MEAN = "is not made of the mean of a loss of torch.*in-batch negatives"
-NO_LABEL = "have no label, so that .* is taken for one of the losses that compare the examples"
+NO_MEAN = "is not based on the mean of a torch loss.*in-batch negatives"
+NO_LABEL = "has no label, so .* is assumed to compare the examples"
 COMPARES = "compares the examples of a batch with each other.*changes with the others"
 AT_FIRST_BATCH = {
-    "class weights": ("ce", class_weights, rows(2, "class"), THREE, "has class weights, by whose sum"),
+    "class weights": (
+        "ce",
+        class_weights,
+        rows(2, "class"),
+        THREE,
+        "has class weights, and divides",
+    ),
     "negatives": ("st", st_losses.MultipleNegativesRankingLoss, rows(2, None), {}, f"{NO_MEAN}|{NO_LABEL}"),
     "negatives, label": ("st", st_losses.MultipleNegativesRankingLoss, rows(), {}, f"{NO_MEAN}|{COMPARES}"),
     "negatives of torch": ("st", InBatch, rows(2, None), {}, NO_LABEL),
@@ -629,11 +635,16 @@ def test_a_regulariser_of_no_weight_is_not_refused(tmp_path, folder):
 TWO = datasets.DatasetDict(one=rows(), two=rows(seed=2))
 STREAM = rows().to_iterable_dataset()
 AT_CONSTRUCTION = {
-    "losses": (TWO, lambda m: {k: st_losses.CosineSimilarityLoss(m) for k in TWO}, {}, "loss must be one .*one, two"),
-    "data sets": (TWO, None, {}, r"train_dataset must be one .*one, two.*datasets.concatenate_datasets"),
-    "no duplicates": (None, None, {"batch_sampler": BatchSamplers.NO_DUPLICATES}, "batch_sampler must be .* Leave it"),
-    "by label": (None, None, {"batch_sampler": BatchSamplers.GROUP_BY_LABEL}, "batch_sampler must be .* Leave it"),
-    "by length": (None, None, {"train_sampling_strategy": "group_by_length"}, "trainers of .* ignore.* Leave it out"),
+    "losses": (
+        TWO,
+        lambda m: {k: st_losses.CosineSimilarityLoss(m) for k in TWO},
+        {},
+        "loss must be a single .*one, two",
+    ),
+    "data sets": (TWO, None, {}, r"train_dataset must be a single one.*one, two.*datasets.concatenate_datasets"),
+    "no duplicates": (None, None, {"batch_sampler": BatchSamplers.NO_DUPLICATES}, "batch_sampler must be .* Remove it"),
+    "by label": (None, None, {"batch_sampler": BatchSamplers.GROUP_BY_LABEL}, "batch_sampler must be .* Remove it"),
+    "by length": (None, None, {"train_sampling_strategy": "group_by_length"}, "trainers of .* ignore.* Remove it"),
     "a stream": (STREAM, None, {"max_steps": 2}, "is a stream.* load it without streaming"),
     "last layer": (None, None, {"importance": {"metric": "last_layer_gradient"}}, "metric must be one of"),
     "own loss": (None, None, {"more": {"per_example_loss_func": print}}, "per_example_loss_func must be None"),
@@ -661,5 +672,5 @@ def test_a_trainer_that_is_not_known_is_refused_by_its_name():
     unknown = type("AnotherTrainer", (base,), {"__module__": "sentence_transformers.another"})
     if base is st.SentenceTransformerTrainer:
         pytest.skip("there is no common base yet")
-    with pytest.raises(ValueError, match="AnotherTrainer cannot be trained by importance: its loss is not known"):
+    with pytest.raises(ValueError, match=r"AnotherTrainer cannot be used .*: its loss is not supported"):
         adapted_class(type("Mine", (ImportanceTrainerMixin, unknown), {}))

@@ -215,9 +215,9 @@ class Distils(ImportanceTrainer):
 
 
 AT_THE_FIRST_STEP = {
-    "a loss": (OnlyInEvaluation, None, "OnlyInEvaluation.compute_loss does not come to the method of"),
-    "a step": (BesideTheStep, None, "BesideTheStep.training_step does not come to the method of"),
-    "a replaced method": (ImportanceTrainer, replaced, "No importance was measured.*that was replaced"),
+    "a loss": (OnlyInEvaluation, None, "OnlyInEvaluation.compute_loss does not reach the method of"),
+    "a step": (BesideTheStep, None, "BesideTheStep.training_step does not reach the method of"),
+    "a replaced method": (ImportanceTrainer, replaced, "No importance was measured.*a replaced method"),
 }
 
 
@@ -245,7 +245,7 @@ def test_what_comes_to_our_methods_is_honoured(tmp_path, cls):
 
 def test_a_step_of_its_own_from_the_second_on(tmp_path):
     run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), OnlyAtFirst)
-    with pytest.raises(ValueError, match=r"OnlyAtFirst.training_step does not come to the method of"):
+    with pytest.raises(ValueError, match=r"OnlyAtFirst.training_step does not reach the method of"):
         run.train()
     assert run.state.global_step <= 2
 
@@ -273,12 +273,12 @@ LATER = {
     "a loss": (
         ImportanceTrainer,
         {"train_dataset": tiny.texts(), "compute_loss_func": max},
-        "compute_loss_func returns",
+        "compute_loss_func must be None",
     ),
     "a smoother": (
         ImportanceTrainer,
         {"train_dataset": tiny.texts(), "label_smoother": type("Mine", (), {})()},
-        "label_smoother must be that of label_smoothing_factor, but is Mine",
+        "label_smoother must be the one of label_smoothing_factor, but is Mine",
     ),
 }
 
@@ -303,7 +303,7 @@ def test_what_only_training_cannot_do(tmp_path):
     )
     assert run.evaluate(tiny.texts())["eval_loss"] == 7.0
     run.train_dataset = tiny.texts()
-    with pytest.raises(ValueError, match="compute_loss_func returns one number for the batch"):
+    with pytest.raises(ValueError, match="compute_loss_func must be None, because it returns one loss per batch"):
         run.train()
 
 
@@ -614,7 +614,7 @@ def test_a_method_that_is_no_more(monkeypatch):
 def test_importances_of_no_data(tmp_path):
     run = tiny.trainer(tmp_path, tiny.bert(), None)
     for ask in ("importances", "kept_indices"):
-        with pytest.raises(ValueError, match="importances of train_dataset only"):
+        with pytest.raises(ValueError, match="importances requires train_dataset"):
             getattr(run, ask)
 
 

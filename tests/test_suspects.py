@@ -75,7 +75,7 @@ def test_weights_are_the_share_over_the_rate(weight, exponent):
 def test_what_is_remembered_is_the_importance_of_what_is_minimised(weight):
     """s·q, of which follow the rates; and the moments are those of an objective s·ℓ."""
     sampler = sampler_of(weight)
-    assert sampler.memory.importance[3] == pytest.approx(1 + 3 / 40), "not yet looked for"
+    assert sampler.memory.importances[3] == pytest.approx(1 + 3 / 40), "not yet looked for"
     totals = dict.fromkeys(("ours", "uniform"), 0.0)
     visited = set()
     for draw in sampler:
@@ -90,7 +90,7 @@ def test_what_is_remembered_is_the_importance_of_what_is_minimised(weight):
     sampler.flush()
     for name, total in totals.items():
         assert sampler.moments[name] == pytest.approx(total, rel=1e-5)
-    importance = sampler.memory.importance
+    importance = sampler.memory.importances
     assert importance[3] == pytest.approx(weight * ((2 if 3 in visited else 1) + 3 / 40), rel=1e-5)
     assert importance[5] == pytest.approx(weight * ((2 if 5 in visited else 1) + 5 / 40), rel=1e-5)
     assert all(importance[i] == pytest.approx(2 + i / 40, rel=1e-5) for i in visited - {3, 5}), "control"
@@ -105,13 +105,13 @@ def test_they_come_back_when_their_label_is_believed(weight):
     assert sampler.suspects.flagged.nonzero().flatten().tolist() == [3, 5]
     sampler.record.update(torch.tensor([3]), seen([0.01]))
     memory = sampler.memory
-    before = memory.importance[3].item()
+    before = memory.importances[3].item()
     assert suspects(sampler.record.columns())[3], "premise: by the mean it is one"
     sampler.suspects.recheck(sampler.record, memory)
     assert sampler.suspects.flagged.nonzero().flatten().tolist() == [5]
-    now = memory.importance[3].item()
+    now = memory.importances[3].item()
     assert math.isnan(now) if weight == 0 else now == pytest.approx(before / weight)
-    assert memory.known == int(memory.importance.isfinite().sum())
+    assert memory.known == int(memory.importances.isfinite().sum())
 
 
 def test_what_was_drawn_before_counts_as_it_is_now():
@@ -122,8 +122,8 @@ def test_what_was_drawn_before_counts_as_it_is_now():
     sampler.suspects.flagged[i] = True
     q = torch.full((1, len(draw.index)), 2.0)
     sampler.update(draw, torch.cat([q, seen([0.1] * len(draw.index))]))
-    assert sampler.memory.importance[i] == 0.0
-    assert sampler.memory.importance[draw.index[1]] == 2.0, "control"
+    assert sampler.memory.importances[i] == 0.0
+    assert sampler.memory.importances[draw.index[1]] == 2.0, "control"
     rate = torch.tensor(draw.rate, dtype=torch.float64)
     assert sampler.moments["uniform"] == pytest.approx((4 / rate).sum().item())
 
@@ -134,11 +134,11 @@ def test_suspects_are_not_pruned(flagged):
     sampler = sampler_of(0.0, flagged=flagged)
     next(iter(sampler))
     memory = sampler.memory
-    memory.importance[7:9] = 0.0
+    memory.importances[7:9] = 0.0
     assert memory.unimportant(0.1)[7:9].all()
     assert not memory.unimportant(0.1)[list(flagged)].any()
     if not flagged:
-        memory.importance[[3, 5]] = 0.0
+        memory.importances[[3, 5]] = 0.0
         assert memory.unimportant(0.1)[[3, 5]].all(), "control"
 
 
@@ -245,14 +245,14 @@ def test_the_card_and_the_report_tell(tmp_path):
     run = trained(tmp_path, 0.0)
     number = int(run._sampler.suspects.flagged.sum())
     assert number > 0
-    assert f"{number} left out of the loss" in run.importance_report().read_text()
+    assert f"{number} excluded from the loss" in run.importance_report().read_text()
     run.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert f"| suspects when it ended | {number} left out of the loss |" in card
-    assert "had the weight 0 in the loss (`suspect_weight`): what was minimised is not the mean loss" in card
+    assert f"| suspects at the end | {number} excluded from the loss |" in card
+    assert "had weight 0 in the loss (`suspect_weight`), so training did not minimise the mean loss" in card
     assert run.kept_indices.tolist() == list(range(80)), "nothing is pruned, and no suspect"
     control = trained(tmp_path, 1.0)
-    assert "suspects when it ended" not in control.importance_report().read_text()
+    assert "suspects at the end" not in control.importance_report().read_text()
     assert control._sampler.suspects is None
     assert len(control.suspects) > 0, "the list is there all the same"
 
@@ -290,9 +290,9 @@ def test_what_is_refused(tmp_path):
         "uniform_fraction above 0": {"suspect_weight": 0.0, "uniform_fraction": 0.0},
     }
     for needed, settings in refused.items():
-        with pytest.raises(ValueError, match=f"suspect_weight=.*, below 1, needs {needed}"):
+        with pytest.raises(ValueError, match=f"suspect_weight=.* is below 1, which requires {needed}"):
             ImportanceConfig(**settings)
     ImportanceConfig(suspect_weight=0.5, uniform_fraction=0.0)
     run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)
-    with pytest.raises(ValueError, match="suspects come of train"):
+    with pytest.raises(ValueError, match="suspects requires train"):
         _ = run.suspects

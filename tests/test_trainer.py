@@ -23,9 +23,9 @@ class Recorder(ImportanceTrainer):
         super().__init__(*args, **kwargs)
         self.steps, self.measured = [], []
 
-    def _send(self, draw, measured):
+    def _store_measurement(self, draw, measured):
         self.measured.append(measured.importance.double())
-        super()._send(draw, measured)
+        super()._store_measurement(draw, measured)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self._draw is None:

@@ -414,7 +414,7 @@ def test_another_loss_of_trl_is_noticed_before_anything_is_learnt(tmp_path, monk
     monkeypatch.setattr(trl.SFTTrainer, "compute_loss", lambda self, *args, **kwargs: 1.5 * original(self, *args))
     run = sft(tmp_path)
     before = copy.deepcopy(run.model.state_dict())
-    with pytest.raises(ValueError, match="the mean of those of its examples is"):
+    with pytest.raises(ValueError, match="the mean of its per-example losses is"):
         run.train()
     assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
 
@@ -520,7 +520,7 @@ def test_importances_of_dpo_pairs(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["aot", "aot_unpaired", "sft"])
 def test_losses_that_couple_pairs_are_refused(kind, tmp_path):
-    with pytest.raises(ValueError, match=f"loss_type='{kind}' .* no loss of one pair"):
+    with pytest.raises(ValueError, match=f"loss_type='{kind}' .* no per-pair loss"):
         pairs(tmp_path, DPO, loss_type=kind)
 
 
@@ -546,8 +546,8 @@ def test_resumed_pairs_are_straight(tmp_path):
 @pytest.mark.parametrize(
     ("trainer", "reason"),
     [
-        ("GRPOTrainer", "completions that it has the model write"),
-        ("RLOOTrainer", "completions that it has the model write"),
+        ("GRPOTrainer", "completions that the model generates"),
+        ("RLOOTrainer", "completions that the model generates"),
         ("KTOTrainer", "mean KL divergence of the batch"),
     ],
 )
@@ -555,7 +555,7 @@ def test_trainers_without_a_loss_per_example_are_refused_before_they_are_made(tr
     class Mine(ImportanceTrainerMixin, getattr(trl, trainer)):
         pass
 
-    with pytest.raises(ValueError, match=f"{trainer} cannot be trained by importance: .*{reason}"):
+    with pytest.raises(ValueError, match=f"{trainer} cannot be used with importance sampling: .*{reason}"):
         Mine(model=None)
 
 
@@ -578,7 +578,7 @@ def test_sums_over_one_row_are_those_over_many():
 
 @pytest.mark.parametrize(("shape", "lengths"), [((2, 5), None), ((1, 5), None), ((1, 5), [3, 4, 5])])
 def test_rows_that_are_not_known_are_refused(shape, lengths):
-    with pytest.raises(ValueError, match="not known which token is of which example"):
+    with pytest.raises(ValueError, match="the example of each token is unknown"):
         rows_of(torch.zeros(shape), 3, lengths)
 
 

@@ -30,7 +30,7 @@ if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
 
 def expect_small_gains():
     """Of a process of its own what a fixture does for the others: importance sampling also where it gains little."""
-    guard._WORTH_WEIGHTS = 1.0
+    guard._MAX_RELATIVE_SPENDING = 1.0
 
 
 class WithoutConfig(nn.Module):

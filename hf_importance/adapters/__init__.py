@@ -1,9 +1,9 @@
-"""Trainers of other libraries that compute their loss by themselves: the losses of examples are taken from them.
+"""Adapters for trainers of other libraries that compute their own loss.
 
-- `base`: what an adapter does.
-- `fused_head`: of TRL, which builds no logits.
-- `sft`: TRL's supervised fine-tuning, of which no logits are built.
-- `preference`: TRL's reward models and DPO, of which a pair is an example.
+- `base`: base class of the adapters.
+- `fused_head`: TRL's fused head, which does not return logits.
+- `sft`: TRL's supervised fine-tuning.
+- `preference`: TRL's reward modelling and DPO, where an example is a pair.
 - `sentences`: the trainers of sentence-transformers.
-- `known`: which trainer has which, and which are refused.
+- `known`: maps trainers to adapters, and lists unsupported trainers.
 """

@@ -1,4 +1,4 @@
-"""What stands in the place of an [`Objective`] where a trainer computes its loss by itself."""
+"""Base class of adapters, which replace [`Objective`] for trainers that compute their own loss."""
 
 from __future__ import annotations
 
@@ -15,52 +15,51 @@ from hf_importance.sampling.draw import Draw
 
 _METRICS = ("logit_gradient", "loss", "uniform")
 UNKNOWN = (
-    "So it is not known how to weight the examples with these settings or in this version of the library: use its own "
-    "trainer."
+    "Its examples cannot be weighted with these settings or this version of the library: use the library's own trainer."
 )
 ComputeLoss = Callable[[Any, dict[str, Any]], Any]
-"""`compute_loss(model, inputs)` of the trainer that is adapted; the loss, or the loss and the outputs."""
+"""`compute_loss(model, inputs)` of the adapted trainer; returns the loss, or the loss and the outputs."""
 
 
 class LossAdapter(ABC):
-    """Calls the `compute_loss` of a trainer, and has from it the loss of each example and its importance.
+    """Calls the `compute_loss` of a trainer, and extracts per-example losses and importances.
 
-    What that method does beside its loss, as metrics, is kept. Its loss is the mean of those of the examples, which
-    each batch is compared with until one has passed.
+    Side effects of `compute_loss`, such as metrics, are kept. On the first batch, its loss is compared with the mean of
+    the per-example losses.
 
     Args:
-        trainer: that is adapted, with its model.
+        trainer: the adapted trainer, with its model.
 
     Raises:
-        ValueError: for settings with which there are no losses per example.
+        ValueError: for settings without per-example losses.
     """
 
     takes_own_loss = False
-    """Whether a `per_example_loss_func` can take the place of the loss of the trainer."""
+    """Whether a `per_example_loss_func` can replace the loss of the trainer."""
     shifts = True
-    """Whether tokens, where there are labels for them, are predicted from those before them."""
+    """Whether tokens are predicted from the previous ones, if there are labels per token."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self._metric = trainer.importance.metric
+        self._metric = trainer.importance_config.metric
         self._compared = False
         if self._metric not in _METRICS:
             raise ValueError(
-                f"metric must be one of {list(_METRICS)} for {self.name}, but is {self._metric!r}: it looks at the "
-                "last layer of models that this trainer calls by itself."
+                f"metric must be one of {list(_METRICS)} for {self.name}, but is {self._metric!r}: it needs the "
+                "last layer of a model that this trainer calls itself."
             )
 
     @property
     def name(self) -> str:
-        """Of the trainer, in messages."""
+        """Name of the trainer in messages."""
         return type(self.trainer).__name__
 
     @abstractmethod
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
-        """What one batch gives. The last call of `compute_loss` is the one that trains."""
+        """Measure one batch. The last call of `compute_loss` is the one used for training."""
 
     def __call__(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
-        """As [`measure`], with the outputs that `compute_loss` was asked for, if any.
+        """Call [`measure`], and add the outputs if `compute_loss` returns any.
 
         Raises:
             ValueError: if the mean of the losses is not the loss of the trainer.
@@ -79,54 +78,54 @@ class LossAdapter(ABC):
         return measured
 
     def mean_of(self, measured: Measured) -> Tensor:
-        """What the trainer makes of these losses, of one batch alone."""
+        """The loss that the trainer computes from these losses, for a single batch."""
         return measured.weighted_mean(torch.ones_like(measured.losses))
 
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
         if not same(theirs, ours):
             raise ValueError(
-                f"The loss of {self.name} on the first batch is {theirs.item():.5g}, but the mean of those of its "
-                f"examples is {ours.item():.5g}. {UNKNOWN}"
+                f"The loss of {self.name} on the first batch is {theirs.item():.5g}, but the mean of its "
+                f"per-example losses is {ours.item():.5g}. {UNKNOWN}"
             )
 
     def count(self, labels: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """`[batch]`: how many positions of each example have a loss; for losses that are sums over these.
+        """Number of positions with a loss per example, `[batch]`; for losses that are sums over positions.
 
         Args:
-            labels: as the collator makes them.
-            lengths: of the examples, where all of them are in one row.
+            labels: collated labels.
+            lengths: number of tokens of each example, if all are in one row.
         """
         raise NotImplementedError
 
     def importance(self, losses: Tensor, of_logits: Callable[[], Tensor]) -> Tensor:
-        """`[batch]`, as `ImportanceConfig.metric` wants it."""
+        """Importances `[batch]` according to `ImportanceConfig.metric`."""
         if self._metric == "uniform":
             return torch.ones_like(losses, requires_grad=False)
         return losses.detach().clamp(min=0) if self._metric == "loss" else of_logits().detach()
 
     def start(self) -> None:
-        """A training begins, maybe of another model."""
+        """Reset at the start of training, possibly with another model."""
         self._compared = False
 
     def close(self) -> None:  # noqa: B027
-        """There is nothing to be undone."""
+        """Nothing to clean up by default."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What an [`Objective`] would find, if it went on from here: that it has to look for itself."""
+        """A state that makes [`Objective`] repeat its checks."""
         return {"loss": [type(self).__name__], "looked": False, "shifts": False, "adds": False}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """There is nothing to be restored: to compare again has no effect on training."""
+        """Nothing to restore: comparing the losses again does not affect training."""
 
 
 def outputs_of(compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], look: Any = None) -> list[Any]:
-    """What the model returns, at each of the calls that `compute_loss` makes.
+    """Outputs of all calls of the model that `compute_loss` makes.
 
     Args:
-        compute_loss: see above.
-        model: likewise.
-        inputs: likewise.
-        look: called with the outputs before `compute_loss` gets them.
+        compute_loss: method of the adapted trainer.
+        model: the model.
+        inputs: the batch.
+        look: called with the outputs before they are returned to `compute_loss`.
     """
     found = []
 

@@ -1,4 +1,4 @@
-"""The fused head of TRL: it multiplies by the weights and takes the softmax at once, and no logits are built."""
+"""TRL's fused head, which computes log probabilities without materialising the logits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from hf_importance.losses.first_batch import without_peft
 
 
-def ask_for_squares(model: nn.Module, outputs: tuple[str, ...]) -> None:
-    """Have the head of the model also return Σ p² of each token, from which its importance follows.
+def request_sum_of_squares(model: nn.Module, outputs: tuple[str, ...]) -> None:
+    """Make the head of the model also return Σ p² of each token, which its importance requires.
 
     Args:
-        model: of a trainer of TRL, maybe in the wrapper of PEFT.
-        outputs: what else the trainer wants of it.
+        model: model of a TRL trainer, possibly in a PEFT wrapper.
+        outputs: other outputs that the trainer needs.
 
     Raises:
         ImportError: if this version of TRL has no such head.
@@ -24,6 +24,6 @@ def ask_for_squares(model: nn.Module, outputs: tuple[str, ...]) -> None:
     add_fused_lm_head(without_peft(model), outputs=(*outputs, "log_sum_sq_probs"))
 
 
-def added_by(trainer: Any, outputs: Any) -> Tensor | float:
-    """What a mixture of experts adds to the loss of a batch."""
+def auxiliary_loss(trainer: Any, outputs: Any) -> Tensor | float:
+    """Auxiliary loss of a mixture-of-experts model for a batch."""
     return trainer.router_aux_loss_coef * outputs.aux_loss if trainer.aux_loss_enabled else 0.0

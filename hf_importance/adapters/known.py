@@ -1,4 +1,4 @@
-"""Which trainers of other libraries are adapted, and which cannot be."""
+"""Maps trainers of other libraries to adapters, and lists unsupported ones."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ _ADAPTERS = {
     ("sentence_transformers", "SparseEncoderTrainer"): "sentences.SentenceLoss",
     ("sentence_transformers", "MultiVectorEncoderTrainer"): "sentences.SentenceLoss",
 }
-"""By package and class."""
+"""Adapters by package and class."""
 _TOO_OLD = {"trl": "trl>=1.16", "sentence_transformers": "sentence-transformers>=5.2.3"}
 _ON_POLICY = (
-    "it trains on completions that it has the model write, and compares those of one prompt with each other, so that "
-    "the loss of one alone does not exist"
+    "it trains on completions that the model generates, and compares those of one prompt with each other, so there is "
+    "no per-example loss"
 )
 _COUPLED = {
     "GRPOTrainer": _ON_POLICY,
     "RLOOTrainer": _ON_POLICY,
     "OnlineDPOTrainer": _ON_POLICY,
     "AsyncGRPOTrainer": _ON_POLICY,
-    "KTOTrainer": "the loss of an example has in it the mean KL divergence of the batch, of prompts with the "
-    "completions of others, so that it changes with what else is drawn",
+    "KTOTrainer": "the loss of an example contains the mean KL divergence of the batch, so it depends on which other "
+    "examples are drawn",
 }
-_UNKNOWN_LOSS = "its loss is not known here"
+_UNKNOWN_LOSS = "its loss is not supported"
 _LIBRARIES = ("trl", "sentence_transformers")
 
 
 def adapted_class(cls: type) -> type | None:
-    """The class among the bases whose `compute_loss` is adapted; None for those of transformers.
+    """The base class whose `compute_loss` is adapted; None for trainers of transformers.
 
     Args:
-        cls: of a trainer.
+        cls: class of a trainer.
 
     Raises:
-        ValueError: for trainers that have no loss per example, and those that are not known.
+        ValueError: for trainers without a per-example loss, and unknown ones.
     """
     for base in cls.__mro__:
         library = base.__module__.split(".")[0]
@@ -52,22 +52,22 @@ def adapted_class(cls: type) -> type | None:
             first = next(c.__name__ for c in cls.__mro__ if c.__module__.split(".")[0] == library)
             known = [name for package, name in _ADAPTERS if package == library]
             raise ValueError(
-                f"{first} cannot be trained by importance: {reason}. Use it without ImportanceTrainerMixin. "
-                f"Of {library} importance sampling knows {', '.join(known)}."
+                f"{first} cannot be used with importance sampling: {reason}. Use it without ImportanceTrainerMixin. "
+                f"Supported trainers of {library}: {', '.join(known)}."
             )
     return None
 
 
 def adapter_of(trainer: Any, base: type) -> LossAdapter | None:
-    """How to measure this trainer; None if it has a `per_example_loss_func`, which takes the place of its loss.
+    """Create the adapter of a trainer; None if its loss is replaced by a `per_example_loss_func`.
 
     Args:
-        trainer: when its class has made it.
-        base: what [`adapted_class`] has found.
+        trainer: the trainer, after its own `__init__`.
+        base: result of [`adapted_class`].
 
     Raises:
         ImportError: if the library is too old.
-        ValueError: for settings with which there are no losses per example.
+        ValueError: for settings without per-example losses.
     """
     library = base.__module__.split(".")[0]
     module, name = _ADAPTERS[library, base.__name__].split(".")
@@ -76,14 +76,13 @@ def adapter_of(trainer: Any, base: type) -> LossAdapter | None:
         if adapter.takes_own_loss:
             return None
         raise ValueError(
-            f"per_example_loss_func must be None for {base.__name__}, which calls its model and computes its loss by "
-            "itself: set the loss as for that trainer."
+            f"per_example_loss_func must be None for {base.__name__}, which computes its own loss: set "
+            "the loss as for that trainer."
         )
     try:
         return adapter(trainer)
     except ImportError as error:
         version = metadata.version(library.replace("_", "-"))
         raise ImportError(
-            f"{library} {version} does not have what importance sampling needs of it ({error}): install "
-            f"{_TOO_OLD[library]}."
+            f"{library} {version} lacks what importance sampling needs ({error}): install {_TOO_OLD[library]}."
         ) from error

@@ -1,4 +1,4 @@
-"""TRL's trainers of pairs, of which one answer is preferred: each pair is an example, and is drawn as one."""
+"""TRL's trainers on preference pairs: an example is a pair."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter, outputs_of
-from hf_importance.adapters.fused_head import added_by, ask_for_squares
+from hf_importance.adapters.fused_head import auxiliary_loss, request_sum_of_squares
 from hf_importance.losses import per_example
-from hf_importance.losses.objective import Measured, seen_of
+from hf_importance.losses.objective import Measured, observed_of
 from hf_importance.sampling.draw import Draw
 
 _COUPLED = {
@@ -22,10 +22,10 @@ _COUPLED = {
 
 
 class RewardLoss(LossAdapter):
-    """The loss of `RewardTrainer`: −log σ(Δ − margin) + c · (r₁ + r₂)², of the rewards of a pair with difference Δ."""
+    """The loss of `RewardTrainer`: −log σ(Δ − margin) + c · (r₁ + r₂)² for rewards r₁, r₂ with difference Δ."""
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
-        """See [`LossAdapter`]. The importance is √2 · σ(margin − Δ) where c is 0."""
+        """See [`LossAdapter`]. The importance is √2 · σ(margin − Δ) if c is 0."""
         (outputs,) = outputs_of(compute_loss, model, inputs)
         chosen, rejected = outputs["logits"].squeeze(-1).float().chunk(2)
         difference, total = chosen - rejected - inputs.get("margin", 0.0), chosen + rejected
@@ -36,15 +36,15 @@ class RewardLoss(LossAdapter):
             slope, pull = torch.sigmoid(-difference), 2 * centering * total
             return (2 * (slope.square() + pull.square())).sqrt()
 
-        return Measured(losses, self.importance(losses, of_logits), seen_of(losses), 0.0, None)
+        return Measured(losses, self.importance(losses, of_logits), observed_of(losses), 0.0, None)
 
 
 class DPOLoss(LossAdapter):
-    """The losses of `DPOTrainer`, any of its `loss_type` that is a mean over pairs, and weighted sums of several.
+    """The losses of `DPOTrainer`: each `loss_type` that is a mean over pairs, and weighted sums of them.
 
     They are functions of the log probabilities of the tokens of both answers. The importance is the norm of the
-    gradient with respect to the logits of all these tokens, √(Σ g² ‖p − e_y‖²) with g the derivative by the log
-    probability of a token: for `sigmoid` it is β σ(−βΔ) · √(Σ ‖p − e_y‖² over both).
+    gradient with respect to the logits of these tokens, √(Σ g² ‖p − e_y‖²), where g is the derivative with respect to
+    the log probability of a token. For `sigmoid` it is β σ(−βΔ) · √(Σ ‖p − e_y‖²), summed over both answers.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -52,10 +52,10 @@ class DPOLoss(LossAdapter):
         for kind in trainer.loss_types:
             if kind in _COUPLED:
                 raise ValueError(
-                    f"loss_type={kind!r} {_COUPLED[kind]}, so that there is no loss of one pair to be weighted: take "
-                    "another loss_type, or DPOTrainer."
+                    f"loss_type={kind!r} {_COUPLED[kind]}, so there is no per-pair loss to weight: use another "
+                    "loss_type, or DPOTrainer alone."
                 )
-        ask_for_squares(trainer.model, ("log_probs", "entropy", "mean_logits", "is_top1"))
+        request_sum_of_squares(trainer.model, ("log_probs", "entropy", "mean_logits", "is_top1"))
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
@@ -65,13 +65,13 @@ class DPOLoss(LossAdapter):
 
         def watch(outputs: Any) -> None:
             log_probs.append(outputs.log_probs)
-            outputs.log_probs = _watched(outputs.log_probs, pairs, means)
+            outputs.log_probs = _capture_means(outputs.log_probs, pairs, means)
 
         (outputs,) = outputs_of(compute_loss, model, inputs, watch)
         if len(means) < len(weights):
-            raise ValueError(f"{self.name} takes no mean over the losses of pairs. {UNKNOWN}")
+            raise ValueError(f"The loss of {self.name} is not a mean over pairs. {UNKNOWN}")
         losses = sum(weight * loss for weight, loss in zip(weights, means, strict=False))
-        means.clear()  # the class that holds them lives until garbage is collected
+        means.clear()  # the class that references it lives until garbage collection
 
         def of_logits() -> Tensor:
             (slope,) = torch.autograd.grad(losses.sum(), log_probs, retain_graph=True)
@@ -80,13 +80,14 @@ class DPOLoss(LossAdapter):
             return of_answers.view(2, pairs).sum(0).sqrt()
 
         importance = self.importance(losses, of_logits)
-        return Measured(losses, importance, seen_of(losses), added_by(self.trainer, outputs), None)
+        return Measured(losses, importance, observed_of(losses), auxiliary_loss(self.trainer, outputs), None)
 
 
-def _watched(values: Tensor, size: int, means: list[Tensor]) -> Tensor:
-    """The same values; of what is computed from them, vectors `[size]` that a mean is taken of come into `means`.
+def _capture_means(values: Tensor, size: int, means: list[Tensor]) -> Tensor:
+    """Return the same values, and append to `means` each vector `[size]` computed from them that is averaged.
 
-    So the losses of pairs are had, which TRL has for no longer. That they are these is seen by their mean.
+    This captures the per-pair losses, which TRL only keeps until their mean is computed. The comparison of the means on
+    the first batch verifies them.
     """
 
     class Watched(Tensor):

@@ -1,4 +1,4 @@
-"""The trainers of sentence-transformers, with losses that are made of means of losses of torch."""
+"""The trainers of sentence-transformers, with losses based on means of torch losses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter
-from hf_importance.losses.first_batch import copies_of_the_first, looking, same
-from hf_importance.losses.objective import Measured, seen_of
+from hf_importance.losses.first_batch import copies_of_the_first, same, without_side_effects
+from hf_importance.losses.objective import Measured, observed_of
 from hf_importance.sampling.draw import Draw
 
 _FUNCTIONS = {
@@ -36,11 +36,11 @@ _TRAINER = "Use the trainer of sentence-transformers."
 
 
 class SentenceLoss(LossAdapter):
-    """The losses that are made of means of losses of torch, modules or functions: one, or a sum of them with factors.
+    """Losses that are a mean of a torch loss (module or function), or a linear combination of such means.
 
-    Those of cross-encoders (binary cross-entropy, cross-entropy, squared error), of cosine similarities, of margins and
-    of embeddings to be imitated. The factors are those that autograd finds. Importance is the gradient with respect to
-    what these losses are given: logits, similarities, embeddings.
+    These include the losses of cross-encoders (binary cross-entropy, cross-entropy, squared error), cosine similarity,
+    margin and distillation losses. The coefficients are determined by autograd. Importance is the norm of the gradient
+    with respect to the inputs of the torch losses: logits, similarities or embeddings.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -51,17 +51,17 @@ class SentenceLoss(LossAdapter):
     def start(self) -> None:
         """See [`LossAdapter`]."""
         super().start()
-        self._looked = False
+        self._checked = False
         of_model = set(self.trainer.model.modules())
         self._modules = [m for m in self.trainer.loss.modules() if isinstance(m, _Loss) and m not in of_model]
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
         size = len(draw.index)
-        if not self._looked:
-            self._look(compute_loss, model, inputs, size)
-            self._looked = True
-        loss, calls = self._caught(compute_loss, model, inputs)
+        if not self._checked:
+            self._check_first_batch(compute_loss, model, inputs, size)
+            self._checked = True
+        loss, calls = self._record_losses(compute_loss, model, inputs)
         calls = [call for call in calls if call.mean.requires_grad]
         factors = torch.autograd.grad(loss, [c.mean for c in calls], retain_graph=True, allow_unused=True)
         used = [(factor, call) for factor, call in zip(factors, calls, strict=True) if factor is not None]
@@ -74,20 +74,22 @@ class SentenceLoss(LossAdapter):
 
         first = used[0][1]
         return Measured(
-            losses, self.importance(losses, of_given), seen_of(losses, *first.decision), 0.0, None, first.counted
+            losses, self.importance(losses, of_given), observed_of(losses, *first.decision), 0.0, None, first.counted
         )
 
-    def _caught(
+    def _record_losses(
         self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Tensor, list[_Call]]:
-        """The loss of the trainer, and the means that are taken on the way to it."""
-        calls: list[_Call] = []
-        hooks = [module.register_forward_hook(partial(_catch, calls), with_kwargs=True) for module in self._modules]
+    ) -> tuple[Tensor, list[_LossCall]]:
+        """The loss of the trainer, and the torch losses computed for it."""
+        calls: list[_LossCall] = []
+        hooks = [
+            module.register_forward_hook(partial(_record_call, calls), with_kwargs=True) for module in self._modules
+        ]
         try:
             if self._modules:
                 loss = compute_loss(model, dict(inputs))
             else:
-                with _Losses(calls):
+                with _LossRecorder(calls):
                     loss = compute_loss(model, dict(inputs))
         finally:
             for hook in hooks:
@@ -97,8 +99,8 @@ class SentenceLoss(LossAdapter):
             raise self._no_losses()
         if any(call.classes and call.settings["weight"] is not None for call in calls):
             raise ValueError(
-                f"{self._loss_name} has class weights, by whose sum the loss of a batch is divided, so that it is no "
-                f"mean over examples. Leave them out, as hard examples are drawn more by themselves. {_TRAINER}"
+                f"{self._loss_name} has class weights, and divides the batch loss by their sum, so it is not a mean "
+                f"over examples. Remove them: hard examples are drawn more often anyway. Otherwise: {_TRAINER}"
             )
         return loss[0] if isinstance(loss, tuple) else loss, calls
 
@@ -108,50 +110,51 @@ class SentenceLoss(LossAdapter):
 
     def _no_losses(self) -> ValueError:
         return ValueError(
-            f"{self._loss_name} is not made of the mean of a loss of torch, such as nn.MSELoss, by which that of an "
-            "example is known. Losses that compare the examples of a batch with each other (in-batch negatives, mined "
+            f"{self._loss_name} is not based on the mean of a torch loss such as nn.MSELoss, so its per-example losses "
+            "are unknown. Losses that compare the examples of a batch with each other (in-batch negatives, mined "
             f"triplets) have none. {_TRAINER}"
         )
 
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
         if not same(theirs, ours):
             raise ValueError(
-                f"{self._loss_name} is {theirs.item():.5g} on the first batch, but the mean of the losses of torch in "
-                f"it is {ours.item():.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
+                f"{self._loss_name} is {theirs.item():.5g} on the first batch, but the mean of the torch losses in it "
+                f"is {ours.item():.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
             )
 
-    def _look(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int) -> None:
-        """Refuse losses that compare examples, by a batch that is the first example again and again.
+    def _check_first_batch(
+        self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int
+    ) -> None:
+        """Refuse losses that compare examples, which change in a batch of copies of the first example.
 
-        Untrained models tell examples apart by little, so that those are refused as well that have no labels.
+        Untrained models hardly distinguish examples, so losses without labels are refused as well.
         """
         trainer = self.trainer
         components, trainer.accum_loss_components = trainer.accum_loss_components, {"train": {}, "eval": {}}
         try:
-            with looking(nn.ModuleList([trainer.model, trainer.loss])):
-                _, calls = self._caught(compute_loss, model, inputs)
+            with without_side_effects(nn.ModuleList([trainer.model, trainer.loss])):
+                _, calls = self._record_losses(compute_loss, model, inputs)
                 losses = [call.losses(size)[0] for call in calls]
-                _, calls = self._caught(compute_loss, model, copies_of_the_first(inputs, size))
+                _, calls = self._record_losses(compute_loss, model, copies_of_the_first(inputs, size))
                 alone = [call.losses(size)[0] for call in calls]
             terms = {name for found in trainer.accum_loss_components.values() for name in found} - {"steps"}
         finally:
             trainer.accum_loss_components = components
         if len(terms) > 1:
             raise ValueError(
-                f"{self._loss_name} is a sum of {', '.join(sorted(terms))}. What such terms add, as regularisers of "
-                f"whole batches, is no mean over examples to be weighted. {_TRAINER}"
+                f"{self._loss_name} is a sum of {', '.join(sorted(terms))}. Such terms, for example "
+                f"regularisers over the batch, are not means over examples and cannot be weighted. {_TRAINER}"
             )
         if inputs.get("label") is None:
             raise ValueError(
-                f"The training data have no label, so that {self._loss_name} is taken for one of the losses that "
-                "compare the examples of a batch with each other, as by in-batch negatives: these have no loss of one "
-                f"example to be weighted. {_TRAINER}"
+                f"The training data has no label, so {self._loss_name} is assumed to compare the examples of a batch "
+                f"with each other (in-batch negatives): such losses have no per-example loss to weight. {_TRAINER}"
             )
         precisely = trainer.accelerator.mixed_precision == "no"
         if len(losses) != len(alone) or not all(map(partial(same, precisely=precisely), losses, alone)):
             raise ValueError(
-                f"{self._loss_name} compares the examples of a batch with each other, as by in-batch negatives: the "
-                f"loss of the first one changes with the others, so that it cannot be weighted alone. {_TRAINER}"
+                f"{self._loss_name} compares the examples of a batch with each other (in-batch negatives): the loss "
+                f"of the first one changes with the others, so it cannot be weighted on its own. {_TRAINER}"
             )
 
 
@@ -160,37 +163,37 @@ def _refuse_arguments(trainer: Any) -> None:
         value = getattr(trainer, name)
         if isinstance(value, dict):
             raise ValueError(
-                f"{name} must be one for all training data, but is a dict of {', '.join(value)}. Join the data sets by "
-                f"datasets.concatenate_datasets, if one loss is for all of them. {_TRAINER}"
+                f"{name} must be a single one, but is a dict of {', '.join(value)}. If one loss fits all datasets, "
+                f"join them with datasets.concatenate_datasets. Otherwise: {_TRAINER}"
             )
     args = trainer.args
     if getattr(args.batch_sampler, "value", None) != "batch_sampler":
         raise ValueError(
-            f"batch_sampler must be BatchSamplers.BATCH_SAMPLER, the default, but is {args.batch_sampler}: what is in "
-            f"a batch is drawn by importance. Leave it out, or if the loss compares the examples of a batch: {_TRAINER}"
+            f"batch_sampler must be BatchSamplers.BATCH_SAMPLER, the default, but is {args.batch_sampler}: importance "
+            f"sampling draws the batches. Remove it; if the loss compares the examples of a batch: {_TRAINER}"
         )
     if args.train_sampling_strategy == "group_by_length":
         raise ValueError(
             "train_sampling_strategy must be 'random', but is 'group_by_length', which the trainers of "
-            "sentence-transformers ignore, as their data are texts of which no length is known. Leave it out."
+            "sentence-transformers ignore, because the lengths of their texts are unknown. Remove it."
         )
 
 
-# ---- losses of torch -------------------------------------------------------------------------------------------------
+# ---- torch losses ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Call:
-    """A loss of torch that was computed.
+class _LossCall:
+    """A recorded call of a torch loss.
 
     Args:
-        mean: what it returned.
-        each: the same without its reduction.
-        args: what it was given.
-        kwargs: likewise.
-        classes: whether its targets are classes.
-        logarithms: whether it is given logarithms of probabilities.
-        settings: its other arguments.
+        mean: its result.
+        each: the loss without reduction.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        classes: whether the targets are classes.
+        logarithms: whether the inputs are log probabilities.
+        settings: other settings of the loss.
     """
 
     mean: Tensor
@@ -202,17 +205,17 @@ class _Call:
     settings: dict[str, Any]
 
     def losses(self, size: int) -> Tensor:
-        """`[size]`, of so many examples: the mean over what else there is, as several texts of each, or elements."""
+        """Losses of `size` examples, `[size]`: the mean over several texts of each, or over elements."""
         each = self.each(*self.args, **self.kwargs).float()
         if not each.dim() or len(each) % size:
-            raise ValueError(f"A loss of torch has losses {list(each.shape)} of {size} examples. {UNKNOWN}")
+            raise ValueError(f"A torch loss has shape {list(each.shape)} for {size} examples. {UNKNOWN}")
         each = _rows(each, size)
         return each.sum(1) if self.settings.get("reduction") == "batchmean" else each.mean(1)
 
     def gradients(self, losses: Tensor) -> list[Tensor]:
-        """`[size, elements]` each: of losses that are made of this one, with respect to all that it was given.
+        """Gradients of `losses` with respect to the inputs of this loss, `[size, elements]` each.
 
-        Of logarithms of probabilities with respect to their logits: that of log p itself is −t, whatever p is.
+        For log probabilities, with respect to the logits: the gradient by log p is −t, independent of p.
         """
         given = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
         found = torch.autograd.grad(losses.sum(), given, retain_graph=True, allow_unused=True)
@@ -223,30 +226,32 @@ class _Call:
 
     @property
     def decision(self) -> tuple[Tensor | None, Tensor | None]:
-        """Prediction and target, as far as it was called with these."""
+        """Prediction and target, if they were positional arguments."""
         return self.args[:2] if len(self.args) > 1 else (None, None)
 
     @property
     def counted(self) -> Tensor | None:
-        """`[size]`: of classes, whether an example has one; else None."""
+        """Whether each example has a class, `[size]`; None if targets are not classes."""
         target = self.decision[1]
         if not self.classes or target is None or target.is_floating_point() or target.dim() != 1:
             return None
         return (target != self.settings["ignore_index"]).float()
 
 
-def _catch(calls: list[_Call], module: _Loss, args: tuple[Any, ...], kwargs: dict[str, Any], mean: Tensor) -> None:
+def _record_call(
+    calls: list[_LossCall], module: _Loss, args: tuple[Any, ...], kwargs: dict[str, Any], mean: Tensor
+) -> None:
     each = copy.copy(module)
     each.reduction = "none"
     settings = {name: getattr(module, name, None) for name in ("weight", "ignore_index", "reduction")}
     kind = isinstance(module, _OF_CLASSES), isinstance(module, _OF_LOGARITHMS)
-    calls.append(_Call(mean, each, args, kwargs, *kind, settings))
+    calls.append(_LossCall(mean, each, args, kwargs, *kind, settings))
 
 
-class _Losses(TorchFunctionMode):
-    """Takes down the losses that are called as functions."""
+class _LossRecorder(TorchFunctionMode):
+    """Records the calls of loss functions."""
 
-    def __init__(self, calls: list[_Call]) -> None:
+    def __init__(self, calls: list[_LossCall]) -> None:
         super().__init__()
         self._calls = calls
 
@@ -260,10 +265,10 @@ class _Losses(TorchFunctionMode):
             given = settings.pop("input"), settings.pop("target")
             each = partial(function, **{**settings, "reduction": "none"})
             kind = function is F.cross_entropy, function is F.kl_div
-            self._calls.append(_Call(result, each, given, {}, *kind, settings))
+            self._calls.append(_LossCall(result, each, given, {}, *kind, settings))
         return result
 
 
 def _rows(values: Tensor, size: int) -> Tensor:
-    """`[size, elements]`, also where columns of texts come one after the other: `[columns · size, …]`."""
+    """Reshape to `[size, elements]`, also from concatenated text columns, `[columns · size, …]`."""
     return values.reshape(-1, size, values[0].numel()).transpose(0, 1).flatten(1)

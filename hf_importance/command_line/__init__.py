@@ -1,9 +1,9 @@
-"""What the scripts that fine-tune share. They import it from here, so that each of them can be copied alone.
+"""Code shared by the fine-tuning scripts, which import it from here so that each can be copied on its own.
 
-It needs the packages of the extra `scripts`; nothing else in the library imports it.
+It requires the packages of the extra `scripts`; nothing else in the library imports it.
 
-- `arguments`: flags, of the model, the data, training and importance sampling.
-- `metrics`: accuracy, F1, squared error and correlation, by `evaluate`.
-- `embedded_data`: data that every machine with these packages has.
-- `fine_tuning`: data, labels, model, trainer, and what is done with it.
+- `arguments`: flags of the model, the data, training and importance sampling.
+- `metrics`: accuracy, F1, squared error and correlation, as `evaluate` metrics.
+- `embedded_data`: datasets built from installed packages, without network.
+- `fine_tuning`: loading data and model, and running the trainer.
 """

@@ -1,4 +1,4 @@
-"""Real data that is on every machine with our packages: scanned digits, and docstrings. No network."""
+"""Real data from installed packages, without network: scanned digits, and docstrings."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ PACKAGES = {  # module → distribution
     "huggingface_hub": "huggingface_hub",
 }
 STANDARD_LIBRARY = "python"
-_FEWEST_WORDS = 6
+_MIN_WORDS = 6
 
 
 def digits() -> datasets.DatasetDict:
-    """1,797 scanned digits of 8 × 8 pixels in 10 classes (UCI, as scikit-learn carries them); a fifth is the test."""
+    """1,797 scanned digits of 8 × 8 pixels in 10 classes (UCI, from scikit-learn), with a fifth as test split."""
     scans = load_digits()
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(10))
     rows = {
@@ -45,12 +45,11 @@ def digits() -> datasets.DatasetDict:
 
 
 def docstrings(per_package: int = 1000, whole: bool = False) -> datasets.DatasetDict:
-    """First paragraphs of docstrings of installed packages, or `whole` ones, labelled with the package.
+    """First paragraphs of docstrings of installed packages, or `whole` docstrings, labelled with the package.
 
-    A fifth is the test.
-
-    Of texts that begin or end with the same six words only one is kept, so that no near copy crosses the split. The
-    first call reads source files (some seconds); `datasets` caches the result for these versions of the packages.
+    A fifth is the test split. Of texts that start or end with the same six words only one is kept, so that no near
+    duplicates cross the split. The first call reads source files (some seconds); `datasets` caches the result for these
+    versions of the packages.
     """
     versions = {module: version(name) for module, name in PACKAGES.items()}
     names = [*versions, STANDARD_LIBRARY]
@@ -63,7 +62,7 @@ def docstrings(per_package: int = 1000, whole: bool = False) -> datasets.Dataset
 
 
 def signatures(per_package: int = 1000) -> datasets.DatasetDict:
-    """Signatures of functions in installed packages, and the first sentence of their docstring; a tenth is the test."""
+    """Signatures of functions in installed packages with the first sentence of their docstring; a tenth for testing."""
     versions = {module: version(name) for module, name in PACKAGES.items()}
     data = datasets.Dataset.from_generator(
         _signatures,
@@ -107,11 +106,11 @@ def _texts(versions: dict[str, str], per_package: int, whole: bool) -> Iterator[
 
 def _ends(text: str) -> tuple[str, str]:
     words = re.findall(r"[a-z]+", text.lower())
-    return "^" + " ".join(words[:_FEWEST_WORDS]), "$" + " ".join(words[-_FEWEST_WORDS:])
+    return "^" + " ".join(words[:_MIN_WORDS]), "$" + " ".join(words[-_MIN_WORDS:])
 
 
 def _documented(folder: Path, whole: bool = False) -> Iterator[tuple[ast.AST, str]]:
-    """First paragraphs of at least six words, or all of them, file by file in an order that mixes the subpackages."""
+    """Docstrings or their first paragraphs, of at least six words, with files in an order that mixes subpackages."""
     relative = [path.relative_to(folder) for path in folder.rglob("*.py")]
     files = [path for path in relative if {"site-packages", "tests", "test"}.isdisjoint(path.parts)]
     for path in sorted(files, key=lambda path: zlib.crc32(path.as_posix().encode())):
@@ -119,12 +118,12 @@ def _documented(folder: Path, whole: bool = False) -> Iterator[tuple[ast.AST, st
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)
                 tree = ast.parse((folder / path).read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # templates and test material of other packages
+        except (SyntaxError, UnicodeDecodeError):  # templates and test files of other packages
             continue
         for node in _definitions(tree):
             text = ast.get_docstring(node) or ""
             paragraph = " ".join((text if whole else text.split("\n\n")[0]).split())
-            if len(re.findall(r"[A-Za-z]+", paragraph)) >= _FEWEST_WORDS:
+            if len(re.findall(r"[A-Za-z]+", paragraph)) >= _MIN_WORDS:
                 yield node, paragraph
 
 

@@ -230,7 +230,7 @@ def _train(trainer: Trainer, name: str) -> None:
     clock = _Clock()
     trainer.add_callback(clock)
     metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
-    budget = trainer.importance.budget if name == "importance" else 1.0
+    budget = trainer.importance_config.budget if name == "importance" else 1.0
     examples = len(trainer.train_dataset) * (1.0 if budget == "auto" else budget)
     metrics["trainer"] = name
     metrics["examples_per_epoch"] = round(examples)

@@ -1,4 +1,4 @@
-"""Metrics of `evaluate`, computed by scikit-learn: `evaluate.load` would fetch code from the Hub."""
+"""`evaluate` metrics computed by scikit-learn, because `evaluate.load` would fetch code from the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 
 
 class SingleLabel(evaluate.Metric):
-    """Accuracy, and the F1 of each class averaged over the classes."""
+    """Accuracy and macro F1."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(datasets.Value("int64"))
@@ -25,7 +25,7 @@ class SingleLabel(evaluate.Metric):
 
 
 class MultiLabel(evaluate.Metric):
-    """Share of the examples with all labels right (accuracy), and F1 over all decisions."""
+    """Accuracy (all labels of an example are correct) and micro F1."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(datasets.Sequence(datasets.Value("int64")))
@@ -38,7 +38,7 @@ class MultiLabel(evaluate.Metric):
 
 
 class Regression(evaluate.Metric):
-    """Mean squared error, and Pearson's correlation (0 where the predictions are constant)."""
+    """Mean squared error and Pearson correlation (0 if predictions or labels are constant)."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(datasets.Value("float64"))
@@ -52,7 +52,7 @@ class Regression(evaluate.Metric):
 
 
 def metric_for(problem_type: str, name: str | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` for `Trainer`: ours for the problem, or `evaluate.load(name)` (the Hub, or a local script)."""
+    """`compute_metrics` for `Trainer`: by problem type, or `evaluate.load(name)` (from the Hub, or a local script)."""
     ours = {
         "single_label_classification": SingleLabel,
         "multi_label_classification": MultiLabel,
@@ -67,7 +67,7 @@ def metric_for(problem_type: str, name: str | None = None) -> Callable[[EvalPred
 
 
 def decide(logits: np.ndarray | tuple[np.ndarray, ...], problem_type: str) -> np.ndarray:
-    """From logits to classes, to 0/1 per label, or to numbers."""
+    """Convert logits to classes, 0/1 per label, or numbers."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     if problem_type == "single_label_classification":
         return logits.argmax(-1)

@@ -1,9 +1,9 @@
-"""Which loss a model trains with, example by example. It knows no sampling.
+"""Per-example losses and importances of a model. Independent of sampling.
 
 - `per_example`: losses and importances in closed form. Pure tensors.
-- `rows`: examples that a collator has put into one row.
-- `heads`: from what a model returns, and its labels, to those.
-- `first_batch`: compared with the loss of the model itself, before anything is learnt.
-- `last_layer`: importance with respect to its weights.
-- `objective`: all of it, for one model.
+- `rows`: examples that a collator has concatenated into one row.
+- `heads`: losses and importances from the outputs and labels of a model.
+- `first_batch`: checks on the first batch, such as a comparison with the model's own loss.
+- `last_layer`: importance with respect to the weights of the last layer.
+- `objective`: all of these combined for one model.
 """

@@ -1,4 +1,4 @@
-"""From what a model returns, and its labels, to losses per example: by the rules of the heads of transformers."""
+"""Per-example losses from the outputs and labels of a model, by the rules of the heads of transformers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _CLASSIFICATION = {
 
 @dataclass
 class Terms:
-    """What one batch adds to the loss.
+    """Losses of one batch.
 
     Args:
-        losses: `[batch]`, with gradient.
-        importance: computes that of each, `[batch]`.
-        mean: computes the loss of the batch as the model's own head takes it.
-        counted: `[batch]`: in how many positions an example has a loss; None: all have one, in one.
-        are_sums: whether losses are sums over positions, of which examples have different numbers.
+        losses: per-example losses `[batch]`, with gradient.
+        importance: computes the importances `[batch]`.
+        mean: computes the loss of the batch as the model's own head does.
+        counted: number of positions with a loss per example, `[batch]`; None if each has exactly one.
+        are_sums: whether losses are sums over positions, whose number differs between examples.
     """
 
     losses: Tensor
@@ -56,12 +56,12 @@ def classification(logits: Tensor, labels: Tensor, problem_type: str | None, smo
 
     Args:
         logits: `[batch, …, outputs]`, or `[batch]` for regression.
-        labels: as [`read_labels`] gives them.
-        problem_type: of the config of the model; None: what transformers makes of the logits and the type of labels.
-        smoothing: of labels; for cross-entropy.
+        labels: result of [`read_labels`].
+        problem_type: from the model config; None to infer it from logits and labels as transformers does.
+        smoothing: label smoothing, for cross-entropy only.
 
     Raises:
-        ValueError: where they do not fit.
+        ValueError: if logits, labels and settings do not match.
     """
     problem_type = problem_type or _usual_problem_type(logits, labels)
     if problem_type not in _CLASSIFICATION:
@@ -75,7 +75,8 @@ def classification(logits: Tensor, labels: Tensor, problem_type: str | None, smo
         if labels.is_floating_point() and labels.numel() == len(logits) < logits.numel():
             raise ValueError(
                 f"Labels are one number per example ({labels.dtype}), but the model has {logits.shape[-1]} outputs: "
-                "make classes integers, as by row['labels'] = int(row['labels']); for regression set num_labels=1."
+                "convert classes to integers, as in row['labels'] = int(row['labels']), or set num_labels=1 for "
+                "regression."
             )
         losses = loss(logits, labels)
         return Terms(losses, partial(importance, logits, labels), losses.mean)
@@ -92,13 +93,13 @@ def tokens(logits: Tensor, labels: Tensor, shifts: bool, smoothing: float = 0.0)
     """Cross-entropy, summed over the tokens of an example.
 
     Args:
-        logits: `[batch, tokens, classes]`, of prompt tuning with virtual tokens before the others.
+        logits: `[batch, tokens, classes]`; with prompt tuning, virtual tokens come first.
         labels: int64 `[batch, tokens]`, -100 where there is no loss.
-        shifts: whether a token is predicted from those before it.
-        smoothing: of labels.
+        shifts: whether each token is predicted from the previous ones.
+        smoothing: label smoothing.
     """
     virtual = logits.shape[1] - labels.shape[1]
-    counted = count(predicted(labels, shifts))  # as `Trainer` counts, which knows of no virtual tokens
+    counted = count(predicted(labels, shifts))  # as in `Trainer`, which ignores virtual tokens
     labels = predicted(F.pad(labels, (virtual, 0), value=per_example.IGNORE_INDEX), shifts)
     losses = per_example.cross_entropy(logits, labels, smoothing)
     importance = partial(per_example.cross_entropy_importance, logits, labels, smoothing)
@@ -111,18 +112,18 @@ def predicted(labels: Tensor, shifts: bool) -> Tensor:
 
 
 def pixels(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Terms:
-    """Cross-entropy, summed over the pixels of a mask, of logits that are enlarged to its size.
+    """Cross-entropy, summed over the pixels of a mask; logits are resized to the mask.
 
     Args:
-        logits: `[batch, classes, height, width]`, mostly smaller than the mask.
+        logits: `[batch, classes, height, width]`, usually smaller than the mask.
         labels: int64 `[batch, height, width]`, -100 where there is no loss.
-        smoothing: of labels.
+        smoothing: label smoothing.
 
     Raises:
         ValueError: for a model with one output.
     """
     if logits.shape[1] == 1:
-        raise ValueError(f"A mask of two classes needs a model with two outputs, but it has one. {HINT}")
+        raise ValueError(f"A mask of two classes requires a model with two outputs, but it has one. {HINT}")
     if logits.shape[-2:] != labels.shape[-2:]:
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     losses, counted = per_example.pixel_cross_entropy(logits, labels, smoothing), count(labels)
@@ -131,11 +132,11 @@ def pixels(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Terms:
 
 
 def span(start_logits: Tensor, end_logits: Tensor, labels: Labels) -> Terms:
-    """Half of the cross-entropy of the start and half of that of the end; none of a position beyond the text.
+    """Mean of the cross-entropies of start and end; positions beyond the text have no loss.
 
     Args:
         start_logits: `[batch, tokens]`.
-        end_logits: likewise.
+        end_logits: `[batch, tokens]`.
         labels: `start_positions` and `end_positions`, int64 `[batch]`.
     """
     pairs = []
@@ -155,18 +156,18 @@ def span(start_logits: Tensor, end_logits: Tensor, labels: Labels) -> Terms:
 def custom(
     function: LossOfInputs, outputs: Any, labels: Any, inputs: dict[str, Any], batch: int, after_loss: bool = False
 ) -> Terms:
-    """The losses that `function` makes of them, and their gradients with respect to the logits by autograd.
+    """Losses of a user-defined function, with gradients with respect to the logits by autograd.
 
     Args:
-        function: as [`with_inputs`] makes it.
-        outputs: of the model.
-        labels: as the user's function has them.
-        inputs: of the model.
-        batch: examples.
-        after_loss: whether a tuple begins with a loss.
+        function: result of [`with_inputs`].
+        outputs: outputs of the model.
+        labels: labels in the form that the function expects.
+        inputs: inputs of the model.
+        batch: number of examples.
+        after_loss: whether a tuple of outputs starts with a loss.
 
     Raises:
-        ValueError: if it does not return one loss per example.
+        ValueError: if the function does not return one loss per example.
     """
     losses = function(outputs, labels, inputs)
     if not isinstance(losses, Tensor) or losses.shape != (batch,):
@@ -177,16 +178,16 @@ def custom(
 
 
 def with_inputs(function: PerExampleLoss) -> LossOfInputs:
-    """The user's function as one of `(outputs, labels, inputs)`.
+    """Wrap the user's function as a function of `(outputs, labels, inputs)`.
 
-    It gets the inputs if it has a third argument without a default, or one called `inputs` after the first two.
+    It receives the inputs if it has a third argument without a default, or an argument `inputs` after the first two.
 
     Raises:
-        TypeError: if it can be called neither with these nor with the first two.
+        TypeError: if it accepts neither two nor three such arguments.
     """
     try:
         signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except ValueError:  # of some that are not written in Python
+    except ValueError:  # some functions not written in Python have no signature
         return lambda outputs, labels, _: function(outputs, labels)
     parameters = list(signature.parameters.values())
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -203,7 +204,7 @@ def with_inputs(function: PerExampleLoss) -> LossOfInputs:
         name = getattr(function, "__name__", type(function).__name__)
         raise TypeError(
             "per_example_loss_func must be a function f(outputs, labels) or f(outputs, labels, inputs) -> "
-            f"Tensor[batch], but {name}{signature} cannot be called so: {error}."
+            f"Tensor[batch], but {name}{signature} cannot be called that way: {error}."
         ) from error
     return called
 
@@ -212,16 +213,16 @@ def with_inputs(function: PerExampleLoss) -> LossOfInputs:
 
 
 def logits_of(outputs: Any, batch: int, after_loss: bool = False, span: bool = False) -> list[Tensor]:
-    """The logits, `[batch, …]`; of a span those of start and end.
+    """The logits `[batch, …]`, or the start and end logits of a span.
 
     Args:
-        outputs: a mapping that names them, or a tuple that begins with them, or them.
-        batch: examples.
-        after_loss: whether a tuple begins with a loss.
-        span: see above.
+        outputs: a mapping with the logits, a tuple that starts with them, or the logits.
+        batch: number of examples.
+        after_loss: whether a tuple of outputs starts with a loss.
+        span: whether to return start and end logits.
 
     Raises:
-        ValueError: if there are none, or not a row per example.
+        ValueError: if there are no logits with one row per example.
     """
     keys = _SPAN_LOGITS if span else ("logits",)
     if isinstance(outputs, Mapping):
@@ -230,35 +231,35 @@ def logits_of(outputs: Any, batch: int, after_loss: bool = False, span: bool = F
         found = _in_tuple(outputs, after_loss)[: len(keys)]
     if len(found) < len(keys) or not all(isinstance(logits, Tensor) for logits in found):
         raise ValueError(
-            f"The model must return a dict with {' and '.join(map(repr, keys))}, or a tuple that begins so, but "
-            f"returned {_described(outputs)}. {HINT} Losses that couple the examples of a batch (contrastive, "
-            "preference pairs) cannot be weighted: use Trainer for them."
+            f"The model must return a dict with {' and '.join(map(repr, keys))}, or a tuple that starts with it, but "
+            f"returned {_described(outputs)}. {HINT} Losses that compare the examples of a batch (contrastive, "
+            "preference pairs) cannot be weighted per example: use Trainer for them."
         )
     for key, logits in zip(keys, found, strict=True):
         if logits.shape[:1] != (batch,):
-            raise ValueError(f"{key} must be [{batch}, …], one row per example, but are {list(logits.shape)}.")
+            raise ValueError(f"{key} must have shape [{batch}, …], one row per example, but has {list(logits.shape)}.")
     return found
 
 
 def decision_of(outputs: Any, after_loss: bool = False) -> Tensor | None:
-    """The logits, of whatever shape; None if there are none."""
+    """The logits, of any shape; None if there are none."""
     found = [outputs.get("logits")] if isinstance(outputs, Mapping) else _in_tuple(outputs, after_loss)
     return found[0] if found and isinstance(found[0], Tensor) else None
 
 
 def predictions_of(outputs: Any, batch: int, after_loss: bool = False) -> dict[str | int, Tensor]:
-    """What a loss of the user's own may be computed from, by key or position: logits and boxes, a row per example.
+    """Outputs that a user-defined loss may depend on, by key or position: logits and boxes, one row per example.
 
-    Where nothing is called so, every floating-point tensor that has a row per example.
+    If no output has such a name, all floating-point tensors with one row per example.
 
     Raises:
-        ValueError: if there is nothing.
+        ValueError: if there are none.
     """
     if isinstance(outputs, Mapping):
         named = {key: value for key, value in outputs.items() if key.endswith("logits") or key.startswith("pred_")}
         named = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         if any(value.shape[:1] != (batch,) for value in named.values()):
-            logits_of(outputs, batch)  # says so
+            logits_of(outputs, batch)  # raises
         found = named or {key: value for key, value in outputs.items() if key != "loss"}
     else:
         found = dict(
@@ -277,7 +278,7 @@ def predictions_of(outputs: Any, batch: int, after_loss: bool = False) -> dict[s
 
 
 def with_predictions(outputs: Any, predictions: Mapping[str | int, Tensor]) -> Any:
-    """The outputs with others in the place of what [`predictions_of`] has found."""
+    """The outputs with the result of [`predictions_of`] replaced."""
     if isinstance(outputs, Tensor):
         return predictions[0]
     if not isinstance(outputs, Mapping):
@@ -289,7 +290,7 @@ def with_predictions(outputs: Any, predictions: Mapping[str | int, Tensor]) -> A
 
 
 def loss_of(outputs: Any) -> Tensor | None:
-    """The loss of the model itself, of outputs that were made with labels; None if there is none."""
+    """The model's own loss from outputs computed with labels; None if there is none."""
     if isinstance(outputs, Mapping):
         return outputs.get("loss")
     first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) else None
@@ -310,7 +311,7 @@ def _described(outputs: Any) -> str:
 
 
 def whole_numbers(labels: Labels) -> Labels:
-    """Integers and truth values as int64, floating-point numbers as float32: what heads and models can work with."""
+    """Convert labels to types that heads and models accept: int64 for integers and booleans, float32 for floats."""
 
     def read(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -321,29 +322,29 @@ def whole_numbers(labels: Labels) -> Labels:
 
 
 def read_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -> Tensor:
-    """Labels as [`whole_numbers`] gives them, for these logits: of several labels per example as float32."""
+    """Convert labels of multi-label classification to float32; others are unchanged. See [`whole_numbers`]."""
     many = labels.shape == logits.shape and logits.dim() == 2 and logits.shape[1] > 1
     several = problem_type == "multi_label_classification" or (many and problem_type is None)
     return labels.float() if several and not labels.is_floating_point() else labels
 
 
 def count(labels: Tensor) -> Tensor:
-    """float32 `[batch]`: how many positions of each example have a loss."""
+    """Number of positions with a loss per example, float32 `[batch]`."""
     return (labels != per_example.IGNORE_INDEX).view(len(labels), -1).sum(1).float()
 
 
 def refuse_out_of_range(logits: Tensor, labels: Tensor) -> None:
-    """Before a GPU fails at them.
+    """Check the range of class labels, which would cause a device-side assertion on a GPU.
 
     Raises:
-        ValueError: for classes that the model does not have.
+        ValueError: if the model does not have these classes.
     """
     kept = labels[labels != per_example.IGNORE_INDEX]
     classes = logits.shape[1 if logits.dim() == 4 else -1] if logits.dim() else 1
     if not labels.is_floating_point() and classes > 1 and kept.numel() and not 0 <= kept.min() <= kept.max() < classes:
         raise ValueError(
             f"Labels must be in 0 … {classes - 1}, as the model has {classes} outputs, but are in "
-            f"{kept.min().item()} … {kept.max().item()}: correct the data, or num_labels of the model."
+            f"{kept.min().item()} … {kept.max().item()}: correct the labels, or num_labels of the model."
         )
 
 

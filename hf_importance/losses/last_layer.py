@@ -8,13 +8,13 @@ from hf_importance.losses import per_example
 
 
 class LastLayer:
-    """Catches what the linear last layer of a model is given, until `remove()`.
+    """Captures the inputs of the linear last layer of a model, until `remove()` is called.
 
     Args:
-        model: of which it is the last `nn.Linear` with as many outputs as there are labels.
+        model: the layer is its last `nn.Linear` with `num_labels` outputs.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -22,7 +22,7 @@ class LastLayer:
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and outputs in (None, m.out_features)]
         if not layers:
             raise ValueError(
-                f"metric='last_layer_gradient' needs a last layer nn.Linear with {outputs} outputs, and "
+                f"metric='last_layer_gradient' requires a last layer nn.Linear with {outputs} outputs, but "
                 f"{type(model).__name__} has none: use metric='logit_gradient'."
             )
         self._bias = layers[-1].bias is not None
@@ -33,11 +33,11 @@ class LastLayer:
         self._features = args[0].detach()
 
     def importance(self, gradient_norm: Tensor) -> Tensor:
-        """`[batch]`, of the norms of the gradients with respect to the logits."""
+        """Importance `[batch]` from the norms of the gradients with respect to the logits."""
         features, self._features = self._features, None
         if features is None or features.dim() != 2 or len(features) != len(gradient_norm):
             raise ValueError(
-                f"metric='last_layer_gradient' needs features [{len(gradient_norm)}, hidden] at the last layer, not "
-                f"{None if features is None else list(features.shape)}: use metric='logit_gradient'."
+                f"metric='last_layer_gradient' requires inputs [{len(gradient_norm)}, hidden] of the last layer, but "
+                f"got {None if features is None else list(features.shape)}: use metric='logit_gradient'."
             )
         return per_example.last_layer_importance(gradient_norm, features, self._bias)

@@ -1,4 +1,4 @@
-"""The loss that training minimises, and the importances that go with it."""
+"""The training loss of a model per example, and the importances."""
 
 from __future__ import annotations
 
@@ -12,59 +12,59 @@ from torch import Tensor, nn
 
 from hf_importance.losses import heads, per_example
 from hf_importance.losses.first_batch import (
+    accepts,
     copies_of_the_first,
-    looking,
     may_skip_logits,
-    needs,
     refuse_another_loss,
     refuse_coupled,
     refuse_coupled_by_model,
+    requires,
     same,
-    takes,
+    without_side_effects,
 )
 from hf_importance.losses.heads import Labels, PerExampleLoss, Terms
 from hf_importance.losses.last_layer import LastLayer
-from hf_importance.record import SEEN
+from hf_importance.record import OBSERVED
 from hf_importance.state import read_number
 
-_ADDED = ("aux_loss", "z_loss")
+_AUXILIARY_LOSSES = ("aux_loss", "z_loss")
 _MASK_IGNORES = 255
 
 
 @dataclass
 class Measured:
-    """What one batch gives.
+    """Measurements of one batch.
 
     Args:
-        losses: `[batch]`, with gradient.
-        importance: `[batch]`, without.
-        seen: float32 `[4, batch]`, without: the rows that `record.SEEN` names.
-        added: what the model adds to its loss by itself, with gradient; 0 for most.
-        outputs: of the model.
-        counted: `[batch]`, in how many positions each example has a loss; None: all have one.
-        are_sums: whether losses are sums over these.
+        losses: per-example losses `[batch]`, with gradient.
+        importance: importances `[batch]`, without gradient.
+        observed: rows named in `record.OBSERVED`, float32 `[4, batch]`, without gradient.
+        added: auxiliary loss that the model adds, with gradient; 0 for most models.
+        outputs: outputs of the model.
+        counted: number of positions with a loss per example, `[batch]`; None if each has exactly one.
+        are_sums: whether losses are sums over positions.
     """
 
     losses: Tensor
     importance: Tensor
-    seen: Tensor
+    observed: Tensor
     added: Tensor | float
     outputs: Any
     counted: Tensor | None = None
     are_sums: bool = False
 
     def weighted_mean(self, weight: Tensor, positions: Tensor | None = None, share: float = 1.0) -> Tensor:
-        """The loss of the batch: weight · loss over what has a loss, and what the model adds.
+        """The weighted loss of the batch, including the auxiliary loss.
 
-        Of one loss per example it is the mean; where some have none, over the weighted share of those that have one. Of
-        sums over positions it is Σ w ℓ / Σ w n. Both are ratio estimators, and the mean of `Trainer` where all weights
-        are 1. Their bias under weights is that of a ratio, of the order of 1/batch; to divide by positions without
-        weights would be biased by more, as they depend on which examples are drawn.
+        With one loss per example it is the mean of w ℓ, divided by the weighted share of examples with a loss. With
+        sums over positions it is Σ w ℓ / Σ w n. If all weights are 1, both are the mean of `Trainer`. As ratio
+        estimators they have a bias of order 1/batch; dividing by unweighted positions would have a larger bias, because
+        these depend on which examples are drawn.
 
         Args:
-            weight: `[batch]`.
-            positions: Σ w n over all batches of the step; by default over this one.
-            share: of what the model adds that counts: one over those batches.
+            weight: importance weights `[batch]`.
+            positions: Σ w n over all batches of the step; by default over this batch.
+            share: factor of the auxiliary loss: 1 / number of batches in the step.
         """
         if self.are_sums:
             own = (weight * self.counted).sum().clamp(min=torch.finfo(weight.dtype).tiny)
@@ -77,21 +77,20 @@ class Measured:
 
 
 class Objective:
-    """The loss that training minimises, example by example, and the importance that goes with it.
+    """Computes the training loss per example, and the importances.
 
-    The loss is computed outside the model, from its logits. Which one it is follows from the labels and the outputs, by
-    the rules of the heads of transformers: cross-entropy, binary cross-entropy or squared error of an example
-    (`config.problem_type`, else the number of logits and the type of the labels); cross-entropy of its tokens, which
-    causal language models shift by one, or of its pixels; of the start and the end of a span; or
-    `per_example_loss_func`. The first batch is also given to the model with its labels, to compare with the loss that
-    it would have trained with.
+    The loss is computed outside the model, from its logits. Its kind follows from labels and outputs by the rules of
+    the heads of transformers: cross-entropy, binary cross-entropy or squared error per example (`config.problem_type`,
+    else from the number of logits and the type of the labels); cross-entropy of tokens (shifted by one for causal
+    language models), of pixels, or of the start and end of a span; or `per_example_loss_func`. On the first batch it is
+    compared with the model's own loss.
 
     Args:
-        model: unwrapped.
+        model: the unwrapped model.
         metric: see `ImportanceConfig`.
-        label_smoothing: as in `TrainingArguments.label_smoothing_factor`; for cross-entropy.
+        label_smoothing: `TrainingArguments.label_smoothing_factor`, for cross-entropy.
         per_example_loss_func: see `ImportanceTrainerMixin`.
-        causal: whether tokens are predicted from those before them; the first batch may show that it is otherwise.
+        causal: whether tokens are predicted from the previous ones; the first batch may correct this.
     """
 
     def __init__(
@@ -110,74 +109,74 @@ class Objective:
         self._own_losses = None if per_example_loss_func is None else heads.with_inputs(per_example_loss_func)
         self._shifts = causal
         self._last_layer: LastLayer | None = None
-        self._looked = False
-        self._adds = False
+        self._checked = False
+        self._has_auxiliary_loss = False
         self._needs: bool | None = None
-        self._classes = 0  # of masks
+        self._classes = 0  # number of classes, for masks
 
     def close(self) -> None:
-        """Leave the model as it was found."""
+        """Remove the hooks from the model."""
         if self._last_layer is not None:
             self._last_layer.remove()
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any], labels: Labels, batch: int) -> Measured:
-        """Forward the batch through `model`, the wrapped one, and measure.
+        """Run the forward pass and measure the batch.
 
         Args:
-            model: see above.
-            inputs: of it, without the labels.
-            labels: by name; none where the model has none, which takes a `per_example_loss_func`.
+            model: the model, possibly wrapped.
+            inputs: inputs of the model, without the labels.
+            labels: labels by name; may be empty with a `per_example_loss_func`.
             batch: number of examples.
 
         Raises:
-            ValueError: if losses per example cannot be had, or are not those of the model.
+            ValueError: if per-example losses cannot be computed, or do not match the model's loss.
         """
         labels = heads.whole_numbers(labels)
         if self._metric == "last_layer_gradient" and self._last_layer is None:
             self._last_layer = LastLayer(self._model)
-        if not self._looked:
-            self._look(inputs, labels, batch)
-            self._looked = True
-        outputs, gave = self._forward(model, inputs, labels)
-        terms = self._terms(outputs, gave, inputs, labels, batch)
-        added = heads.loss_of(outputs) - terms.mean() if self._adds else 0.0
+        if not self._checked:
+            self._check_first_batch(inputs, labels, batch)
+            self._checked = True
+        outputs, labels_given = self._forward(model, inputs, labels)
+        terms = self._terms(outputs, labels_given, inputs, labels, batch)
+        added = heads.loss_of(outputs) - terms.mean() if self._has_auxiliary_loss else 0.0
         shown = terms.losses / terms.counted.clamp(min=1) if terms.are_sums else terms.losses
-        seen, importance = _seen(shown, outputs, gave, labels), self._importance(terms)
-        return Measured(terms.losses, importance, seen, added, outputs, terms.counted, terms.are_sums)
+        observed, importance = _observe(shown, outputs, labels_given, labels), self._importance(terms)
+        return Measured(terms.losses, importance, observed, added, outputs, terms.counted, terms.are_sums)
 
     def evaluate(self, model: nn.Module, inputs: dict[str, Any], labels: Labels) -> tuple[Tensor, Any]:
-        """The mean of the losses of `per_example_loss_func`, and the outputs; a tuple begins with that loss."""
+        """The mean loss of `per_example_loss_func`, and the outputs; the loss is prepended to a tuple of outputs."""
         labels = heads.whole_numbers(labels)
-        outputs, gave = self._forward(model, inputs, labels)
+        outputs, labels_given = self._forward(model, inputs, labels)
         loss = self._own_losses(outputs, *_as_arguments(inputs, labels)).mean()
         if isinstance(outputs, Mapping):
             return loss, outputs
-        rest = (outputs,) if isinstance(outputs, Tensor) else outputs[int(gave) :]
+        rest = (outputs,) if isinstance(outputs, Tensor) else outputs[int(labels_given) :]
         return loss, (loss, *rest)
 
     @property
     def shifts(self) -> bool:
-        """Whether tokens are predicted from those before them."""
+        """Whether tokens are predicted from the previous ones."""
         return self._shifts
 
     def state_dict(self) -> dict[str, Any]:
-        """What the first batch has shown, so that a resumed training does not look again."""
+        """Results of the checks on the first batch, so a resumed training does not repeat them."""
         return {
-            "loss": self._loss_it_is,
-            "looked": self._looked,
+            "loss": self._loss_identity,
+            "looked": self._checked,
             "shifts": self._shifts,
-            "adds": self._adds,
+            "adds": self._has_auxiliary_loss,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where [`state_dict`] was taken; with another model or loss look at the first batch again."""
+        """Restore a [`state_dict`]; with a different model or loss, the first batch is checked again."""
         looked, shifts, adds = (read_number(state, name, bool) for name in ("looked", "shifts", "adds"))
-        if state["loss"] == self._loss_it_is:
-            self._looked, self._shifts, self._adds = looked, shifts, adds
+        if state["loss"] == self._loss_identity:
+            self._checked, self._shifts, self._has_auxiliary_loss = looked, shifts, adds
 
     @property
-    def _loss_it_is(self) -> list[Any]:
-        """What must be the same for the first batch to have shown the same."""
+    def _loss_identity(self) -> list[Any]:
+        """Model and loss for which the checks on the first batch are valid."""
         function = self._per_example_loss_func
         name = None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
         return [type(self._model).__name__, self._label_smoothing, name]
@@ -187,22 +186,22 @@ class Objective:
     def _forward(
         self, model: nn.Module, inputs: dict[str, Any], labels: Labels, give: bool = False
     ) -> tuple[Any, bool]:
-        """The outputs, and whether the model was given the labels: where it adds to its loss, or cannot do without."""
+        """Return the outputs, and whether the model was given the labels: for an auxiliary loss, or if required."""
         if {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs) or not self._decodes(labels):
             must = self._needs_labels(labels)
         elif hasattr(self._model, "prepare_decoder_input_ids_from_labels"):
             inputs = {**inputs, "decoder_input_ids": self._model.prepare_decoder_input_ids_from_labels(**labels)}
             must = False
-        else:  # it makes them of the labels by itself
+        else:  # the model derives them from the labels
             must = True
-        gives = give or must or self._adds
-        if gives and self._may_skip_logits:
+        labels_given = give or must or self._has_auxiliary_loss
+        if labels_given and self._may_skip_logits:
             inputs = {**inputs, "skip_logits": False}
-        return (model(**{**inputs, **labels}) if gives else model(**inputs)), gives
+        return (model(**{**inputs, **labels}) if labels_given else model(**inputs)), labels_given
 
     def _needs_labels(self, labels: Labels) -> bool:
-        if self._needs is None:  # which takes as long as a small layer
-            self._needs = needs(self._model, labels)
+        if self._needs is None:  # cached: it takes as long as a small layer
+            self._needs = requires(self._model, labels)
         return self._needs
 
     @cached_property
@@ -210,19 +209,19 @@ class Objective:
         return may_skip_logits(self._model)
 
     def _decodes(self, labels: Labels) -> bool:
-        """Whether it is an encoder-decoder, which is to write its labels."""
+        """Whether the model is an encoder-decoder that generates its labels."""
         if not getattr(self._config, "is_encoder_decoder", False) or set(labels) != {"labels"}:
             return False
         return isinstance(labels["labels"], Tensor) and labels["labels"].dim() > 1
 
-    # ---- which loss it is --------------------------------------------------------------------------------------------
+    # ---- kind of loss ------------------------------------------------------------------------------------------------
 
-    def _terms(self, outputs: Any, gave: bool, inputs: dict[str, Any], labels: Labels, batch: int) -> Terms:
+    def _terms(self, outputs: Any, labels_given: bool, inputs: dict[str, Any], labels: Labels, batch: int) -> Terms:
         if self._per_example_loss_func is not None:
-            return heads.custom(self._own_losses, outputs, *_as_arguments(inputs, labels), batch, gave)
+            return heads.custom(self._own_losses, outputs, *_as_arguments(inputs, labels), batch, labels_given)
         if set(heads.SPAN) <= set(labels):
-            return heads.span(*heads.logits_of(outputs, batch, gave, span=True), labels)
-        (logits,) = heads.logits_of(outputs, batch, gave)
+            return heads.span(*heads.logits_of(outputs, batch, labels_given, span=True), labels)
+        (logits,) = heads.logits_of(outputs, batch, labels_given)
         target = self._target(logits, labels)
         try:
             if _is_mask(logits, target):
@@ -236,11 +235,11 @@ class Objective:
             raise ValueError(f"Labels {shapes} ({error}). {heads.HINT}") from error
 
     def _target(self, logits: Tensor, labels: Labels) -> Tensor:
-        """The labels as a loss of these logits takes them."""
+        """The labels in the form that the loss of these logits requires."""
         ((name, target),) = list(labels.items())[:1]
         if not isinstance(target, Tensor):
             raise ValueError(
-                f"{name} must be a tensor, but is {_kind(target)}, of which no usual loss can be made. {heads.HINT}"
+                f"{name} must be a tensor, but is {_kind(target)}, for which there is no standard loss. {heads.HINT}"
             )
         if _is_mask(logits, target):
             self._classes = logits.shape[1]
@@ -257,7 +256,7 @@ class Objective:
         return getattr(self._config, "problem_type", None)
 
     def count(self, labels: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """`[batch]`: tokens or pixels that have a loss, of labels as the collator makes them."""
+        """Number of tokens or pixels with a loss per example, `[batch]`, from collated labels."""
         labels = labels.long()
         return heads.count(heads.predicted(labels, self._shifts) if labels.dim() == 2 else self._with_ignored(labels))
 
@@ -271,42 +270,44 @@ class Objective:
 
     # ---- the first batch ---------------------------------------------------------------------------------------------
 
-    def _look(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
-        """Compare with the loss of the model, which also tells whether it shifts its labels, and adds to its loss."""
-        with looking(self._model):
-            outputs, gave = self._forward(self._model, inputs, labels)
+    def _check_first_batch(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
+        """Compare with the model's own loss, which also shows whether it shifts labels or adds an auxiliary loss."""
+        with without_side_effects(self._model):
+            outputs, labels_given = self._forward(self._model, inputs, labels)
         if self._per_example_loss_func is not None:
-            losses = refuse_coupled(outputs, lambda o: self._terms(o, gave, inputs, labels, batch), batch, gave)
+            losses = refuse_coupled(
+                outputs, lambda o: self._terms(o, labels_given, inputs, labels, batch), batch, labels_given
+            )
             refuse_coupled_by_model(losses, self._losses_of_copies(inputs, labels, batch))
             return
-        logits = heads.decision_of(outputs, gave)
+        logits = heads.decision_of(outputs, labels_given)
         if logits is not None and len(labels) == 1:
-            heads.refuse_out_of_range(logits, self._target(logits, labels))  # before a GPU fails at them
-        self._terms(outputs, gave, inputs, labels, batch)
-        if self._label_smoothing:  # then `Trainer` takes the logits, whatever the loss of the model is
+            heads.refuse_out_of_range(logits, self._target(logits, labels))  # before a device-side assertion on a GPU
+        self._terms(outputs, labels_given, inputs, labels, batch)
+        if self._label_smoothing:  # `Trainer` then computes the loss from the logits
             return
-        self._compare(inputs, self._as_read(outputs, gave, labels, batch), batch, (outputs, gave))
+        self._compare(inputs, self._as_read(outputs, labels_given, labels, batch), batch, (outputs, labels_given))
 
     def _losses_of_copies(self, inputs: dict[str, Any], labels: Labels, batch: int) -> Tensor:
-        """`[batch]`, of a batch that is the first example again and again."""
+        """Losses `[batch]` of a batch of copies of the first example."""
         inputs, labels = copies_of_the_first(inputs, batch), copies_of_the_first(labels, batch)
-        with looking(self._model):
+        with without_side_effects(self._model):
             outputs, _ = self._forward(self._model, inputs, labels)
             return self._own_losses(outputs, *_as_arguments(inputs, labels))
 
-    def _as_read(self, outputs: Any, gave: bool, labels: Labels, batch: int) -> Labels:
-        """Several truth values of an example as floating-point numbers, which models want; all else as it is."""
+    def _as_read(self, outputs: Any, labels_given: bool, labels: Labels, batch: int) -> Labels:
+        """Labels in the form that the model expects, see [`heads.read_labels`]."""
         if len(labels) > 1:
             return labels
-        (logits,) = heads.logits_of(outputs, batch, gave)
+        (logits,) = heads.logits_of(outputs, batch, labels_given)
         return {name: heads.read_labels(target, logits, self._problem_type) for name, target in labels.items()}
 
     def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int, usual: tuple[Any, bool]) -> None:
-        """Give the model the labels, which may return no logits then, but `usual`ly does."""
-        if not takes(self._model, labels):
-            raise ValueError(f"The model takes no {list(labels)}, so that its loss is unknown. {heads.HINT}")
+        """Compare with the loss of the model given labels; `usual` provides the logits if it then returns none."""
+        if not accepts(self._model, labels):
+            raise ValueError(f"The model does not accept {list(labels)}, so its loss is unknown. {heads.HINT}")
         try:
-            with looking(self._model):
+            with without_side_effects(self._model):
                 outputs, _ = self._forward(self._model, inputs, labels, give=True)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(
@@ -314,38 +315,40 @@ class Objective:
             ) from error
         theirs = heads.loss_of(outputs)
         if theirs is None:
-            raise ValueError(f"The model returned no 'loss' for its labels, so that its loss is unknown. {heads.HINT}")
+            raise ValueError(f"The model returned no 'loss' for its labels, so its loss is unknown. {heads.HINT}")
         made_of = usual if heads.decision_of(outputs, True) is None else (outputs, True)
         by_rule = self._terms(*made_of, inputs, labels, batch)
         if isinstance(outputs, Mapping):
-            self._adds = any(key.endswith(_ADDED) and isinstance(value, Tensor) for key, value in outputs.items())
-        if self._adds:  # then the loss is not to be compared
+            self._has_auxiliary_loss = any(
+                key.endswith(_AUXILIARY_LOSSES) and isinstance(value, Tensor) for key, value in outputs.items()
+            )
+        if self._has_auxiliary_loss:  # an auxiliary loss makes them differ
             return
         if by_rule.are_sums and not same(theirs, by_rule.mean()):
             self._shifts = not self._shifts
         refuse_another_loss(theirs, self._terms(*made_of, inputs, labels, batch).mean())
 
 
-def _seen(losses: Tensor, outputs: Any, gave: bool, labels: Labels) -> Tensor:
-    """Of the decision of the model, where it takes one per example."""
+def _observe(losses: Tensor, outputs: Any, labels_given: bool, labels: Labels) -> Tensor:
+    """Observations of the batch, see [`observed_of`]."""
     target = next(iter(labels.values())) if len(labels) == 1 else None
-    return seen_of(losses, heads.decision_of(outputs, gave), target)
+    return observed_of(losses, heads.decision_of(outputs, labels_given), target)
 
 
 @torch.no_grad()
-def seen_of(losses: Tensor, logits: Tensor | None = None, target: Any = None) -> Tensor:
-    """float32 `[4, batch]`: the rows of `record.SEEN`; NaN is what is not known.
+def observed_of(losses: Tensor, logits: Tensor | None = None, target: Any = None) -> Tensor:
+    """The rows of `record.OBSERVED`, float32 `[4, batch]`; NaN where unknown.
 
     Args:
         losses: `[batch]`.
-        logits: the decision of the model: those of the classes of each example, or a number.
-        target: what it should have been.
+        logits: predictions of the model, class logits or a number per example.
+        target: labels of the examples.
     """
-    seen = losses.new_full((len(SEEN), len(losses)), torch.nan, dtype=torch.float32)
-    label, loss, prediction, probability = seen  # views
+    observed = losses.new_full((len(OBSERVED), len(losses)), torch.nan, dtype=torch.float32)
+    label, loss, prediction, probability = observed  # views
     loss.copy_(losses)
     if not isinstance(target, Tensor) or logits is None or target.numel() != len(losses):
-        return seen
+        return observed
     target = target.flatten()
     if logits.numel() == len(losses):
         label.copy_(target)
@@ -356,22 +359,22 @@ def seen_of(losses: Tensor, logits: Tensor | None = None, target: Any = None) ->
         label.copy_(target).masked_fill_(ignored, torch.nan)
         prediction.copy_(number)
         probability.copy_(highest).masked_fill_(ignored, torch.nan)
-    return seen
+    return observed
 
 
 def _as_arguments(inputs: dict[str, Any], labels: Labels) -> tuple[Any, dict[str, Any]]:
-    """What `per_example_loss_func` gets: the labels, a dict of several, or the inputs if there are none; the inputs."""
+    """Arguments of `per_example_loss_func`: labels (a dict of several, or the inputs if there are none), and inputs."""
     if not labels:
         return inputs, inputs
     return (next(iter(labels.values())) if len(labels) == 1 else labels), inputs
 
 
 def _is_mask(logits: Tensor, labels: Tensor) -> bool:
-    usual = labels.shape == logits.shape[:-1]  # the classes come last, as of pairs of words
+    usual = labels.shape == logits.shape[:-1]  # classes on the last axis, as for word pairs
     return logits.dim() == 4 and labels.dim() == 3 and not labels.is_floating_point() and not usual
 
 
 def _kind(value: Any) -> str:
-    """What it is, with what is in it."""
+    """Type of a value and of its elements, for messages."""
     name = type(value).__name__
     return f"a {name} of {type(value[0]).__name__}" if isinstance(value, (list, tuple)) and value else f"a {name}"

@@ -15,8 +15,8 @@ IGNORE_INDEX = -100
 """Label of a position that has no loss, as in `torch.nn.functional.cross_entropy`."""
 
 _CPU_ELEMENTS, _CUDA_ELEMENTS = 2**17, 2**26
-"""Logits at a time: what fits into a cache, and what takes little memory. No copy of all logits is made."""
-_LOGITS, _GRADIENT = 0, 1  # places in the memory that all pieces share
+"""Logits per piece: small enough for the cache, or for GPU memory. No copy of all logits is made."""
+_LOGITS, _GRADIENT = 0, 1  # slots of the buffer that all pieces share
 
 # ---- per-example losses ----------------------------------------------------------------------------------------------
 
@@ -24,14 +24,14 @@ _LOGITS, _GRADIENT = 0, 1  # places in the memory that all pieces share
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each example, summed over its positions.
 
-    On a CPU positions without a loss are left out where most have none, so that nothing is computed or kept of them. On
-    a GPU all are computed: to pick some, the host would have to wait for their number.
+    On a CPU, positions without a loss are skipped if most have none. On a GPU all are computed, because skipping some
+    would require a synchronisation to get their number.
 
     Args:
         logits: `[batch, *positions, classes]`; no positions for classification, one axis of them for tokens.
         labels: classes `[batch, *positions]` in 0 … classes − 1, or -100 where there is no loss; or probabilities of
             the shape of `logits`.
-        label_smoothing: ε in [0, 1]: the share of each label that is spread evenly over all classes.
+        label_smoothing: ε in [0, 1], the probability that is spread evenly over all classes.
 
     Returns:
         `[batch]`, ≥ 0.
@@ -42,7 +42,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     if labels.is_floating_point():
         log_p = _at_least_float32(logits).log_softmax(-1)
         target = _smooth(labels.to(log_p.dtype), label_smoothing)
-        losses = -torch.where(target > 0, target * log_p, 0.0).sum(-1)  # a class of probability 0 may have logit −inf
+        losses = -torch.where(target > 0, target * log_p, 0.0).sum(-1)  # for target 0, log_p may be −inf
     else:
         rows = logits.flatten(0, -2)
         targets = labels.reshape(len(rows))
@@ -100,7 +100,7 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     tensor([0.6931])
     """
     logits, labels = _same_shape(logits, labels)
-    present = torch.where(labels > 0, labels * F.logsigmoid(logits), 0.0)  # 0·log 0 = 0, also at logits of ±inf
+    present = torch.where(labels > 0, labels * F.logsigmoid(logits), 0.0)  # 0·log 0 = 0, even with logits of ±inf
     absent = torch.where(labels < 1, (1 - labels) * F.logsigmoid(-logits), 0.0)
     return -(present + absent).mean(1)
 
@@ -122,16 +122,16 @@ def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits - labels).square().mean(1)
 
 
-# ---- importance: norm of the gradient of those losses with respect to the logits -------------------------------------
+# ---- importance: norm of the gradient of these losses with respect to the logits -------------------------------------
 
 
 @torch.no_grad()
 def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """‖p − t‖₂ with p = softmax(logits) and t the (smoothed) label; over tokens the root of the sum of its squares.
+    """‖p − t‖₂ with p = softmax(logits) and t the (smoothed) label; over tokens the root of the sum of squares.
 
     Arguments as for [`cross_entropy`]. The gradient sums to zero over the classes, so its component at the label is
-    taken as minus the sum of the others: 1 − p_y itself would cancel to nothing once p_y rounds to 1. Positions without
-    a loss are left out as by [`cross_entropy`].
+    computed as minus the sum of the others; 1 − p_y would cancel to 0 once p_y rounds to 1. Positions without a loss
+    are skipped as in [`cross_entropy`].
 
     Returns:
         `[batch]`, in 0 … √2 for one position; NaN where the logits leave it undefined.
@@ -147,16 +147,16 @@ def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: fl
 
 @torch.no_grad()
 def squares_of_fused_head(log_p: Tensor, log_sum_sq: Tensor) -> Tensor:
-    """‖p − e_y‖² of each token, of a head that multiplies and takes the softmax at once, and returns no logits.
+    """‖p − e_y‖² of each token, from a fused head that computes the softmax without returning logits.
 
-    (1 − p_y)² + Σ p² − p_y²: the first part does not cancel, and the second lies between 0 and the first.
+    It is (1 − p_y)² + Σ p² − p_y²: the first term does not cancel, and the rest lies between 0 and the first term.
 
     Args:
         log_p: log p_y of the label, of any shape.
-        log_sum_sq: log Σ p² over all classes, likewise.
+        log_sum_sq: log Σ p² over all classes, of the same shape.
 
     Returns:
-        Of that shape, in 0 … 2; 0 where log p_y is 0, as such heads return it of tokens without a loss.
+        Tensor of that shape, in 0 … 2; 0 where log p_y is 0, which fused heads return for tokens without a loss.
 
     >>> p = torch.tensor([0.5, 0.3, 0.2])
     >>> squares_of_fused_head(p[0].log(), p.square().sum().log())
@@ -186,11 +186,10 @@ def pixel_cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothi
 
 
 def _memory(logits: Tensor, positions: int, classes: int) -> Tensor:
-    """`[2, positions of a piece, classes]`: what one call works in, so that no piece allocates anything large.
+    """Work buffer `[2, positions of a piece, classes]` of one call, so pieces do not allocate large tensors.
 
-    Pieces that did would leave holes in the heap, which small tensors between them keep apart: up to a copy of all
-    logits after some steps. It is made anew by each call, as it is small on a CPU, and on a GPU, where it is not, comes
-    from what the allocator keeps, and is free for the backward pass.
+    Otherwise the heap would fragment, by up to a copy of all logits after some steps. Each call allocates a new one: it
+    is small on a CPU, and on a GPU it comes from the caching allocator and is free again for the backward pass.
     """
     size = max(1, (_CUDA_ELEMENTS if logits.is_cuda else _CPU_ELEMENTS) // max(1, classes))
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -198,13 +197,13 @@ def _memory(logits: Tensor, positions: int, classes: int) -> Tensor:
 
 
 def _squared_distances(rows: Tensor, targets: Tensor, label_smoothing: float, memory: Tensor) -> Tensor:
-    """‖p − t‖² of each position `[positions]`, piece by piece; on a CPU of those alone that have a loss, if few have.
+    """‖p − t‖² of each position `[positions]`, in pieces; see [`cross_entropy`] for positions that are skipped.
 
     Args:
         rows: logits `[positions, classes]`.
         targets: `[positions]` or `[positions, classes]`.
-        label_smoothing: as above.
-        memory: to work in.
+        label_smoothing: as for [`cross_entropy`].
+        memory: work buffer of [`_memory`].
     """
     squares, size = memory.new_zeros(len(rows)), max(1, memory.shape[1])
     few = _few_with_loss(targets)
@@ -221,9 +220,9 @@ def _squared_distances(rows: Tensor, targets: Tensor, label_smoothing: float, me
 
 
 def _squared_distance(logits: Tensor, labels: Tensor, label_smoothing: float, memory: Tensor) -> Tensor:
-    """‖p − t‖² of each position `[positions]`, 0 where it has no loss."""
+    """‖p − t‖² of each position `[positions]`, 0 for positions without a loss."""
     own, gradient = memory[_LOGITS, : len(logits)], memory[_GRADIENT, : len(logits)]
-    if logits.dtype != own.dtype or not logits.is_contiguous():  # then softmax would make a copy by itself
+    if logits.dtype != own.dtype or not logits.is_contiguous():  # softmax would allocate a copy
         logits = own.copy_(logits)
     torch.softmax(logits, -1, out=gradient)
     if labels.is_floating_point():
@@ -241,9 +240,9 @@ def _squared_distance(logits: Tensor, labels: Tensor, label_smoothing: float, me
 
 
 def _few_with_loss(labels: Tensor) -> Tensor | None:
-    """Positions `[few]` of the classes that have a loss, if fewer than half have; None: take all.
+    """Positions with a loss `[few]`, if they are fewer than half; None to use all positions.
 
-    On a CPU alone: of other devices their number would have to be waited for.
+    Only on a CPU: on other devices their number would require a synchronisation.
     """
     if labels.is_floating_point() or labels.device.type != "cpu":
         return None
@@ -285,7 +284,7 @@ def autograd_importance(losses: Tensor, *logits: Tensor) -> Tensor:
 
     Args:
         losses: `[batch]`, computed from `logits`; its graph is kept for the training step.
-        *logits: `[batch, …]` each; at least one is part of that graph. Nothing before them is differentiated.
+        *logits: `[batch, …]` each; at least one is part of that graph. The backward pass stops at them.
 
     Returns:
         `[batch]`, ≥ 0.
@@ -302,12 +301,12 @@ def autograd_importance(losses: Tensor, *logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def last_layer_importance(importance: Tensor, features: Tensor, bias: bool = True) -> Tensor:
-    """Norm of the gradient with respect to a linear last layer: g·√(‖h‖² + 1), as ∂L/∂W = (∂L/∂z) hᵀ, ∂L/∂b = ∂L/∂z.
+    """Norm of the gradient of a linear last layer: g·√(‖h‖² + 1), since ∂L/∂W = (∂L/∂z) hᵀ and ∂L/∂b = ∂L/∂z.
 
     Args:
         importance: g `[batch]`, the norm of the gradient with respect to the logits.
-        features: h `[batch, hidden]`, what the layer was given.
-        bias: whether the layer has one; without it the factor is ‖h‖.
+        features: h `[batch, hidden]`, the inputs of the layer.
+        bias: whether the layer has a bias; without it the factor is ‖h‖.
 
     >>> last_layer_importance(torch.tensor([2.0]), torch.full((1, 3), 1.0))
     tensor([4.])
@@ -323,7 +322,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _per_example(x: Tensor) -> Tensor:
-    """`[batch, …]` → `[batch, elements]`, also where the batch is empty or there is no further axis."""
+    """`[batch, …]` → `[batch, elements]`, also for an empty batch or a single axis."""
     return x.unsqueeze(-1).flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""Examples that a collator has put into one row, as for attention without padding: which position is of which."""
+"""Examples that a collator has concatenated into one row, as for padding-free attention."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def rows_of(labels: Tensor, batch: int, lengths: list[int] | None) -> Tensor | None:
-    """int64 `[positions]`: the example whose token each position predicts, the next one; None if each has its row.
+    """The example of the (next) token that each position predicts, int64 `[positions]`; None with one row per example.
 
     Args:
         labels: `[rows, positions]`.
         batch: number of examples.
-        lengths: of the examples in tokens, where all of them are in one row.
+        lengths: number of tokens of each example, if all are in one row.
 
     Raises:
-        ValueError: if there are neither as many rows as examples nor lengths.
+        ValueError: if there is neither one row per example nor one row with known lengths.
 
     >>> rows_of(torch.zeros(1, 6), batch=2, lengths=[3, 2])  # and one token of padding
     tensor([0, 0, 1, 1, 1, 1])
@@ -24,8 +24,9 @@ def rows_of(labels: Tensor, batch: int, lengths: list[int] | None) -> Tensor | N
         return None
     if len(labels) != 1 or lengths is None or sum(lengths) > labels.shape[1]:
         raise ValueError(
-            f"A batch of {batch} examples has labels {list(labels.shape)}, and it is not known which token is of which "
-            "example: the data collator must make a row of each, or one row of the 'input_ids' of all in their order."
+            f"A batch of {batch} examples has labels of shape {list(labels.shape)}, so the example of each token is "
+            "unknown: the data collator must return one row per example, or one row with the 'input_ids' of all "
+            "examples in order."
         )
     rows = torch.arange(batch).repeat_interleave(torch.tensor(lengths))[1:]
     behind = rows.new_full((labels.shape[1] - len(rows),), batch - 1)
@@ -33,7 +34,7 @@ def rows_of(labels: Tensor, batch: int, lengths: list[int] | None) -> Tensor | N
 
 
 def sum_of_rows(values: Tensor, rows: Tensor | None, batch: int) -> Tensor:
-    """float32 `[batch]`, of `[rows, positions]`; with virtual tokens there are more, before the others."""
+    """Sum `values` `[rows, positions]` per example, float32 `[batch]`; leading virtual tokens are ignored."""
     if rows is None:
         return values.float().sum(1)
     flat = values[0, -len(rows) :].float()

@@ -1,14 +1,14 @@
-"""What was learnt about the data: for people to look at.
+"""Report on the training data: logs, page, files and model card.
 
-- `texts`: as a page and a file can hold them.
-- `tokens`: which of them cost most.
+- `texts`: makes texts safe to display.
+- `tokens`: losses of the tokens of an example.
 - `findings`: the figures. Pure tensors.
-- `plots`: the figures as pictures.
-- `examples`: one example as it is shown.
-- `duplicates`: equal texts with different labels.
-- `page`: all of it as one page and as files.
-- `hub`: the part of the model card, and pushing.
+- `plots`: plots of the figures.
+- `examples`: how an example is displayed.
+- `duplicates`: duplicate texts with different labels.
+- `page`: the report as a page and as files.
+- `hub`: the section of the model card, and errors of pushing.
 - `logs`: what the console shows.
-- `training`: what the report is told of a training.
-- `hooks`: into `Trainer`.
+- `training`: the figures of a training run for logs and report.
+- `hooks`: the hooks into `Trainer`.
 """

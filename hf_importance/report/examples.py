@@ -1,4 +1,4 @@
-"""One example as a report shows it: a picture, a text, or a line that says why there is neither."""
+"""How the report shows an example: an image, a text, or a line that says why there is neither."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from hf_importance.report.findings import Findings
 from hf_importance.report.texts import LONGEST_TEXT, cut, readable
 from hf_importance.report.tokens import Token
 
-_MOST_TOKENS = 4 * LONGEST_TEXT
-"""That are decoded for it."""
+_MAX_TOKENS = 4 * LONGEST_TEXT
+"""Tokens that are decoded for a text."""
 _LARGEST_PICTURE = 160
-"""Pixels per side."""
+"""Maximum pixels per side."""
 _SHARP = 64
-"""Larger ones are compressed with losses, so that the page stays small."""
+"""Larger images are stored as JPEG, to keep the page small."""
 _WHOLE = 255
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One example as it is shown.
+class ShownExample:
+    """An example as shown in the report.
 
     Args:
-        index: in the training data.
-        label: its name.
-        prediction: likewise.
-        probability: of the prediction.
-        importance: as text.
-        mean_loss: likewise.
-        visits: how many.
+        index: position in the training data.
+        label: name of the label.
+        prediction: name of the prediction.
+        probability: probability of the prediction, formatted.
+        importance: importance, formatted.
+        mean_loss: mean loss, formatted.
+        visits: number of visits.
         suspect: whether the label is probably wrong.
-        text: where there is no picture: what it says, or why it cannot be shown.
-        picture: small.
-        tokens: with their losses, instead of the text.
+        text: text of the example, or why it cannot be shown, if there is no image.
+        picture: thumbnail.
+        tokens: tokens with their losses, shown instead of the text.
     """
 
     index: int
@@ -57,26 +57,28 @@ class Shown:
 
     @property
     def picture_url(self) -> str:
-        """The picture itself, as a URL."""
+        """The thumbnail as a data URL."""
         buffer, kind = BytesIO(), "PNG" if max(self.picture.size) <= _SHARP else "JPEG"
         self.picture.save(buffer, format=kind, quality=85)
         return _url(buffer.getvalue(), kind.lower())
 
     @property
     def alternative(self) -> str:
-        """What to read where the picture is not seen."""
+        """Alternative text of the thumbnail."""
         return f"Training example {self.index}, labelled {self.label}, predicted {self.prediction}"
 
 
-def show(findings: Findings, examples: Any, tokenizer: Any, index: int, tokens: Mapping[int, Sequence[Token]]) -> Shown:
-    """An example. Whatever is wrong with it is told in its place.
+def show(
+    findings: Findings, examples: Any, tokenizer: Any, index: int, tokens: Mapping[int, Sequence[Token]]
+) -> ShownExample:
+    """Prepare an example for display. Errors are shown in its place.
 
     Args:
-        findings: what was found out about it.
-        examples: anything with positions.
+        findings: figures of the training.
+        examples: the examples to show, indexed by position.
         tokenizer: decodes `input_ids`; may be None.
-        index: which one.
-        tokens: of some examples, with their losses.
+        index: position of the example.
+        tokens: tokens of some examples with their losses.
     """
     values = {name: column[index].item() for name, column in findings.columns.items()}
     picture, text = None, ""
@@ -84,9 +86,9 @@ def show(findings: Findings, examples: Any, tokenizer: Any, index: int, tokens: 
         example = examples[index]
         picture = picture_of(example)
         text = text_of(example, tokenizer) if picture is None else ""
-    except Exception as error:  # of whoever made the example: files that cannot be read, data of any kind
+    except Exception as error:  # unreadable files, or arbitrary user data
         text = f"(cannot be shown: {type(error).__name__}: {cut(readable(str(error)), 120)})"
-    return Shown(
+    return ShownExample(
         index=index,
         label=findings.name_of(values["label"]),
         prediction=findings.name_of(values["prediction"]),
@@ -101,31 +103,31 @@ def show(findings: Findings, examples: Any, tokenizer: Any, index: int, tokens: 
     )
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def picture_of(example: Any) -> Image.Image | None:
-    """An image as it is, or `pixel_values`, whose smallest and largest value become black and white.
+    """Thumbnail of an image, or of `pixel_values` scaled from their minimum (black) to their maximum (white).
 
-    None where the example has neither.
+    None if the example has neither.
     """
     if isinstance(example, Image.Image):
-        return _small(example)
+        return _thumbnail(example)
     if not isinstance(example, Mapping):
         return None
     images = [value for value in example.values() if isinstance(value, Image.Image)]
     if images:
-        return _small(images[0])
+        return _thumbnail(images[0])
     pixels = example.get("pixel_values")
     return None if pixels is None else _of_pixels(_array(pixels))
 
 
-def _small(image: Image.Image) -> Image.Image:
-    """In RGB, of at most [`_LARGEST_PICTURE`]; what is transparent is white."""
-    image.load()  # here what is wrong with the file is found
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # 16 or 32 bits, or any range
-        image = Image.fromarray(_stretched(np.asarray(image, dtype=np.float32)))
-    elif image.mode in ("La", "RGBa"):  # colours that are multiplied by how opaque they are
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """RGB thumbnail of at most `_LARGEST_PICTURE` pixels per side, on white."""
+    image.load()  # raises an error if the file is damaged
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # 16 or 32 bits
+        image = Image.fromarray(_to_uint8(np.asarray(image, dtype=np.float32)))
+    elif image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -136,7 +138,7 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def _of_pixels(pixels: np.ndarray) -> Image.Image | None:
-    """Of `[channels, height, width]` or `[height, width, channels]` or `[height, width]`; of a film the first one."""
+    """Image from `[channels, height, width]`, `[height, width, channels]`, `[height, width]`, or of a video."""
     while pixels.ndim > 3:
         pixels = pixels[0]
     if pixels.ndim == 2:
@@ -145,19 +147,19 @@ def _of_pixels(pixels: np.ndarray) -> Image.Image | None:
         return None
     if pixels.shape[0] in (1, 3, 4) or pixels.shape[2] not in (1, 3, 4):
         pixels = pixels.transpose(1, 2, 0)
-    pixels = _stretched(pixels)
-    return _small(Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3]))
+    pixels = _to_uint8(pixels)
+    return _thumbnail(Image.fromarray(pixels[..., 0] if pixels.shape[2] in (1, 2) else pixels[..., :3]))
 
 
 def _array(values: Any) -> np.ndarray:
-    """float32, of tensors of any type that may want gradients, too."""
+    """Convert to float32, also from tensors on a device or with gradients."""
     if isinstance(values, torch.Tensor):
         values = values.detach().float().cpu()
     return np.asarray(values, dtype=np.float32)
 
 
-def _stretched(values: np.ndarray) -> np.ndarray:
-    """uint8: the smallest finite value is black and the largest one white."""
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """Scale to uint8, from the smallest finite value (0) to the largest (255)."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
@@ -165,7 +167,7 @@ def _stretched(values: np.ndarray) -> np.ndarray:
 
 
 def png_url(png: bytes) -> str:
-    """A picture as a URL."""
+    """A PNG image as a data URL."""
     return _url(png, "png")
 
 
@@ -177,16 +179,16 @@ def _url(content: bytes, kind: str) -> str:
 
 
 def text_of(example: Any, tokenizer: Any) -> str:
-    """Decoded tokens, where there are some and a tokenizer; else the strings of an example; else nothing."""
+    """Decoded tokens if there are tokens and a tokenizer, else the strings of an example, else empty."""
     if isinstance(example, str):
         return cut(readable(example), LONGEST_TEXT)
     if not isinstance(example, Mapping):
         return ""
     if "input_ids" in example and hasattr(tokenizer, "decode"):
         ids = example["input_ids"]
-        ids = ids[:_MOST_TOKENS].tolist() if hasattr(ids, "tolist") else list(ids)[:_MOST_TOKENS]
-        several = ids if ids and isinstance(ids[0], (list, tuple)) else [ids]  # as the answers of a multiple choice
-        texts = (tokenizer.decode(list(one)[:_MOST_TOKENS], skip_special_tokens=True) for one in several)
+        ids = ids[:_MAX_TOKENS].tolist() if hasattr(ids, "tolist") else list(ids)[:_MAX_TOKENS]
+        several = ids if ids and isinstance(ids[0], (list, tuple)) else [ids]  # as in multiple choice
+        texts = (tokenizer.decode(list(one)[:_MAX_TOKENS], skip_special_tokens=True) for one in several)
         return cut(readable("\n".join(texts)), LONGEST_TEXT)
     strings = {name: cut(readable(value), LONGEST_TEXT) for name, value in example.items() if isinstance(value, str)}
     if len(strings) == 1:

@@ -1,4 +1,4 @@
-"""The figures of a report."""
+"""The figures of the report."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from hf_importance.record import Distribution, suspects
 from hf_importance.report.texts import readable
 
-_MOST_CLASSES = 1000
-"""That are told one by one."""
-_MOST_VISITS = 0.9
-"""The share of the visits of which we say how many examples got it."""
+_MAX_CLASSES = 1000
+"""Maximum number of classes that are listed."""
+_BUSY_SHARE = 0.9
+"""Share of the visits used by `share_with_most_visits`."""
 
 
 @dataclass(frozen=True)
 class ClassFindings:
-    """What was found out about the examples with one label.
+    """Figures of the examples with one label.
 
     Args:
-        name: of the class.
-        examples: with this label.
-        importance: their mean.
-        share_of_visits: that they got, of all.
-        suspects: of them.
-        mean_loss: of their visits.
+        name: name of the class.
+        examples: number of examples.
+        importance: mean importance.
+        share_of_visits: share of all visits.
+        suspects: number of suspects.
+        mean_loss: mean loss over the visits.
     """
 
     name: str
@@ -42,14 +42,14 @@ class ClassFindings:
 
 @dataclass
 class Findings:
-    """What a training found out about its examples.
+    """Figures of a training run about its examples.
 
     Args:
-        columns: `[examples]` each: `importance`, `pruned`, those of `record.COLUMNS`, and `down_weighted` if any are.
-        distributions: how importances and visits were spread, from moment to moment.
-        history: what was logged, as in `TrainerState.log_history`.
-        label_names: of the classes, by number or in their order; empty if they have none.
-        settings: of the sampler.
+        columns: `importance`, `pruned`, `record.COLUMNS`, and optionally `down_weighted`, `[examples]` each.
+        distributions: percentiles of importances and visits at several moments.
+        history: logs, as in `TrainerState.log_history`.
+        label_names: names of the classes, by number or in order; may be empty.
+        settings: settings of the sampler.
     """
 
     columns: dict[str, Tensor]
@@ -62,7 +62,7 @@ class Findings:
         self.columns = {**self.columns, "suspect": suspects(self.columns)}
         names = self.label_names
         pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-        numbered = ((number, name) for number, name in pairs if str(number).isdecimal())  # JSON has texts as keys
+        numbered = ((number, name) for number, name in pairs if str(number).isdecimal())  # keys are strings in JSON
         self.label_names = {int(number): readable(str(name)) for number, name in numbered}
 
     def __len__(self) -> int:
@@ -70,37 +70,37 @@ class Findings:
 
     @property
     def visits(self) -> int:
-        """Of all examples together."""
+        """Total number of visits."""
         return int(self.columns["visits"].sum())
 
     @property
-    def busy(self) -> float:
-        """Smallest share of the examples that got 90 % of the visits; 0.9 if all got the same, 0 without visits."""
+    def share_with_most_visits(self) -> float:
+        """Smallest share of the examples with 90 % of the visits; 0.9 if all have the same, 0 without visits."""
         visits = self.columns["visits"].sort(descending=True).values.cumsum(0, dtype=torch.float64)
-        return int((visits < _MOST_VISITS * visits[-1]).sum() + (visits[-1] > 0)) / len(self)
+        return int((visits < _BUSY_SHARE * visits[-1]).sum() + (visits[-1] > 0)) / len(self)
 
     @property
-    def seen(self) -> float:
+    def measured_share(self) -> float:
         """Share of the examples whose importance is known."""
         return self.columns["importance"].isfinite().double().mean().item()
 
     @property
     def pruned(self) -> float:
-        """Largest share of the examples that was left out at a time, as far as it was logged."""
+        """Largest logged share of pruned examples."""
         return max([self.columns["pruned"].double().mean().item(), *self.logged("pruned")[1]])
 
     @cached_property
-    def decides(self) -> bool:
-        """Whether the model puts each example into one of several classes."""
+    def is_classification(self) -> bool:
+        """Whether examples have a single class label."""
         return bool(self.columns["probability"].isfinite().any())
 
     def logged(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps, and what was logged then as `importance/name`."""
+        """Steps and values of the log `importance/<name>`."""
         found = [(log["step"], log[f"importance/{name}"]) for log in self.history if f"importance/{name}" in log]
         return [step for step, _ in found], [value for _, value in found]
 
     def mean_logged(self, name: str) -> float | None:
-        """Mean of what was logged; None if nothing was."""
+        """Mean of a log; None if it was not logged."""
         _, values = self.logged(name)
         return sum(values) / len(values) if values else None
 
@@ -109,26 +109,26 @@ class Findings:
         return _first(self.columns["importance"], number)
 
     def most_suspect(self, number: int) -> list[int]:
-        """Indices of the examples whose labels are most probably wrong: by their mean loss."""
+        """Indices of the suspects with the largest mean loss."""
         return _first(self.columns["mean_loss"].where(self.columns["suspect"], torch.nan), number)
 
     def name_of(self, number: float) -> str:
-        """Of a class; or a number, if there are no classes."""
+        """Name of a class, or the formatted number if there are no classes."""
         if number != number:
             return "–"
-        if self.decides:
+        if self.is_classification:
             return str(self.label_names.get(int(number), int(number)))
         return f"{number:.4g}"
 
     def names_of(self, numbers: Tensor) -> tuple[list[str], Tensor]:
-        """Of classes: the names that occur, and int64 `[examples]` which of them each has; −1 where unknown."""
+        """Names of the classes that occur, and the position of each example's class among them, −1 where unknown."""
         known = numbers.isfinite()
         found, which = numbers[known].unique(return_inverse=True)
         return list(map(self.name_of, found.tolist())), torch.full(numbers.shape, -1).masked_scatter_(known, which)
 
     def by_class(self) -> list[ClassFindings]:
-        """Those with the most suspects first; none where examples have no single label."""
-        if not self.decides:
+        """Figures per class, most suspects first; empty if examples have no single label."""
+        if not self.is_classification:
             return []
         names, which = self.names_of(self.columns["label"])
         labelled = which >= 0
@@ -145,10 +145,10 @@ class Findings:
         figures = (examples, mean("importance"), visits, total(self.columns["suspect"]), mean("mean_loss"))
         rows = zip(names, *(figure.tolist() for figure in figures), strict=True)
         found = [ClassFindings(name, int(n), q, share, int(s), loss) for name, n, q, share, s, loss in rows]
-        return sorted(found, key=lambda row: (-row.suspects, -row.mean_loss))[:_MOST_CLASSES]
+        return sorted(found, key=lambda row: (-row.suspects, -row.mean_loss))[:_MAX_CLASSES]
 
-    def mixed_up(self, number: int) -> list[tuple[str, str, int]]:
-        """Label, prediction, and how many suspects have both; the most frequent pairs first."""
+    def confused_pairs(self, number: int) -> list[tuple[str, str, int]]:
+        """Label, prediction and number of suspects, most frequent pairs first."""
         chosen = self.columns["suspect"] & (self.columns["label"] != self.columns["prediction"])
         pairs = torch.stack([self.columns[name][chosen] for name in ("label", "prediction")], 1)
         pairs, counts = pairs.unique(dim=0, return_counts=True)
@@ -156,49 +156,49 @@ class Findings:
         return [(self.name_of(pairs[i, 0].item()), self.name_of(pairs[i, 1].item()), int(counts[i])) for i in order]
 
     def figures(self) -> dict[str, str]:
-        """The most important ones, in words."""
+        """The main figures, by name and formatted."""
         variance_ratio, sample_size = self.mean_logged("variance_ratio"), self.mean_logged("effective_sample_size")
         figures = {
             "examples": f"{len(self):,}",
             "visits": f"{self.visits:,}",
             "visits per example": f"{self.visits / len(self):.2f}",
-            "90 % of the visits went to": f"{self.busy:.1%} of the examples",
-            "examples seen": f"{self.seen:.1%}",
+            "90 % of the visits went to": f"{self.share_with_most_visits:.1%} of the examples",
+            "examples measured": f"{self.measured_share:.1%}",
             "examples pruned": f"up to {self.pruned:.1%}",
         }
         if sample_size is not None:
             figures["effective sample size"] = f"{sample_size:.3f} of the visits"
         if variance_ratio is not None:
-            figures["second moment of the gradient"] = f"{variance_ratio:.3f} of that of {self._rival}"
+            figures["second moment of the gradient"] = f"{variance_ratio:.3f} times that of {self._baseline}"
             if (cost := self.mean_logged("cost")) is not None:
-                figures["tokens per visit"] = f"{cost:.3f} of those of uniform sampling"
-        if self.decides:
+                figures["tokens per visit"] = f"{cost:.3f} times those of uniform sampling"
+        if self.is_classification:
             number = int(self.columns["suspect"].sum())
             figures["suspected label errors"] = f"{number:,} ({number / len(self):.1%})"
         if "down_weighted" in self.columns:
             number, weight = int(self.columns["down_weighted"].sum()), self.settings.get("suspect_weight", 0.0)
-            told = "left out of the loss" if weight == 0 else f"counted {weight:g} times"
-            figures["suspects when it ended"] = f"{number:,} {told}"
+            action = "excluded from the loss" if weight == 0 else f"with weight {weight:g} in the loss"
+            figures["suspects at the end"] = f"{number:,} {action}"
         return figures
 
     @property
-    def _rival(self) -> str:
+    def _baseline(self) -> str:
         return "uniform sampling at equal cost" if self.logged("cost")[1] else "uniform sampling"
 
     def summary(self) -> str:
-        """One line."""
+        """A one-line summary."""
         ratio = self.mean_logged("variance_ratio")
         parts = [
             f"{self.visits:,} visits of {len(self):,} examples",
-            f"90 % of them to {self.busy:.0%} of the examples",
-            *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} of that of {self._rival}"]),
-            f"up to {self.pruned:.0%} pruned at a time",
+            f"90 % of them on {self.share_with_most_visits:.0%} of the examples",
+            *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} times that of {self._baseline}"]),
+            f"at most {self.pruned:.0%} pruned",
         ]
         return "Importance sampling: " + ", ".join(parts) + "."
 
 
 def _first(values: Tensor, number: int) -> list[int]:
-    """Where the largest values are, the largest first; without NaN."""
+    """Indices of the largest values, largest first, without NaN."""
     known = values.isfinite().nonzero().flatten()
     order = values[known].sort(descending=True, stable=True).indices
     return known[order[:number]].tolist()

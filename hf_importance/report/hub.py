@@ -1,4 +1,4 @@
-"""What goes to the Hub: the part of the model card, the files beside it, and what to do when it fails."""
+"""Pushing to the Hub: the section of the model card, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HTTPError  # of whichever client it uses
+from huggingface_hub.errors import HTTPError  # of the HTTP client in use
 
 from hf_importance.report.findings import Findings
 
 TAGS = ["importance-sampling", "hf_importance"]
 CARD = "README.md"
 FOLDER = "importance_report"
-"""Beside the model, without examples. With them it gets an underscore, which keeps `Trainer` from uploading it."""
+"""Folder next to the model, without examples. With examples it starts with `_`, so `Trainer` does not upload it."""
 _CITATION = """
 ```bibtex
 @article{salaun2023online,
@@ -29,28 +29,28 @@ _CITATION = """
 
 
 class PushError(RuntimeError):
-    """Uploading failed. Everything is still on disk; the message says where, and how to try again."""
+    """Raised if an upload fails. Everything is still on disk; the message says where, and how to retry."""
 
 
 @contextmanager
 def pushing(repository: str, folder: str | None) -> Iterator[None]:
-    """Turn what may go wrong with the Hub into a [`PushError`].
+    """Turn errors of the Hub into a [`PushError`].
 
     Args:
-        repository: where to.
-        folder: where the model is; None if nothing was trained yet.
+        repository: name of the repository.
+        folder: folder of the model; None before training.
     """
     try:
         yield
     except PushError:
         raise
-    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # of huggingface_hub, its client and its uploader
-        failed = f"{type(error).__name__}: {_told(error)}"
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # of huggingface_hub and its clients
+        failed = f"{type(error).__name__}: {_one_line(error)}"
         check = "Check the token (hf auth login), the network and the quota"
         if folder is None:
             raise PushError(
-                f"The repository {repository} cannot be made or written to ({failed}). Nothing was trained yet. "
-                f"{check}, or leave push_to_hub out."
+                f"The repository {repository} cannot be created or written to ({failed}). Nothing was trained yet. "
+                f"{check}, or remove push_to_hub."
             ) from error
         words = ["hf", "upload", repository, folder, ".", "--exclude", "_*", "--exclude", "checkpoint-*"]
         raise PushError(
@@ -59,18 +59,18 @@ def pushing(repository: str, folder: str | None) -> Iterator[None]:
         ) from error
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or "no message"
 
 
 def extend_card(path: Path, findings: Findings, plots: Mapping[str, str]) -> None:
-    """Add the tags and our section to a model card that is there.
+    """Add tags and a section to an existing model card.
 
     Args:
-        path: of the card.
-        findings: what to say.
-        plots: names of files in `FOLDER` beside the card, and what they show.
+        path: path of the card.
+        findings: figures of the training.
+        plots: names of files in `FOLDER` next to the card, and their descriptions.
     """
     card = ModelCard.load(path)
     card.data.tags = [*(card.data.tags or []), *(tag for tag in TAGS if tag not in (card.data.tags or []))]
@@ -79,21 +79,21 @@ def extend_card(path: Path, findings: Findings, plots: Mapping[str, str]) -> Non
 
 
 def section(findings: Findings, plots: Mapping[str, str]) -> str:
-    """Markdown: method, what was measured, configuration, plots, citation."""
+    """The section in Markdown: method, figures, plots, settings, citation."""
     measured = "\n".join(f"| {name} | {value} |" for name, value in findings.figures().items())
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in findings.settings.items())
     pictures = "\n\n".join(f"![{text}]({FOLDER}/{name})" for name, text in plots.items())
-    weight, told = findings.settings.get("suspect_weight", 1.0), ""
+    weight, note = findings.settings.get("suspect_weight", 1.0), ""
     if weight < 1:
-        told = (
-            f" Examples whose label is probably wrong had the weight {weight:g} in the loss (`suspect_weight`): what "
-            "was minimised is not the mean loss of all training examples."
+        note = (
+            f" Examples whose label is probably wrong had weight {weight:g} in the loss (`suspect_weight`), so "
+            "training did not minimise the mean loss of all training examples."
         )
     return f"""## Importance sampling
 
-This model was trained with online importance sampling (`hf_importance`). In every step the importance of the examples
-at hand was measured; the next examples were drawn in proportion to it, with weights that undo the preference. Examples
-that together hold little of the importance may have been left out for a part of the training (`prune_mass`).{told}
+This model was trained with online importance sampling (`hf_importance`). Every step measured the importance of its
+examples; later examples were drawn in proportion to it, with importance weights that correct for it.
+Examples that together hold little of the importance may have been pruned for part of the training (`prune_mass`).{note}
 
 | measured | |
 |---|---|

@@ -1,4 +1,4 @@
-"""What is logged while a model is trained, and what of it the console shows."""
+"""Messages during training, and the part of the logs that the console shows."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 CONSOLE = ("importance/variance_ratio", "importance/effective_epoch")
-"""Of what is logged, these are shown in the console; TensorBoard and the like have all of it."""
+"""Logs of ours that are shown in the console; TensorBoard and others get all of them."""
 
 
-class _Shown(logging.Handler):
-    """Writes to stdout, above the progress bar, unless whoever runs the program has set up logging."""
+class _ConsoleHandler(logging.Handler):
+    """Writes to stdout, above the progress bar, unless the program has configured logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
             tqdm.write(self.format(record), file=sys.stdout)
 
 
-_told = logging.getLogger("hf_importance.told")
-_told.setLevel(logging.INFO)
-_told.addHandler(_Shown())
+_logger = logging.getLogger("hf_importance.told")
+_logger.setLevel(logging.INFO)
+_logger.addHandler(_ConsoleHandler())
 
 
 def say(line: str) -> None:
-    """Tell people, through the logger `hf_importance.told`: seen by default, and silenced by setting its level."""
-    _told.info(line)
+    """Show a message through the logger `hf_importance.told`; set its level to silence it."""
+    _logger.info(line)
 
 
-def shorten(callbacks: Iterable[TrainerCallback], *more: type[TrainerCallback]) -> None:
-    """Let those of transformers that print show only [`CONSOLE`] of what is ours.
+def limit_console_logs(callbacks: Iterable[TrainerCallback], *more: type[TrainerCallback]) -> None:
+    """Make the printing callbacks of transformers show only `CONSOLE` of our logs.
 
     Args:
-        callbacks: of a trainer.
-        more: kinds of callbacks that print, beside those of transformers.
+        callbacks: callbacks of a trainer.
+        more: other printing callbacks, by class.
     """
     for callback in callbacks:
         if type(callback) in (ProgressCallback, PrinterCallback, *more):

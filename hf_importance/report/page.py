@@ -1,4 +1,4 @@
-"""The report as files: a page, tables, pictures."""
+"""The report as files: page, tables, plots."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from hf_importance.report.duplicates import Conflict, conflicts
-from hf_importance.report.examples import Shown, Token, png_url, show
+from hf_importance.report.examples import ShownExample, Token, png_url, show
 from hf_importance.report.findings import ClassFindings, Findings
 from hf_importance.report.plots import plots
 from hf_importance.report.texts import cut, readable
 
-_PER_ROW = 6  # of a contact sheet
+_PER_ROW = 6  # images per row of a contact sheet
 _CLASSES, _PAIRS = 30, 10
-"""That the page shows."""
+"""Maximum numbers shown on the page."""
 _LABELS = 10
-"""Of a group of equal texts that the page shows."""
+"""Labels shown per group of duplicates."""
 _FORMULA = ("=", "+", "-", "@")
-"""Beginnings of what a spreadsheet would run."""
+"""Prefixes that spreadsheets interpret as a formula."""
 
 
 def write_table(findings: Findings, path: Path) -> None:
-    """Write a parquet file with a row per training example, in their order; null is what is not known."""
+    """Write a parquet file with one row per training example, in order; null where unknown."""
     columns = findings.columns
-    number = _whole if findings.decides else _or_null
+    number = _whole if findings.is_classification else _or_null
     rows: dict[str, Any] = {"label": number(columns["label"]), "prediction": number(columns["prediction"])}
-    if findings.label_names and findings.decides:
+    if findings.label_names and findings.is_classification:
         for name in ("label", "prediction"):
             names, which = findings.names_of(columns[name])
             rows[f"{name}_name"] = pa.array(names, pa.string()).take(pa.array(which.numpy(), mask=(which < 0).numpy()))
     rows |= {name: _or_null(columns[name]) for name in ("probability", "loss", "mean_loss")}
-    rows["suspect"] = columns["suspect"].numpy() if findings.decides else pa.nulls(len(findings), pa.bool_())
+    rows["suspect"] = columns["suspect"].numpy() if findings.is_classification else pa.nulls(len(findings), pa.bool_())
     pq.write_table(_importances(findings, rows), path)
 
 
 def write_importances(findings: Findings, path: Path) -> None:
-    """Write a csv file with a row per training example: what tells nothing of the examples themselves."""
+    """Write a csv file with one row per training example, without their contents."""
     pa_csv.write_csv(_importances(findings, {}), path)
 
 
@@ -69,7 +69,7 @@ def _whole(values: torch.Tensor) -> pa.Array:
 
 
 def write_plots(findings: Findings, folder: Path) -> dict[str, str]:
-    """Write the plots into the folder, for a light page; returns the names of the files, and what they show."""
+    """Write the plots with the light theme into a folder; return file names and descriptions."""
     written = {}
     for plot in plots(findings):
         (folder / f"{plot.name}.png").write_bytes(plot.png("light"))
@@ -87,17 +87,17 @@ def write_report(
     tokens: Mapping[int, Sequence[Token]] | None = None,
     quiet: bool = True,
 ) -> Path:
-    """Write all of it: `report.html`, `examples.parquet`, plots, what is hardest and most suspect, classes, conflicts.
+    """Write the report: `report.html`, `examples.parquet`, plots, hardest examples, suspects, classes and conflicts.
 
     Args:
-        folder: is made if it is not there.
-        findings: what there is to say.
-        examples: `[examples]`, what to show of each: images, texts, or dicts with such, `pixel_values` or `input_ids`.
+        folder: created if needed.
+        findings: figures of the training.
+        examples: `[examples]`, images, texts, or dicts with images, texts, `pixel_values` or `input_ids`.
         tokenizer: decodes `input_ids`; may be None.
-        number: of examples in each list.
-        title: of the page.
-        tokens: of some of the hardest examples, with their losses.
-        quiet: show no progress bar.
+        number: number of examples per list.
+        title: title of the page.
+        tokens: tokens of the hardest examples with their losses.
+        quiet: whether to hide progress bars.
 
     Returns:
         The path of the page.
@@ -114,7 +114,7 @@ def write_report(
         _write_list(folder, name, shown)
     classes = findings.by_class()
     _write_csv(folder / "classes.csv", [field.name for field in fields(ClassFindings)], map(astuple, classes))
-    found = conflicts(raw, findings.columns["label"], quiet) if findings.decides else []
+    found = conflicts(raw, findings.columns["label"], quiet) if findings.is_classification else []
     rows = ((k, i, findings.name_of(y)) for k, c in enumerate(found) for i, y in zip(c.index, c.labels, strict=True))
     _write_csv(folder / "conflicts.csv", ("group", "index", "label"), rows)
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -125,15 +125,19 @@ def write_report(
         {"title": plot.title, "text": plot.text, "light": png_url(plot.png("light")), "dark": png_url(plot.png("dark"))}
         for plot in plots(findings)
     ]
-    more = {"classes": classes[:_CLASSES], "more_classes": len(classes[_CLASSES:]), "pairs": findings.mixed_up(_PAIRS)}
-    more |= {"conflicts": [_told(findings, c) for c in found[:number]], "number_of_conflicts": len(found)}
+    more = {
+        "classes": classes[:_CLASSES],
+        "more_classes": len(classes[_CLASSES:]),
+        "pairs": findings.confused_pairs(_PAIRS),
+    }
+    more |= {"conflicts": [_conflict_row(findings, c) for c in found[:number]], "number_of_conflicts": len(found)}
     text = template.render(title=title, findings=findings, plots=drawn, lists=lists, settings=findings.settings, **more)
     page.write_text(text, encoding="utf-8", errors="replace")
     return page
 
 
-def _told(findings: Findings, conflict: Conflict) -> dict[str, Any]:
-    """What it says, and how many have which label."""
+def _conflict_row(findings: Findings, conflict: Conflict) -> dict[str, Any]:
+    """Text of a conflict, and the examples with each label."""
     found: dict[float, list[int]] = {}
     for i, label in zip(conflict.index, conflict.labels, strict=True):
         found.setdefault(label, []).append(i)
@@ -141,8 +145,8 @@ def _told(findings: Findings, conflict: Conflict) -> dict[str, Any]:
     return {"text": cut(readable(conflict.text), 200), "labels": first, "more": max(0, len(found) - _LABELS)}
 
 
-def _write_list(folder: Path, name: str, shown: Sequence[Shown]) -> None:
-    """A contact sheet of those with a picture, and a table of the others."""
+def _write_list(folder: Path, name: str, shown: Sequence[ShownExample]) -> None:
+    """Write a contact sheet of the examples with images, and a table of the others."""
     pictured = [example for example in shown if example.picture is not None]
     (folder / f"{name}.png").unlink(missing_ok=True)
     if pictured:
@@ -153,18 +157,18 @@ def _write_list(folder: Path, name: str, shown: Sequence[Shown]) -> None:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """None where there are no rows: what an earlier report left is removed. No cell is a formula."""
-    rows = [[_harmless(cell) for cell in row] for row in rows]
+    """Write a csv file with escaped formulas; without rows, remove the file of an earlier report."""
+    rows = [[_escape_formula(cell) for cell in row] for row in rows]
     path.unlink(missing_ok=True)
     if rows:
         with path.open("w", encoding="utf-8", newline="", errors="replace") as file:
             csv.writer(file, quoting=csv.QUOTE_ALL).writerows([columns, *rows])
 
 
-def _harmless(cell: Any) -> Any:
-    """With an apostrophe before what a spreadsheet would take for a formula; numbers stay.
+def _escape_formula(cell: Any) -> Any:
+    """Prepend an apostrophe to cells that a spreadsheet would evaluate, except numbers.
 
-    >>> _harmless("=1+1"), _harmless("-1.5")
+    >>> _escape_formula("=1+1"), _escape_formula("-1.5")
     ("'=1+1", '-1.5')
     """
     if not isinstance(cell, str) or not cell.strip().startswith(_FORMULA):
@@ -175,7 +179,7 @@ def _harmless(cell: Any) -> Any:
     return f"'{cell}"
 
 
-def _contact_sheet(shown: Sequence[Shown]) -> bytes:
+def _contact_sheet(shown: Sequence[ShownExample]) -> bytes:
     rows = -(-len(shown) // _PER_ROW)
     figure = Figure(figsize=(1.7 * _PER_ROW, 2.0 * rows), layout="constrained")
     for place, example in enumerate(shown, 1):

@@ -1,4 +1,4 @@
-"""The figures of a report as pictures, for a light and for a dark page."""
+"""Plots of the figures, for a light and a dark page."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ THEMES = {
     "light": {"page": "#ffffff", "ink": "#1f2933", "grid": "#d5dae0", "cool": "#2f6f9f"},
     "dark": {"page": "#161b22", "ink": "#e6e9ed", "grid": "#3a424d", "cool": "#6cb6e8"},
 }
-WARM = "#e0555f"  # on both
-_MOST_CURVES = 6
-_MOST_POINTS = 20_000
-_GOLDEN = 0.618034  # multiples of it, modulo 1, are evenly spread
+WARM = "#e0555f"  # in both themes
+_MAX_CURVES = 6
+_MAX_POINTS = 20_000
+_GOLDEN = 0.618034  # multiples modulo 1 are evenly spread
 _SMALLEST = 1e-6
-"""Importances below it are drawn there: the axis is logarithmic."""
+"""Smaller importances are drawn here, because the axis is logarithmic."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, and what it says in words.
+    """A plot with a description.
 
     Args:
-        name: of its file, without the ending.
-        title: of the picture.
-        text: what is to be seen, for those who do not see it.
-        draw: onto axes, in the colours of a theme.
+        name: file name without extension.
+        title: title of the plot.
+        text: description, also used as alternative text.
+        draw: draws onto axes with the colours of a theme.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Plot:
     draw: Callable[[Axes, dict[str, str]], None]
 
     def png(self, theme: str) -> bytes:
-        """The picture, for a `light` or a `dark` page."""
+        """Render as PNG, with the `light` or `dark` theme."""
         colours = THEMES[theme]
         inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
         style = {**dict.fromkeys(inked, colours["ink"]), "grid.color": colours["grid"], "font.size": 10}
@@ -63,7 +63,7 @@ class Plot:
 
 
 def plots(findings: Findings) -> list[Plot]:
-    """Those for which there are figures."""
+    """All plots for which there is data."""
     drawn = [_distributions(findings), _spread(findings), _gains(findings), _coverage(findings), _visits(findings)]
     return [plot for plot in drawn if plot is not None]
 
@@ -71,7 +71,7 @@ def plots(findings: Findings) -> list[Plot]:
 def _distributions(findings: Findings) -> Plot | None:
     last = (findings.visits / len(findings), distribution(findings.columns["importance"]))
     moments = [*((moment.visits, moment.importance) for moment in findings.distributions), last]
-    moments = _some([(visits, percentiles) for visits, percentiles in moments if percentiles.isfinite().all()])
+    moments = _evenly_spaced([(visits, percentiles) for visits, percentiles in moments if percentiles.isfinite().all()])
     if not moments:
         return None
 
@@ -86,7 +86,7 @@ def _distributions(findings: Findings) -> Plot | None:
 
     medians = [percentiles[len(percentiles) // 2].item() for _, percentiles in moments]
     text = (
-        f"Share of the examples below an importance, at {len(moments)} moments. The median was {medians[0]:.3g} after "
+        f"Cumulative distribution of importance at {len(moments)} moments. The median was {medians[0]:.3g} after "
         f"{moments[0][0]:.1f} visits per example and {medians[-1]:.3g} after {moments[-1][0]:.1f}."
     )
     return Plot("importances", "Importances", text, draw)
@@ -98,7 +98,7 @@ def _spread(findings: Findings) -> Plot | None:
         return None
 
     def draw(axes: Axes, colours: dict[str, str]) -> None:
-        chosen = _some(moments)
+        chosen = _evenly_spaced(moments)
         for shade, moment in zip(_shades(len(chosen)), chosen, strict=True):
             share = torch.linspace(0, 1, len(moment.visits_since))
             visits = moment.visits_since / moment.visits_since.mean()
@@ -107,28 +107,28 @@ def _spread(findings: Findings) -> Plot | None:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.legend(title="visits per example", frameon=False)
 
-    first, last = (_of_the_most_visited(moment.visits_since) for moment in (moments[0], moments[-1]))
+    first, last = (_share_of_top_tenth(moment.visits_since) for moment in (moments[0], moments[-1]))
     text = (
-        f"How visits were spread in each pass. The tenth with the most got {first:.0%} of them in the first pass and "
-        f"{last:.0%} in the last one that was finished."
+        f"Distribution of visits in each pass. The tenth with the most had {first:.0%} of them in the first pass and "
+        f"{last:.0%} in the last complete one."
     )
     return Plot("spread", "Visits early and late", text, draw)
 
 
-def _of_the_most_visited(percentiles: torch.Tensor) -> float:
-    """The share of all visits that the tenth with the most have, on lines through the percentiles."""
+def _share_of_top_tenth(percentiles: torch.Tensor) -> float:
+    """Share of all visits of the tenth of the examples with the most, interpolating the percentiles."""
     between = (percentiles[1:] + percentiles[:-1]) / 2
     return (between[-len(between) // 10 :].sum() / between.sum()).item()
 
 
-def _some(moments: list[Any]) -> list[Any]:
-    """At most [`_MOST_CURVES`] of them, evenly spaced, with the first and the last."""
-    chosen = sorted({round(i * (len(moments) - 1) / (_MOST_CURVES - 1)) for i in range(_MOST_CURVES)})
+def _evenly_spaced(moments: list[Any]) -> list[Any]:
+    """At most `_MAX_CURVES` of them, evenly spaced, including the first and the last."""
+    chosen = sorted({round(i * (len(moments) - 1) / (_MAX_CURVES - 1)) for i in range(_MAX_CURVES)})
     return [moments[i] for i in chosen] if moments else []
 
 
 def _shades(number: int) -> Any:
-    """From early to late; seen on both pages."""
+    """Colours from early to late, visible in both themes."""
     return mpl.colormaps["viridis"](torch.linspace(0.25, 0.85, number).numpy())
 
 
@@ -139,9 +139,9 @@ def _gains(findings: Findings) -> Plot | None:
 
 
 def _coverage(findings: Findings) -> Plot | None:
-    names = {"seen": "seen", "pruned": "pruned"}
-    text = "Share of the examples that were seen, and that were pruned, over the steps."
-    return _curves(findings, "coverage", "Seen and pruned", names, "share of the examples", text)
+    names = {"seen": "measured", "pruned": "pruned"}
+    text = "Share of the examples that were measured, and that were pruned, over the steps."
+    return _curves(findings, "coverage", "Measured and pruned", names, "share of the examples", text)
 
 
 def _curves(findings: Findings, name: str, title: str, names: dict[str, str], label: str, text: str) -> Plot | None:
@@ -166,11 +166,11 @@ def _visits(findings: Findings) -> Plot | None:
     known = (columns["importance"].isfinite() & (columns["visits"] > 0)).nonzero().flatten()
     if not len(known):
         return None
-    shown = known[:: -(-len(known) // _MOST_POINTS)]
+    shown = known[:: -(-len(known) // _MAX_POINTS)]
     importance, visits = columns["importance"][shown].clamp(min=_SMALLEST), columns["visits"][shown]
     spread = (
         visits + (torch.arange(len(shown)) * _GOLDEN % 1 - 0.5) * 0.6
-    )  # else points of equal visits hide each other
+    )  # jitter: points with equal visits would overlap
     suspect = columns["suspect"][shown]
 
     def draw(axes: Axes, colours: dict[str, str]) -> None:
@@ -195,7 +195,7 @@ def _visits(findings: Findings) -> Plot | None:
 
 
 def _label_logarithmic(axis: Axis, multiples: tuple[int, ...]) -> None:
-    """Of each power of ten, as plain numbers."""
+    """Label these multiples of each power of ten with plain numbers."""
     axis.set_major_locator(LogLocator(subs=multiples, numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))

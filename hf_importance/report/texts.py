@@ -1,13 +1,13 @@
-"""Texts as a page and a file can hold them."""
+"""Makes texts safe to display on a page and to write to a file."""
 
 from __future__ import annotations
 
 LONGEST_TEXT = 500
-"""Characters that are shown."""
+"""Maximum number of characters that are shown."""
 
 
 def readable(text: str) -> str:
-    """The text without what no file can hold: halves of pairs of UTF-16, control characters.
+    """Replace characters that cannot be displayed: lone UTF-16 surrogates and control characters.
 
     >>> readable("a" + chr(0xD83D) + "b" + chr(7))
     'a�b�'
@@ -17,5 +17,5 @@ def readable(text: str) -> str:
 
 
 def cut(text: str, longest: int) -> str:
-    """At most so many characters."""
+    """Truncate a text to at most `longest` characters."""
     return text if len(text) <= longest else text[: longest - 1] + "…"

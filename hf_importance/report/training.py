@@ -1,4 +1,4 @@
-"""What the report is told of a training."""
+"""The figures of a training run for logs and report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hf_importance.state import read_number
 
 
 class Training:
-    """A training that runs, or is over: its figures for logs and report.
+    """Figures of a training run, during or after it.
 
     Args:
-        sampler: of this process.
-        columns: what is known of the examples of all.
-        effective: how much was learnt; None where all steps are made.
-        has_lengths: whether visits cost by the length of their text.
-        token_losses: of some examples the tokens with their losses, as far as there are.
+        sampler: sampler of this process.
+        columns: columns of the examples of all processes.
+        effective: effective epochs; None if all steps are made.
+        has_lengths: whether the cost of a visit depends on the length of the text.
+        token_losses: returns the tokens of some examples with their losses.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class Training:
         self._effective = effective
         self._has_lengths = has_lengths
         self.token_losses = token_losses
-        self._before: dict[str, float] = {}  # moments, when measurements were asked for the last time
+        self._before: dict[str, float] = {}  # moments at the last log
 
     @property
     def progress(self) -> EffectiveVisits | None:
-        """How much was learnt; None where all steps are made."""
+        """Effective steps; None if all steps are made."""
         return None if self._effective is None else self._effective.progress
 
     @property
     def examples(self) -> int:
-        """Of all processes."""
+        """Number of examples on all processes."""
         return self._sampler.shard.length
 
     @property
@@ -58,15 +58,15 @@ class Training:
 
     @property
     def distributions(self) -> Sequence[Distribution]:
-        """See `VisitRecord`."""
+        """See [`VisitRecord`]."""
         return self._sampler.record.distributions
 
     def columns(self) -> dict[str, Tensor]:
-        """Of the examples of all processes, in the first of them."""
-        return self._columns.of_all()
+        """Columns of the examples of all processes, complete in the main process."""
+        return self._columns.all_columns()
 
     def measured(self) -> dict[str, float]:
-        """Since the last time, by the names under which it is logged."""
+        """Figures since the last call, by the names of their logs."""
         memory, visits = self._sampler.memory, self._sampler.visits
         moments = self._sampler.moments
         new = {name: value - self._before.get(name, 0.0) for name, value in moments.items()}
@@ -89,9 +89,9 @@ class Training:
         return logs
 
     def share_of_tokens(self, steps: int) -> float | None:
-        """That so many steps have cost, of those that uniform sampling has in all its steps; None: lengths unknown.
+        """Tokens of this many steps relative to all steps of uniform sampling; None if lengths are unknown.
 
-        With several processes it is that of this one, whose examples are a random part of the data.
+        With several processes, it is estimated from this one, whose examples are a random part of the data.
         """
         if not self._has_lengths:
             return None
@@ -102,9 +102,9 @@ class Training:
         return steps / self.progress.steps * moments["cost"] / moments["visits"]
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """The state as plain values."""
         return dict(self._before)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where [`state_dict`] was taken."""
+        """Restore a [`state_dict`]."""
         self._before = {name: read_number(state, name) for name in state}

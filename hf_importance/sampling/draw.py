@@ -1,4 +1,4 @@
-"""What is drawn, and which examples a process may draw."""
+"""A drawn batch, and the examples that a process draws from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draw:
-    """One drawn batch. It travels with the batch, as by the time of the loss the memory has moved on.
+    """One drawn batch. It travels with the batch, because the memory has changed by the time the loss is computed.
 
     Args:
-        number: counts the draws from 0.
+        number: number of the draw, from 0.
         index: positions in the training data `[batch]`.
-        rate: expected visits of each relative to uniform sampling `[batch]`, at the draw.
-        weight: of the loss of each visit `[batch]`, fixed at the draw.
-        lengths: of the examples in tokens `[batch]`, where the collator has put all of them into one row.
+        rate: expected number of visits relative to uniform sampling `[batch]`, when drawn.
+        weight: importance weight of each loss `[batch]`, fixed when drawn.
+        lengths: number of tokens of each example `[batch]`, if the collator has concatenated them into one row.
     """
 
     number: int
@@ -28,21 +28,21 @@ class Draw:
     lengths: list[int] | None = None
 
     def to(self, *_: Any, **__: Any) -> Draw:
-        """Stays where it is when a batch is sent to a device."""
+        """Return the draw unchanged; called when a batch is moved to a device."""
         return self
 
 
 SKIPPED = Draw(-1, [], [], [])
-"""Stands for a draw that was used before an interruption."""
+"""Placeholder for a draw that was used before training was interrupted."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The examples that one rank owns: it alone draws, measures and remembers them.
+    """The examples that one rank owns: only this rank draws, measures and remembers them.
 
     Args:
-        length: of the whole training data.
-        ranks: among which it was divided.
+        length: number of examples in the whole training data.
+        ranks: number of ranks (the world size).
         index: positions of the examples in the training data, int64, ascending; None for all of them.
     """
 
@@ -52,7 +52,7 @@ class Shard:
 
     @classmethod
     def of(cls, length: int, rank: int, ranks: int, seed: int) -> Shard:
-        """A random part of the data, of the same size for all ranks within one example; `seed` is that of all ranks.
+        """A random part of the data; sizes differ by at most one between ranks, which all pass the same `seed`.
 
         >>> sorted(torch.cat([Shard.of(5, rank, ranks=2, seed=0).index for rank in (0, 1)]).tolist())
         [0, 1, 2, 3, 4]
@@ -67,13 +67,13 @@ class Shard:
 
     @property
     def weight(self) -> float:
-        """Factor n R / N of all weights, so that the mean over the ranks of means over n is the mean over all N."""
+        """Factor n R / N of all weights: the mean over R ranks of means over n examples is the mean over all N."""
         return len(self) * self.ranks / self.length
 
     def positions(self, local: Tensor) -> Tensor:
-        """From positions in the shard to positions in the training data."""
+        """Map positions in the shard to positions in the training data."""
         return local if self.index is None else self.index[local]
 
     def local(self, positions: Tensor) -> Tensor:
-        """From positions in the training data to positions in the shard."""
+        """Map positions in the training data to positions in the shard."""
         return positions if self.index is None else torch.searchsorted(self.index, positions)

@@ -1,4 +1,4 @@
-"""Visits of texts of about the same length together, so that batches have little padding."""
+"""Groups visits of texts of similar length, so batches have little padding."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from hf_importance.state import read_tensor
 
-_MOST_BATCHES = 50
-_LEAST_PARTS = 4
-"""Of a pass; both as in transformers."""
+_MAX_BATCHES = 50
+_MIN_PARTS = 4
+"""Mega-batches per pass, at least; both limits as in transformers."""
 
 
 class LengthGroups:
-    """Arranges planned visits as transformers' `LengthGroupedSampler` does; what was drawn, and its weights, stay.
+    """Reorders planned visits like the `LengthGroupedSampler` of transformers; which examples are drawn is unchanged.
 
-    Mega-batches of 50 batches or a little more, of small data of a quarter of a pass, are taken in the order that was
-    planned and sorted, the longest first. The first of a segment also gets the longest of all of it, so that memory
-    runs out early if it does. Visits that fill no batch wait until more are planned, and then come first.
+    Mega-batches of about 50 batches (a quarter of a pass for small data) are taken in planned order and sorted by
+    length, longest first. The first one of a segment also gets the longest example of the segment, so that running out
+    of memory happens early. Visits that do not fill a batch are kept and come first in the next segment.
 
     Args:
-        length: `[examples]`, of those that are visited.
-        batch_size: visits of a batch.
-        batches: of a step.
-        examples: of all processes, by whose number mega-batches of small data are as large as those of transformers.
+        length: lengths of the examples, `[examples]`.
+        batch_size: visits per batch.
+        batches: batches per step.
+        examples: number of examples on all processes, to size the mega-batches as transformers does.
 
     >>> groups = LengthGroups(torch.tensor([5, 1, 4, 2, 3]), batch_size=2, batches=1, examples=16)
     >>> groups.add(torch.arange(5), torch.ones(5))
@@ -36,18 +36,18 @@ class LengthGroups:
 
     def __init__(self, length: Tensor, batch_size: int, batches: int, examples: int) -> None:
         step = batch_size * batches
-        self.size = step * max(1, min(_MOST_BATCHES, examples // (_LEAST_PARTS * step)))
+        self.size = step * max(1, min(_MAX_BATCHES, examples // (_MIN_PARTS * step)))
         self._length = length
         self._batch_size = batch_size
         nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
         self._waiting, self._sorted = nothing, nothing  # examples and rates
 
     def __len__(self) -> int:
-        """Visits that are there."""
+        """Number of visits held."""
         return len(self._waiting[0]) + len(self._sorted[0])
 
     def add(self, index: Tensor, rate: Tensor) -> None:
-        """Visits of a segment, as they were planned: int64 and float `[visits]`, their examples and rates."""
+        """Add the planned visits of a segment: examples int64 `[visits]` and rates float `[visits]`."""
         index, rate = _join(self._waiting, (index, rate.double()))
         length = self._length[index]
         pair = torch.stack([length[: self.size].argmax(), length.argmax()])
@@ -55,16 +55,16 @@ class LengthGroups:
         self._waiting = index, rate
 
     def take(self, size: int) -> tuple[Tensor, Tensor]:
-        """The next visits, of which there must be so many: int64 and float64 `[size]`."""
+        """Take the next `size` visits, which must be held: examples int64 and rates float64, `[size]`."""
         if len(self._sorted[0]) < size:
             self._sort(size)
         taken, self._sorted = _split(self._sorted, size)
         return taken
 
     def _sort(self, least: int) -> None:
-        """Make the next mega-batch, with what is left of the last: whole batches, unless that are fewer than `least`.
+        """Sort the next mega-batch together with the rest of the last: whole batches, but at least `least` visits.
 
-        What there is is divided evenly, so that none is smaller than `size` if there is as much.
+        The visits are divided evenly, so no mega-batch is smaller than `size` if there are enough.
         """
         parts = max(1, len(self) // self.size)
         whole = -(-len(self) // parts) // self._batch_size * self._batch_size
@@ -74,13 +74,13 @@ class LengthGroups:
         self._sorted = index[order], rate[order]
 
     def state_dict(self) -> dict[str, Any]:
-        """The visits that are there, as tensors."""
+        """The visits held, as tensors."""
         (index, rate), (sorted_index, sorted_rate) = self._waiting, self._sorted
         state = {"index": index, "rate": rate, "sorted_index": sorted_index, "sorted_rate": sorted_rate}
         return {name: values.clone() for name, values in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where [`state_dict`] was taken."""
+        """Restore a [`state_dict`] exactly."""
         pairs = []
         for prefix in ("", "sorted_"):
             index = read_tensor(state, f"{prefix}index", [None], torch.int64, below=len(self._length))

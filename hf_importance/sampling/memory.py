@@ -1,4 +1,4 @@
-"""What is remembered of every example: its importance."""
+"""The remembered importance of every example."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hf_importance.sampling.rates import per_cost
 from hf_importance.state import read_tensor
 
 CHUNK = 2**20
-"""Examples at a time, where all of them are gone through."""
+"""Examples per chunk when iterating over all of them."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an update of the memory changed: each example once for each batch that visited it.
+    """The changes made by an update of the memory: one per example and batch.
 
     Args:
-        index: int64 `[changes]`.
-        before: float32 `[changes]`, NaN where the example was unknown.
-        after: likewise.
-        change: int64 `[visits]`: the change that each visit was part of.
-        cost: float32 `[changes]`, c of the examples; None where all cost the same.
+        index: the examples, int64 `[changes]`.
+        before: importances before the update, float32 `[changes]`, NaN where unknown.
+        after: importances after the update, float32 `[changes]`, NaN where unknown.
+        change: the change that each visit belongs to, int64 `[visits]`.
+        cost: costs c of the examples, float32 `[changes]`; None if all cost the same.
     """
 
     index: Tensor
@@ -37,42 +37,42 @@ class Update:
 
 
 class ImportanceMemory:
-    """The importances of all examples. It only remembers; what follows from them is decided elsewhere.
+    """Stores the importances of all examples, as moving averages of the measurements.
 
     Args:
         length: number of examples.
-        momentum: share of the old importance in the new one, in [0, 1); α of Salaün et al. 2023.
-        cost: c float32 `[examples]` of a visit of each, see [`rates.relative_costs`]; None: all cost the same.
-        tokens: float32 `[examples]`, how many of each have a loss, where its loss is a sum over them; else None.
+        momentum: weight of the old importance in the new one, in [0, 1); α of Salaün et al. 2023.
+        cost: cost c of a visit, float32 `[examples]`, see [`rates.relative_costs`]; None if all cost the same.
+        tokens: number of tokens with a loss, float32 `[examples]`, if the loss of an example is a sum; else None.
 
     >>> memory = ImportanceMemory(3, momentum=0.0)
     >>> _ = memory.update(torch.tensor([0, 2]), torch.tensor([0.5, 1.5]))
-    >>> memory.importance
+    >>> memory.importances
     tensor([0.5000,    nan, 1.5000])
     """
 
     def __init__(
         self, length: int, momentum: float = 0.2, cost: Tensor | None = None, tokens: Tensor | None = None
     ) -> None:
-        self.importance = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
+        self.importances = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
         self.momentum = momentum
         self.cost, self.tokens = cost, tokens
         self.spared: Tensor | None = None  # bool [examples]: not to be pruned
         self.known = 0
 
     def __len__(self) -> int:
-        return len(self.importance)
+        return len(self.importances)
 
     @torch.no_grad()
     def update(self, index: Tensor, importance: Tensor, batch: Tensor | None = None) -> Update:
-        """Remember what was measured: q ← α·q + (1 − α)·measured, or the measurement itself where q was unknown.
+        """Update the moving averages: q ← α·q + (1 − α)·measured, or the measurement itself if q was unknown.
 
-        Many batches at once cost hardly more than one, and give what they would have given one after the other.
+        Several batches in one call give the same result as one call per batch, at hardly more than the cost of one.
 
         Args:
-            index: int64 `[visits]`. Visits of one example in one batch count as one, with their mean.
-            importance: `[visits]`, ≥ 0. Where it is not finite, the example becomes unknown again.
-            batch: int64 `[visits]`, ascending from 0: the batch of each visit; by default all are of one.
+            index: examples, int64 `[visits]`. Visits of an example in the same batch are averaged.
+            importance: measurements `[visits]`, ≥ 0. An example becomes unknown again if it is not finite.
+            batch: batch of each visit, int64 `[visits]`, ascending from 0; by default a single batch.
         """
         batch = torch.zeros_like(index) if batch is None else batch
         batches = int(batch[-1]) + 1 if len(batch) else 1
@@ -81,51 +81,51 @@ class ImportanceMemory:
         index = once // batches
         before, after = torch.empty_like(measured), torch.empty_like(measured)
         for turn in _turns(index):
-            before[turn] = self.importance[index[turn]]
+            before[turn] = self.importances[index[turn]]
             unknown = before[turn].isnan()
             new = torch.where(unknown, measured[turn], measured[turn].lerp(before[turn], self.momentum))
             after[turn] = new.masked_fill_(~new.isfinite(), torch.nan)
-            self.importance[index[turn]] = new
+            self.importances[index[turn]] = new
             self.known += int(unknown.sum()) - int(new.isnan().sum())
         return Update(index, before, after, change, None if self.cost is None else self.cost[index])
 
     def per_cost(self, index: Tensor | slice) -> Tensor:
-        """What the rates of some examples are proportional to, see [`rates.per_cost`]; not to be changed."""
-        return per_cost(self.importance[index], None if self.cost is None else self.cost[index])
+        """Importances per root cost of some examples, see [`rates.per_cost`]; must not be modified."""
+        return per_cost(self.importances[index], None if self.cost is None else self.cost[index])
 
     def unimportant(self, mass: float) -> Tensor:
-        """See [`unimportant`]. Of losses that are sums it goes by the root mean square over their n tokens, q/√n.
+        """See [`unimportant`]. For losses that are sums over n tokens, the importance per token q/√n is used.
 
-        Else short texts would be left out, however hard they are, and nothing makes up for what is left out.
+        Otherwise short texts would be pruned however hard they are.
         """
-        importance = per_cost(self.importance, self.tokens)
+        importance = per_cost(self.importances, self.tokens)
         if self.spared is not None:
             importance = importance.masked_fill(self.spared, torch.nan)
         return unimportant(importance, mass)
 
     def increase(self, increment: float) -> None:
-        """Add ε to every known importance: no example is forgotten (Salaün et al. 2023, the end of their epochs)."""
-        self.importance += increment
+        """Add ε to every known importance, so no example is forgotten (Salaün et al. 2023, at the end of an epoch)."""
+        self.importances += increment
 
     def scale(self, which: Tensor, factor: float) -> None:
-        """Multiply what is remembered of some examples; NaN makes them unknown.
+        """Multiply the importances of some examples by a factor.
 
         Args:
-            which: bool `[examples]`.
-            factor: ≥ 0 or NaN.
+            which: mask of the examples, bool `[examples]`.
+            factor: ≥ 0, or NaN to make them unknown.
         """
-        self.importance[which] *= factor
-        self.known = int(self.importance.isfinite().sum())
+        self.importances[which] *= factor
+        self.known = int(self.importances.isfinite().sum())
 
     def chunks(self) -> Iterator[slice]:
-        """Of all examples, so that going through them takes little memory."""
+        """Slices that cover all examples, to process them with little memory."""
         return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))
 
     def least_variance_ratio(self) -> float:
-        """The least [`rates.variance_ratio`] that importances like these allow: (mean q)² / mean q² = 1/(1 + CV²).
+        """The smallest [`rates.variance_ratio`] with these importances: (mean q)² / mean q² = 1/(1 + CV²).
 
-        It is reached where every visit finds what was remembered. 1 where all are alike, or nothing is known. With
-        costs it is (mean q√c)² / (mean q² · mean c), and 1 where all q/√c are alike.
+        It is reached if every visit measures the remembered importance. It is 1 if all are equal or none is known. With
+        costs it is (mean q√c)² / (mean q² · mean c), and 1 if all q/√c are equal.
 
         >>> memory = ImportanceMemory(2)
         >>> _ = memory.update(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
@@ -134,27 +134,27 @@ class ImportanceMemory:
         """
         total, squares, cost = 0.0, 0.0, 0.0
         for chunk in self.chunks():
-            known = self.importance[chunk].nan_to_num(nan=0.0).double()
+            known = self.importances[chunk].nan_to_num(nan=0.0).double()
             squares += known.square().sum().item()
             if self.cost is not None:
                 costs = self.cost[chunk].double()
                 known *= costs.sqrt()
-                cost += costs[self.importance[chunk].isfinite()].sum().item()
+                cost += costs[self.importances[chunk].isfinite()].sum().item()
             total += known.sum().item()
         return total**2 / ((self.known if self.cost is None else cost) * squares) if squares else 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training changed, as tensors and plain values."""
-        return {"importance": self.importance.clone()}
+        """The importances, as tensors."""
+        return {"importance": self.importances.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where [`state_dict`] was taken."""
-        self.importance.copy_(read_tensor(state, "importance", [len(self)], torch.float32))
-        self.known = int(self.importance.isfinite().sum())
+        """Restore a [`state_dict`] exactly."""
+        self.importances.copy_(read_tensor(state, "importance", [len(self)], torch.float32))
+        self.known = int(self.importances.isfinite().sum())
 
 
 def _turns(index: Tensor) -> Iterator[Tensor]:
-    """Positions in a sorted index, in turns within which no example comes twice: of all the first, the second, …"""
+    """Groups of positions in a sorted index: first occurrences, second occurrences, … of all examples."""
     place = torch.arange(len(index))
     first = torch.ones_like(index, dtype=torch.bool)
     first[1:] = index[1:] != index[:-1]
@@ -164,10 +164,10 @@ def _turns(index: Tensor) -> Iterator[Tensor]:
 
 
 def unimportant(importance: Tensor, mass: float) -> Tensor:
-    """Which examples together hold less than this share of the importance of all; bool `[examples]`.
+    """Mask of the least important examples that together hold less than a share `mass` of the importance, `[examples]`.
 
-    The smallest ones, of equal ones the first; no unknown ones, and none that is as important as the mean: where all
-    are equally important there is nothing to leave out.
+    Ties are broken by position. Unknown examples are never included, nor those at least as important as the mean, so if
+    all are equally important there are none.
 
     >>> unimportant(torch.tensor([3.0, 0.1, torch.nan, 1.0]), mass=0.1).tolist()
     [False, True, False, False]
@@ -182,12 +182,12 @@ def unimportant(importance: Tensor, mass: float) -> Tensor:
 
 
 def mean_importance(memory: ImportanceMemory, fresh: float = math.nan, pruned: Tensor | None = None) -> float:
-    """Mean importance (per cost) of those that are not pruned, those unknown counted as `fresh`; NaN: nothing is known.
+    """Mean importance (per root cost) of the examples that are not pruned; NaN if none is known.
 
     Args:
-        memory: of the examples.
-        fresh: importance of an example that is seen for the first time; NaN leaves the unknown ones out.
-        pruned: bool `[examples]`; None for none.
+        memory: memory of the examples.
+        fresh: importance assumed for unknown examples; NaN excludes them.
+        pruned: mask of the pruned examples, bool `[examples]`; None for none.
     """
     total, counted = 0.0, 0
     for chunk in memory.chunks():

@@ -1,11 +1,11 @@
-"""Importance, cost → rate → weight, and what a batch tells about them. Pure tensors.
+"""Importance and cost → sampling rate → importance weight, and statistics of them. Pure tensors.
 
-Where visits cost differently, texts by their length, a rate is proportional not to the importance q but to q/√c, with c
-the cost of a visit. The second moment of the gradient estimate is Σ q²/r, and what a visit costs on average is Σ r c:
-how much has to be spent for a given precision is their product, and no rates make it less than (Σ q √c)², which those
-do (Cauchy–Schwarz; the allocation of Neyman 1934, under costs). So texts that are equally hard, token by token, whose
-importance is √c because it is the root of a sum over tokens, are visited equally often. Weights are those of the rates
-as ever, and estimates as unbiased.
+If visits differ in cost (texts of different length), rates are proportional to q/√c instead of the importance q, where
+c is the cost of a visit. The second moment of the gradient estimate is Σ q²/r and the mean cost of a visit is Σ r c.
+Their product is the cost of a given precision; its minimum (Σ q √c)² is reached by r ∝ q/√c (Cauchy–Schwarz; Neyman
+allocation, 1934, with costs). Texts that are equally hard per token are therefore visited equally often: their
+importance, the root of a sum over tokens, is proportional to √c. Weights still follow from the rates, and gradient
+estimates stay unbiased.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 def relative_costs(lengths: Tensor) -> Tensor | None:
-    """What a visit of each example costs, relative to the mean over all; None where all cost the same.
+    """Cost of a visit of each example, relative to the mean; None if all cost the same.
 
     Args:
-        lengths: `[examples]`, > 0.
+        lengths: lengths of the examples `[examples]`, > 0.
 
     Returns:
         c float32 `[examples]`, of mean 1.
@@ -34,7 +34,7 @@ def relative_costs(lengths: Tensor) -> Tensor | None:
 
 
 def per_cost(importance: Tensor, cost: Tensor | None) -> Tensor:
-    """q/√c, which rates are proportional to; q itself where there are no costs.
+    """Importance per root cost, q/√c, which rates are proportional to; q itself without costs.
 
     >>> per_cost(torch.tensor([1.0, 1.0]), torch.tensor([0.25, 4.0]))
     tensor([2.0000, 0.5000])
@@ -44,19 +44,19 @@ def per_cost(importance: Tensor, cost: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def rates(importance: Tensor, uniform_fraction: float, max_rate: float = math.inf, fresh: float = math.nan) -> Tensor:
-    """Expected visits relative to uniform sampling: proportional to the importance, with a floor.
+    """Sampling rates: expected visits relative to uniform sampling, proportional to the importance, with a floor.
 
-    r ∝ min((1 − f)·q/q̄ + f, max_rate) with f = `uniform_fraction` and q̄ the mean importance; 1 for all where none is
-    known or all are 0. An unknown importance counts as `fresh`, or as the mean of the others where that is unknown too.
+    r ∝ min((1 − f)·q/q̄ + f, max_rate) with f = `uniform_fraction` and q̄ the mean importance; 1 for all if none is known
+    or all are 0. An unknown importance is replaced by `fresh`, or by the mean of the others if that is NaN.
 
     Args:
-        importance: q `[examples]`, ≥ 0, NaN where unknown; or q/√c, see [`per_cost`], also for the others here.
+        importance: q `[examples]`, ≥ 0, NaN where unknown; or q/√c, see [`per_cost`].
         uniform_fraction: f in [0, 1]; no rate is below f, so no weight is above 1/f.
-        max_rate: ≥ 1.
-        fresh: importance of examples when they are seen for the first time, ≥ 0 or NaN.
+        max_rate: upper bound of the rates before normalisation, ≥ 1.
+        fresh: importance assumed for unknown examples, ≥ 0 or NaN.
 
     Returns:
-        r `[examples]`, of mean 1: the probability of each draw is p = r / N.
+        r `[examples]`, with mean 1: the probability of each draw is p = r / N.
 
     >>> rates(torch.tensor([0.0, 1.0, 2.0, float("nan")]), uniform_fraction=0.5)
     tensor([0.5000, 1.0000, 1.5000, 1.0000])
@@ -76,18 +76,18 @@ def unnormalised_rates(
     max_rate: float = math.inf,
     fresh: float = math.nan,
 ) -> Tensor:
-    """[`rates`] before normalisation, of any selection of examples, given the mean importance q̄ of all or NaN.
+    """[`rates`] before normalisation, for any subset of the examples, given the mean importance q̄ of all, or NaN.
 
     >>> unnormalised_rates(torch.tensor([0.0, 3.0]), mean=1.0, uniform_fraction=0.5, max_rate=1.5)
     tensor([0.5000, 1.5000])
     """
-    rate = importance.nan_to_num(nan=fresh) / (mean or math.nan)  # all 0: all alike, as if nothing were known
+    rate = importance.nan_to_num(nan=fresh) / (mean or math.nan)  # if all are 0, rates are those of unknown importances
     rate = rate * (1 - uniform_fraction) + uniform_fraction
     return rate.clamp_(max=max_rate).nan_to_num_(nan=1.0)
 
 
 def weights(rate: Tensor, exponent: float = 1.0) -> Tensor:
-    """(1 / (N p))^exponent = r^−exponent; with exponent 1 the expected weighted loss is the mean over all examples.
+    """Importance weights (1 / (N p))^exponent = r^−exponent; exponent 1 keeps the expected weighted loss unbiased.
 
     >>> weights(torch.tensor([0.5, 1.0, 2.0]))
     tensor([2.0000, 1.0000, 0.5000])
@@ -99,31 +99,31 @@ def weights(rate: Tensor, exponent: float = 1.0) -> Tensor:
 def second_moments(
     remembered: Tensor, mean: float, measured: Tensor, rate: Tensor, fractions: Tensor, max_rate: float = math.inf
 ) -> Tensor:
-    """What the second moment of the gradient estimate would be with other floors: Σ (1/r) q'² / r_f over some visits.
+    """Terms of the second moment of the gradient estimate with other floors f: Σ (1/r) q'² / r_f over visits.
 
-    Drawn with p = r / N, this estimates Σ q'² / r_f over all examples, where q' is the importance when an example is
-    visited, and r_f the rate that what was remembered of it would have given with the floor f: large where an example
-    that seemed unimportant has become important.
+    With visits drawn by p = r / N, the sum estimates Σ q'² / r_f over all examples. q' is the importance measured at
+    the visit, and r_f the rate with floor f according to the remembered importance. A term is large if an example that
+    seemed unimportant has become important.
 
     Args:
-        remembered: q `[visits]` before the visits, or q/√c; NaN where unknown; such visits tell nothing.
-        mean: of what is remembered so.
-        measured: q' `[visits]`; visits where it is not finite tell nothing.
+        remembered: q `[visits]` before the visits, or q/√c, NaN where unknown; unknown ones are ignored.
+        mean: mean of the remembered importances of all examples.
+        measured: q' `[visits]`; visits where it is not finite are ignored.
         rate: r `[visits]`, as drawn.
-        fractions: f `[floors]`, each in [0, 1]. With f = 1 it is the second moment of uniform sampling.
+        fractions: f `[floors]`, each in [0, 1]; f = 1 gives the second moment of uniform sampling.
         max_rate: as for [`rates`].
 
     Returns:
-        float64 `[visits, floors]`: the terms of the sum, 0 for visits that tell nothing.
+        float64 `[visits, floors]`, 0 for ignored visits.
 
     >>> q, r = torch.tensor([1.0, 3.0, 3.0, 3.0]), torch.tensor([0.5, 1.5, 1.5, 1.5])  # as often as the rates say
     >>> second_moments(q, 2.0, q, r, torch.tensor([0.0, 1.0])).sum(0)
     tensor([16., 20.], dtype=torch.float64)
     """
-    told = remembered.isfinite() & measured.isfinite()
+    informative = remembered.isfinite() & measured.isfinite()
     with_floors = unnormalised_rates(remembered.double()[:, None], mean, fractions.double(), max_rate)
     terms = (measured.double().square() / rate.double())[:, None] / with_floors
-    return terms.where(told[:, None], 0.0).nan_to_num(nan=0.0)  # 0 / 0: neither important nor drawn
+    return terms.where(informative[:, None], 0.0).nan_to_num(nan=0.0)  # 0 / 0: importance and rate are both 0
 
 
 @torch.no_grad()
@@ -136,18 +136,18 @@ def expected_costs(
     fractions: Tensor,
     max_rate: float = math.inf,
 ) -> Tensor:
-    """What visits would cost with other floors: Σ (1/r) c r_f over the visits that tell something.
+    """Terms of the cost of a visit with other floors f: Σ (1/r) c r_f over visits.
 
-    Beside [`second_moments`]: rates need not be normalised, as the product of the two does not depend on their scale.
+    Rates are not normalised, because the product with [`second_moments`] does not depend on their scale.
 
     Args:
         remembered: as for [`second_moments`].
-        mean: likewise.
-        measured: likewise.
-        rate: likewise.
+        mean: as for [`second_moments`].
+        measured: as for [`second_moments`].
+        rate: as for [`second_moments`].
         cost: c `[visits]`.
-        fractions: likewise.
-        max_rate: likewise.
+        fractions: as for [`second_moments`].
+        max_rate: as for [`rates`].
 
     Returns:
         float64 `[visits, floors]`.
@@ -157,14 +157,14 @@ def expected_costs(
     tensor([[0.5000, 1.0000],
             [1.5000, 1.0000]], dtype=torch.float64)
     """
-    told = remembered.isfinite() & measured.isfinite()
+    informative = remembered.isfinite() & measured.isfinite()
     with_floors = unnormalised_rates(remembered.double()[:, None], mean, fractions.double(), max_rate)
     terms = (cost.double() / rate.double())[:, None] * with_floors
-    return terms.where(told[:, None], 0.0)
+    return terms.where(informative[:, None], 0.0)
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """(Σw)² / Σw² (Kish 1965): the number of equally weighted examples that would estimate a mean as well.
+    """Effective sample size (Σw)² / Σw² (Kish 1965): equally weighted examples that estimate a mean as precisely.
 
     >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
     tensor(2.)
@@ -173,13 +173,14 @@ def effective_sample_size(weight: Tensor) -> Tensor:
 
 
 def variance_ratio(importance: Tensor, rate: Tensor, weight: Tensor, cost: Tensor | None = None) -> Tensor:
-    """ρ = mean(w² q²) / mean(q² / r): second moment of the gradient estimate over that of uniform sampling.
+    """Variance ratio ρ = mean(w² q²) / mean(q² / r): second moment of the gradient over that of uniform sampling.
 
-    Below 1 is a gain. Drawn with p = r/N, the numerator estimates Σ r w² q²/N, the denominator Σ q²/N. With costs it is
-    that at equal cost, ρ κ, where κ = mean(c) / mean(c / r) is what a visit costs relative to one of uniform sampling.
+    Below 1, importance sampling is more precise. With visits drawn by p = r/N, the numerator estimates Σ r w² q²/N and
+    the denominator Σ q²/N. With costs, the ratio is taken at equal cost: ρ κ, where κ = mean(c) / mean(c / r) is the
+    cost of a visit relative to uniform sampling.
 
     Args:
-        importance: q `[visits]`, measured at the visits that the rates and weights belong to.
+        importance: q `[visits]`, measured at the visits.
         rate: r `[visits]`.
         weight: w `[visits]`.
         cost: c `[visits]`.

@@ -13,25 +13,25 @@ from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importa
 from hf_importance.sampling.rates import per_cost, unnormalised_rates
 from hf_importance.state import read_number, read_tensor
 
-_MOST_CANDIDATES = 2**16
-"""At a time: bounds the memory where one rate is far above the others."""
+_MAX_CANDIDATES = 2**16
+"""Candidates per call: bounds the memory if one rate is far above the others."""
 _COUNTERS = ("passes", "visits", "mean", "total", "largest")
 
 
 class IndependentVisits:
-    """Draws with p = r / n from the memory as it is (Salaün et al. 2023).
+    """Draws independently with p = r / n from the current memory (Salaün et al. 2023).
 
-    A candidate is taken uniformly and accepted with probability r / r_max, so that a draw costs the same for any n. The
-    mean importance is that of the start of the pass; the sum of the rates follows every update by its difference.
-    Unknown importances count as the mean. Where visits cost differently, "importance" is q/√c here, see [`rates`].
+    Rejection sampling: uniform candidates are accepted with probability r / r_max, so the cost of a draw does not
+    depend on n. The mean importance is fixed at the start of a pass; the sum of the rates is updated incrementally.
+    Unknown importances count as the mean. If visits differ in cost, "importance" means q/√c, see [`rates`].
 
     Args:
-        memory: of the examples. It is read at every draw.
+        memory: memory of the examples. It is read at every draw.
         uniform_fraction: floor of the rates, in [0, 1].
-        prune_mass: see [`SegmentedVisits`].
-        increment: likewise.
-        seed: of the first pass.
-        stride: what is added to the seed from pass to pass.
+        prune_mass: as for [`SegmentedVisits`].
+        increment: as for [`SegmentedVisits`].
+        seed: seed of the first pass.
+        stride: added to the seed after each pass.
     """
 
     planned = 0
@@ -54,10 +54,10 @@ class IndependentVisits:
         self._prune_mass, self._increment = prune_mass, increment
         self._seed, self._stride = seed, stride
         self._rng = torch.Generator()
-        self._kept: Tensor | None = None  # int64, where some are pruned
+        self._kept: Tensor | None = None  # int64 positions of the examples that are not pruned; None for all
         self._drawable = len(memory)
         self._mean = math.nan
-        self._total, self._largest = float(len(memory)), 1.0  # of the rates before normalisation
+        self._total, self._largest = float(len(memory)), 1.0  # sum and maximum of the rates before normalisation
 
     @property
     def begins_pass(self) -> bool:
@@ -65,11 +65,11 @@ class IndependentVisits:
         return self.passes == 0 or self._visits >= len(self.memory)
 
     def next(self, size: int) -> tuple[Tensor, Tensor]:
-        """Up to `size` visits, the accepted ones of as many candidates as it takes on average: examples and rates."""
+        """Up to `size` visits, from as many candidates as needed on average: examples and rates."""
         if self.begins_pass:
             self._begin_pass()
         largest = self._largest / (self._total / self._drawable)
-        candidates = min(_MOST_CANDIDATES, math.ceil(size * largest))
+        candidates = min(_MAX_CANDIDATES, math.ceil(size * largest))
         index = torch.randint(self._drawable, (candidates,), generator=self._rng)
         index = index if self._kept is None else self._kept[index]
         rate = self.rates(index)
@@ -79,17 +79,17 @@ class IndependentVisits:
         return index, rate
 
     def rates(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """float64 `[visits]`: the rates of some examples, by default of all; their mean over the drawable ones is 1."""
+        """Rates of some examples, by default all, float64 `[visits]`; their mean over unpruned examples is 1."""
         rate = self._unnormalised(self.memory.per_cost(index)).double() / (self._total / self._drawable)
         return rate if self.pruned is None else rate.masked_fill_(self.pruned[index], 0.0)
 
-    def learn(self, update: Update, measured: Tensor, rate: Tensor) -> None:
-        """The memory has changed."""
+    def observe(self, update: Update, measured: Tensor, rate: Tensor) -> None:
+        """Update the sum and the maximum of the rates after an update of the memory."""
         before, after = (self._unnormalised(per_cost(q, update.cost)).double() for q in (update.before, update.after))
         change = (
             after - before if self.pruned is None else (after - before).masked_fill_(self.pruned[update.index], 0.0)
         )
-        change = (change / update.change.bincount(minlength=len(change)))[update.change]  # in the order of the visits
+        change = (change / update.change.bincount(minlength=len(change)))[update.change]  # in order of the visits
         self._total = torch.cat([torch.tensor([self._total], dtype=torch.float64), change]).cumsum(0)[-1].item()
         self._largest = max([self._largest, *after.tolist()])
 
@@ -119,7 +119,7 @@ class IndependentVisits:
         return unnormalised_rates(importance, self._mean, self.floor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the visits are, as tensors and plain values."""
+        """The state as tensors and plain values."""
         return {
             **{name: getattr(self, name, getattr(self, f"_{name}", None)) for name in _COUNTERS},
             "pruned": None if self.pruned is None else self.pruned.clone(),
@@ -127,7 +127,7 @@ class IndependentVisits:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where [`state_dict`] was taken."""
+        """Restore a [`state_dict`] exactly."""
         self.passes = read_number(state, "passes", int, 0)
         self.pruned = read_tensor(state, "pruned", [len(self.memory)], torch.bool, optional=True)
         for name in ("visits", "mean", "total", "largest"):
@@ -137,5 +137,5 @@ class IndependentVisits:
         self._rng.set_state(read_tensor(state, "rng", self._rng.get_state().shape, torch.uint8))
 
     def restart(self, passes: int) -> None:
-        """Begin a new pass, with what the memory has, where it is not possible to go on exactly."""
+        """Begin a new pass with the current memory, if the state cannot be restored exactly."""
         self.passes, self._visits = passes, len(self.memory)

@@ -1,4 +1,4 @@
-"""Batches and epochs: what was drawn and not yet used, what was measured and not yet remembered."""
+"""Batches and epochs, including draws not yet used and measurements not yet remembered."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from hf_importance.sampling.segments import SegmentedVisits
 from hf_importance.sampling.suspects import SuspectWeights
 from hf_importance.state import read_number, read_tensor
 
-_MOST_WAITING = 64
-"""Batches that wait to be remembered, all at once, which costs hardly more than one."""
+_MAX_WAITING = 64
+"""Batches that are buffered before the memory is updated; one update for many costs hardly more than for one."""
 _SUMS = ("visits", "weight", "weight_square", "inverse_rate", "importance", "uniform", "ours", "cost")
 
 
 @dataclass
 class _Measured:
-    """What a draw has shown: rows `[1, batch]` or `[5, batch]`, and the event after which they are there."""
+    """Measurements of a draw: rows `[1, batch]` or `[5, batch]`, and the event after which they are available."""
 
     draw: Draw
     rows: Tensor
@@ -40,22 +40,22 @@ class _Measured:
 class ImportanceBatchSampler(Sampler[Draw]):
     """Draws batches of examples in proportion to their rates.
 
-    An epoch is a fixed number of visits, `budget` · examples / ranks. Behind it runs an endless stream of visits.
+    An epoch has a fixed number of visits, `budget` · examples / ranks, taken from an endless stream of visits.
 
     Args:
-        memory: of the examples of the shard.
+        memory: memory of the examples of the shard.
         batch_size: visits per batch; the last batch of an epoch may be smaller.
         shard: the examples that are drawn, by default all.
-        rank: of this process among those that share the data.
-        sampling: `reshuffled`, see [`SegmentedVisits`]; `replacement`, see [`IndependentVisits`].
+        rank: rank of this process among those that share the data.
+        sampling: `reshuffled`, see [`SegmentedVisits`], or `replacement`, see [`IndependentVisits`].
         weight_exponent: see [`rates.weights`].
-        budget: visits per epoch, of all ranks together, over the number of examples, > 0.
-        drop_last: leave out a last batch that is smaller.
-        seed: of its own generators. No global generator is touched.
-        record: what is taken down beside the importances, None for nothing.
-        suspects: how much examples count whose label is probably wrong; None: as much as the others. Takes a record.
-        groups: that put visits of about the same length together; None: they come as planned.
-        **rates: `uniform_fraction`, `prune_mass`, `increment`, `guard`: see [`SegmentedVisits`].
+        budget: visits per epoch on all ranks together, relative to the number of examples, > 0.
+        drop_last: whether to drop the last batch of an epoch if it is smaller.
+        seed: seed of its own generators. No global generator is used.
+        record: record of the visits; None for none.
+        suspects: weights of examples whose label is probably wrong, which require a record; None for equal weights.
+        groups: groups of visits by length; None for visits in planned order.
+        **rates: `uniform_fraction`, `prune_mass`, `increment`, `guard`, see [`SegmentedVisits`].
     """
 
     def __init__(
@@ -88,19 +88,19 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._memory, self._record, self._suspects, self._groups = memory, record, suspects, groups
         self._weight_exponent = weight_exponent
         self._draws = 0
-        self._outstanding: dict[int, Draw] = {}  # drawn, and not yet used
-        self._measured: deque[_Measured] = deque()  # used, and not yet remembered
-        self._lags = False  # whether what was measured last is still on its way, and not waited for
+        self._outstanding: dict[int, Draw] = {}  # drawn but not yet used
+        self._measured: deque[_Measured] = deque()  # measured but not yet remembered
+        self._lags = False  # whether the last measurement is still being transferred
         self._moments = torch.zeros(len(_SUMS), dtype=torch.float64)
         self._replays, self._skip, self._ended = False, 0, False
 
     def __len__(self) -> int:
-        """Batches per epoch, the same on all ranks. Pruning does not change it: learning rate schedules rest on it."""
+        """Batches per epoch, equal on all ranks and independent of pruning, as learning rate schedules require."""
         full, rest = divmod(self.visits_per_epoch, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Draw]:
-        """An epoch. After [`load_state_dict`] it begins with what is thrown away and goes on with what was drawn."""
+        """Iterate over one epoch. After [`load_state_dict`], skipped batches come first, then the outstanding draws."""
         again = deque(self._outstanding.values() if self._replays else ())
         skip, self._skip, self._replays = self._skip, 0, False
         if not again:
@@ -112,16 +112,16 @@ class ImportanceBatchSampler(Sampler[Draw]):
         for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield again.popleft() if again else self._draw(min(self.batch_size, self.visits_per_epoch - start))
 
-    def use(self, draw: Draw) -> None:
-        """The training step takes this draw."""
+    def mark_used(self, draw: Draw) -> None:
+        """Mark a draw as used by a training step."""
         self._outstanding.pop(draw.number, None)
 
     def is_outstanding(self, draw: Draw) -> bool:
-        """Whether it was drawn, and no training step has taken it."""
+        """Whether a draw was not yet used by a training step."""
         return draw.number in self._outstanding
 
     def end(self) -> None:
-        """There is nothing left to train: draw no more."""
+        """Stop drawing, because training has ended."""
         self._ended = True
 
     def _draw(self, size: int) -> Draw:
@@ -135,7 +135,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         return draw
 
     def _next(self, size: int) -> tuple[Tensor, Tensor]:
-        """So many visits: int64 and float64 `[size]`, their examples and rates."""
+        """The next `size` visits: examples int64 `[size]` and rates float64 `[size]`."""
         indices, rates = [], []
         missing = size
         while missing:
@@ -146,7 +146,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         return torch.cat(indices), torch.cat(rates)
 
     def _next_grouped(self, size: int) -> tuple[Tensor, Tensor]:
-        """Likewise, out of groups of all that is planned."""
+        """As [`_next`], grouped by length within each segment."""
         while len(self._groups) < size:
             planned = [self._next_planned(self._groups.size)]
             while self.visits.planned:
@@ -155,10 +155,10 @@ class ImportanceBatchSampler(Sampler[Draw]):
         return self._groups.take(size)
 
     def _next_planned(self, most: int) -> tuple[Tensor, Tensor]:
-        if not self.visits.planned:  # the memory is read
+        if not self.visits.planned:  # the next segment reads the memory
             self.flush()
             if self.visits.begins_pass and self.visits.passes and self._record is not None:
-                self._record.keep_distribution(self._memory.importance)
+                self._record.keep_distribution(self._memory.importances)
             if self._suspects is not None:
                 self._suspects.recheck(self._record, self._memory)
         return self.visits.next(most)
@@ -166,22 +166,22 @@ class ImportanceBatchSampler(Sampler[Draw]):
     # ---- what was measured -------------------------------------------------------------------------------------------
 
     def update(self, draw: Draw, rows: Tensor, arrived: torch.Event | None = None) -> None:
-        """Remember what was measured and seen at the visits of a draw. It is done later, many draws at once.
+        """Buffer the measurements of a draw; the memory is updated later, with many draws at once.
 
         Args:
-            draw: that was measured.
-            rows: float32 `[1, batch]`, the importances, or `[5, batch]`, also what [`VisitRecord.update`] takes. They
-                must not change.
-            arrived: after which the rows are there, if they are on their way from a GPU. The last ones are not waited
-                for; what reads the memory goes without them.
+            draw: the measured draw.
+            rows: float32 `[1, batch]`, the importances, or `[5, batch]`, followed by the rows of
+                [`VisitRecord.update`]. They must not be modified afterwards.
+            arrived: event after which the rows are available, if they are being transferred from a GPU. The last
+                transfer is not waited for; readers of the memory do without it.
         """
         self._measured.append(_Measured(draw, rows, arrived))
         self._lags = arrived is not None
-        if len(self._measured) >= _MOST_WAITING:
+        if len(self._measured) >= _MAX_WAITING:
             self.flush()
 
     def flush(self, everything: bool = False) -> None:
-        """Remember what was measured, `everything` or all but what is still on its way."""
+        """Update the memory with the buffered measurements, except a pending transfer unless `everything`."""
         number = len(self._measured) - (self._lags and not everything)
         taken = [self._measured.popleft() for _ in range(number)]
         if not taken:
@@ -197,68 +197,68 @@ class ImportanceBatchSampler(Sampler[Draw]):
         )
         importance, weight = rows[0], weight / self.shard.weight
         drawn = importance.double()
-        if self._suspects is not None:  # what is sampled is the mean of s·ℓ, with s as it was at the draw
+        if self._suspects is not None:  # the loss is the mean of s·ℓ, with s as of the draw
             inverse = weights(rate, self._weight_exponent)
             drawn, weight = drawn * (weight / inverse), inverse
-            importance = (importance * self._suspects.of(index)).float()  # s may be another by now
+            importance = (importance * self._suspects.of(index)).float()  # with the current s, which may have changed
         batch = torch.arange(len(draws)).repeat_interleave(torch.tensor([len(draw.index) for draw in draws]))
         update = self._memory.update(index, importance, batch)
-        self.visits.learn(update, importance, rate)
+        self.visits.observe(update, importance, rate)
         cost = torch.ones_like(rate) if self._memory.cost is None else self._memory.cost[index].double()
-        self._sum_up(drawn, rate, weight, cost)
+        self._accumulate_moments(drawn, rate, weight, cost)
         if self._record is not None and len(rows) > 1:
             self._record.update(index, rows[1:])
 
-    def _sum_up(self, importance: Tensor, rate: Tensor, weight: Tensor, cost: Tensor) -> None:
-        """The sums that [`take_moments`] gives; of visits one after the other, so that they are the same to the bit."""
+    def _accumulate_moments(self, importance: Tensor, rate: Tensor, weight: Tensor, cost: Tensor) -> None:
+        """Update [`moments`]; sequentially over visits, so they do not depend on the buffering, bit for bit."""
         squares = importance.square()
-        told = [1 / rate, importance / rate, squares / rate, weight.square() * squares]
-        told = [term.where(importance.isfinite(), 0.0) for term in told]
-        terms = torch.stack([torch.ones_like(rate), weight, weight.square(), *told, cost], 1)
+        informative_terms = [1 / rate, importance / rate, squares / rate, weight.square() * squares]
+        informative_terms = [term.where(importance.isfinite(), 0.0) for term in informative_terms]
+        terms = torch.stack([torch.ones_like(rate), weight, weight.square(), *informative_terms, cost], 1)
         self._moments = torch.cat([self._moments[None], terms]).cumsum(0)[-1]
 
     @property
     def moments(self) -> dict[str, float]:
-        """Sums over all visits so far that were remembered; what counts is their growth.
+        """Sums over all remembered visits so far; take differences for an interval.
 
-        `visits`; `weight` Σ w and `weight_square` Σ w²; of those whose importance is known `inverse_rate` Σ 1/r,
-        `importance` Σ q/r, and the second moments of the gradient estimate as it is drawn, `ours` Σ w² q², and as
-        uniform sampling would draw it, `uniform` Σ q²/r. `cost` Σ c, where uniform sampling has the number of visits.
+        `visits`: their number; `weight`: Σ w; `weight_square`: Σ w²; `cost`: Σ c, which is `visits` with uniform
+        sampling. Over visits with a finite importance: `inverse_rate`: Σ 1/r; `importance`: Σ q/r; `ours`: Σ w² q²,
+        the second moment of the gradient estimate; `uniform`: Σ q²/r, that of uniform sampling.
         """
         return dict(zip(_SUMS, self._moments.tolist(), strict=True))
 
     @property
-    def importance(self) -> Tensor:
-        """float32 `[examples of the shard]`, NaN where unknown."""
+    def importances(self) -> Tensor:
+        """Importances, float32 `[examples of the shard]`, NaN where unknown."""
         self.flush()
-        return self._memory.importance
+        return self._memory.importances
 
     @property
     def memory(self) -> ImportanceMemory:
-        """Of the examples of the shard, as far as it is known."""
+        """Memory of the examples of the shard, up to date except for a pending transfer."""
         self.flush()
         return self._memory
 
     @property
     def record(self) -> VisitRecord | None:
-        """What was taken down beside the importances."""
+        """Record of the visits, if any."""
         self.flush()
         return self._record
 
     @property
     def pruned(self) -> Tensor:
-        """Bool `[examples of the shard]`: which are left out now."""
+        """Mask of the currently pruned examples, bool `[examples of the shard]`."""
         return torch.zeros(len(self.shard), dtype=torch.bool) if self.visits.pruned is None else self.visits.pruned
 
     @property
     def suspects(self) -> SuspectWeights | None:
-        """How much examples count whose label is probably wrong."""
+        """Weights of examples whose label is probably wrong, if used."""
         return self._suspects
 
-    # ---- going on after an interruption ------------------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, as tensors and plain values; also what was drawn and not used, measured and not remembered."""
+        """The state as tensors and plain values, with outstanding draws and buffered measurements."""
         for measured in self._measured:
             if measured.arrived is not None:
                 measured.arrived.synchronize()
@@ -279,8 +279,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
             "moments": self._moments.clone(),
         }
 
-    def goes_on_from(self, state: Mapping[str, Any]) -> bool:
-        """Whether [`state_dict`] was taken of a sampler of the same examples in batches of the same size."""
+    def matches(self, state: Mapping[str, Any]) -> bool:
+        """Whether a [`state_dict`] belongs to a sampler of the same examples, batch size and kind of sampling."""
         theirs, mine = state["shard"], self.shard.index
         same = theirs is mine if theirs is None or mine is None else torch.equal(theirs, mine)
         settings = self.shard.length, self.batch_size, type(self.visits).__name__, self._groups is None
@@ -288,11 +288,11 @@ class ImportanceBatchSampler(Sampler[Draw]):
         return same and theirs == settings
 
     def load_state_dict(self, state: Mapping[str, Any], skip: int = 0) -> None:
-        """Go on exactly where [`state_dict`] was taken.
+        """Restore a [`state_dict`] exactly.
 
         Args:
-            state: one that [`goes_on_from`] accepts.
-            skip: batches that whoever iterates throws away first, to come to the place in the epoch. They are empty.
+            state: a state that [`matches`].
+            skip: number of batches that the caller skips to reach its position in the epoch; empty ones are returned.
         """
         self._memory.load_state_dict(state["memory"])
         self.visits.load_state_dict(state["visits"])
@@ -313,7 +313,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         draw = Draw(*values)
         lengths = {len(draw.index), len(draw.rate), len(draw.weight)}
         if len(lengths) > 1 or not all(0 <= i < self.shard.length for i in draw.index):
-            raise ValueError(f"a draw must be of examples in 0 … {self.shard.length - 1}, with a rate and weight each")
+            raise ValueError(f"a draw must have indices in 0 … {self.shard.length - 1}, with a rate and a weight each")
         return draw
 
     def _read_measured(self, values: Sequence[Any], rows: Tensor) -> _Measured:
@@ -323,11 +323,11 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def restart(
         self, importance: Tensor, passes: int = 0, skip: int = 0, record: Mapping[str, Any] | None = None
     ) -> None:
-        """Begin a new pass with what was remembered elsewhere, where it is not possible to go on exactly.
+        """Begin a new pass with given importances, if the state cannot be restored exactly.
 
         Args:
-            importance: float32 `[all examples]`.
-            passes: that went before.
+            importance: importances of all examples, float32 `[all examples]`.
+            passes: number of previous passes.
             skip: as for [`load_state_dict`].
             record: state of a record of all examples.
         """

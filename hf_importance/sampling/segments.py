@@ -1,4 +1,4 @@
-"""Visits as even as reshuffling, at rates that are never older than a segment."""
+"""Visits as evenly spaced as with reshuffling, with rates that are updated every segment."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from hf_importance.sampling.rates import per_cost, unnormalised_rates
 from hf_importance.state import read_number, read_tensor
 
 SEGMENTS = 8
-"""Of a pass, which is as many visits as there are examples."""
+"""Segments per pass; a pass has as many visits as there are examples."""
 _LARGEST_RATE = 64.0
-"""Before normalisation: no example is visited much more often than this many times the average."""
+"""Upper bound of the rates, before normalisation."""
 _BELOW_ONE = 1 - 2**-24
 _COUNTERS = ("passes", "segment", "floor", "fresh", "fresh_sum", "fresh_count", "mean")
 
 
 class SegmentedVisits:
-    """Plans visits a segment at a time, an eighth of a pass, with the rates of that moment.
+    """Plans visits one segment (an eighth of a pass) at a time, with the current rates.
 
-    Every example has a credit in [0, 1). A segment of n visits adds n·r_i/N to it; whole parts become visits, in the
-    order in which the credits pass 1. So between any two segments of a pass an example is visited as often as its
-    summed rates say, within one visit, while its rates follow what is measured. Each pass starts with the credits
-    1 − (position + ½)/N in a new random permutation, the one that `Trainer` takes from the same seed: with equal rates
-    the pass is that permutation. (Credits that go on from pass to pass would be more even still, but not random enough:
-    examples whose rates fall or rise together at their first visit come back together, so that what training sees last
-    depends on the step at which it ends.)
+    Every example has a credit in [0, 1). A segment of n visits adds n·r_i/N to it; the whole part becomes visits, in
+    the order in which the credits cross 1. Between any two segments of a pass, the number of visits of an example
+    therefore equals its summed rates within one visit, while rates follow the measurements. Each pass starts with the
+    credits 1 − (position + ½)/N in a new random permutation, the one that `Trainer` draws from the same seed: with
+    equal rates the pass is that permutation. (Carrying credits over between passes would be even more regular, but not
+    random enough: examples whose rates change together at their first visit would come back together, and the examples
+    visited last would depend on the step at which training ends.)
 
-    Examples that nobody has seen have the mean importance of those that were seen for the first time lately, so that
-    the first pass learns from itself. Visits show whether importances hold, see [`Guard`].
+    Unvisited examples are assigned the mean importance of recent first visits, so the first pass already uses its own
+    measurements. Visits also show how reliable importances are, see [`Guard`].
 
-    Where visits cost differently, "importance" is q/√c in all of that, see [`rates`].
+    If visits differ in cost, "importance" means q/√c throughout, see [`rates`].
 
     Args:
-        memory: of the examples. It is read where a segment is planned.
-        batch_size: no segment is smaller.
+        memory: memory of the examples. It is read when a segment is planned.
+        batch_size: minimum size of a segment.
         uniform_fraction: lowest floor of the rates, in [0, 1].
-        prune_mass: at the start of each pass leave out the examples that together hold less than this share of the
-            importance, in [0, 1); the others have rates of mean 1.
+        prune_mass: at the start of each pass, prune the examples that together hold less than this share of the
+            importance, in [0, 1); the others have rates with mean 1.
         increment: added to every known importance at the end of each pass.
-        seed: of the permutation of the first pass.
-        stride: what is added to the seed from pass to pass.
-        guard: whether the floor may rise.
+        seed: seed of the permutation of the first pass.
+        stride: added to the seed after each pass.
+        guard: whether the [`Guard`] may raise the floor.
     """
 
     def __init__(
@@ -67,38 +67,38 @@ class SegmentedVisits:
         self.pruned: Tensor | None = None  # bool [examples]
         self.passes = 0
         self._segments = max(1, min(SEGMENTS, len(memory) // batch_size))
-        self._segment = 0  # that is planned next
+        self._segment = 0  # index of the next segment
         self._prune_mass, self._increment = prune_mass, increment
         self._seed, self._stride = seed, stride
         self._guard = Guard(uniform_fraction) if guard else None
         self._fresh, self._fresh_sum, self._fresh_count = math.nan, 0.0, 0.0
-        self._mean = math.nan  # importance (per cost), when the segment was planned
+        self._mean = math.nan  # mean importance (per root cost) when the segment was planned
         self._kind = torch.int32 if len(memory) < 2**31 else torch.int64
-        self._order: Tensor | None = None  # of this pass, as long as its rates have not differed
-        self._credit: Tensor | None = None  # float32 [examples], from then on
-        self._index = torch.empty(0, dtype=self._kind)  # visits left in this segment, and their rates
+        self._order: Tensor | None = None  # permutation of this pass, until rates differ
+        self._credit: Tensor | None = None  # float32 [examples], once rates differ
+        self._index = torch.empty(0, dtype=self._kind)  # remaining visits of this segment, and their rates
         self._rate = torch.empty(0)
 
     @property
     def planned(self) -> int:
-        """Visits that are left of the segment. Without any, the next ones read the memory."""
+        """Number of remaining visits of the segment. If it is 0, the next call of [`next`] reads the memory."""
         return len(self._index)
 
     @property
     def begins_pass(self) -> bool:
-        """Whether what is planned next is the first segment of a pass."""
+        """Whether the next planned segment is the first of a pass."""
         return self._segment == 0
 
     def next(self, size: int) -> tuple[Tensor, Tensor]:
-        """Up to `size` visits: int64 and float32 `[visits]`, their examples and rates."""
+        """Up to `size` visits: examples int64 `[visits]` and rates float32 `[visits]`."""
         if not len(self._index):
             self._plan()
         index, self._index = self._index[:size], self._index[size:]
         rate, self._rate = self._rate[:size], self._rate[size:]
         return index.long(), rate
 
-    def learn(self, update: Update, measured: Tensor, rate: Tensor) -> None:
-        """What visits have shown: the change of the memory; `[visits]` each, what was measured and the rates drawn."""
+    def observe(self, update: Update, measured: Tensor, rate: Tensor) -> None:
+        """Observe visits: the update of the memory, the measured importances and the drawn rates, `[visits]` each."""
         cost = None if update.cost is None else update.cost[update.change]
         before = per_cost(update.before[update.change], cost)
         first = (before.isnan() & measured.isfinite()).double()
@@ -107,7 +107,7 @@ class SegmentedVisits:
         start = torch.tensor([[self._fresh_sum, self._fresh_count]], dtype=torch.float64)
         self._fresh_sum, self._fresh_count = torch.cat([start, sums]).cumsum(0)[-1].tolist()
         if self._guard is not None:
-            self._guard.learn(before, self._mean, measured, rate, _LARGEST_RATE, cost)
+            self._guard.observe(before, self._mean, measured, rate, _LARGEST_RATE, cost)
 
     # ---- planning: O(examples), once per segment ---------------------------------------------------------------------
 
@@ -129,11 +129,11 @@ class SegmentedVisits:
             if self._credit is None:
                 self._credit = self._credits_after(start)
                 self._order = None
-            self._index, self._rate = self._spend(end - start, total)
+            self._index, self._rate = self._plan_visits(end - start, total)
         self._segment = (self._segment + 1) % self._segments
 
     def _bounds(self, segment: int) -> tuple[int, int]:
-        """First visit of a segment in its pass, and that after its last."""
+        """First visit of a segment within its pass, and the one after its last."""
         length = len(self.memory)
         return length * segment // self._segments, length * (segment + 1) // self._segments
 
@@ -143,14 +143,14 @@ class SegmentedVisits:
                 self.memory.increase(self._increment)
             pruned = self.memory.unimportant(self._prune_mass)
             self.pruned = pruned if pruned.any() else None
-        # the seed is that of accelerate's sampler in this epoch: the same permutations
+        # same seed, and so same permutation, as the sampler of accelerate in this epoch
         rng = torch.Generator().manual_seed(self._seed + self.passes * self._stride)
         self._order = torch.randperm(len(self.memory), generator=rng, dtype=self._kind)
         self._credit = None
         self.passes += 1
 
     def _credits_after(self, visits: int) -> Tensor:
-        """The credits that this pass has come to with equal rates."""
+        """Credits after this many visits of the pass with equal rates."""
         place = torch.arange(len(self.memory), dtype=torch.float64)
         start = 1 - (place + 0.5) / len(place) + visits / len(place)
         start[:visits] -= 1
@@ -161,7 +161,7 @@ class SegmentedVisits:
         return rate if self.pruned is None else rate.masked_fill_(self.pruned[part], 0.0)
 
     def _measure_rates(self) -> tuple[float, float, float]:
-        """Their sum, the smallest and the largest, before normalisation."""
+        """Sum, minimum and maximum of the rates before normalisation."""
         total, least, largest = 0.0, math.inf, 0.0
         for part in self.memory.chunks():
             rate = self._unnormalised(part)
@@ -169,8 +169,8 @@ class SegmentedVisits:
             least, largest = min(least, rate.min().item()), max(largest, rate.max().item())
         return total, least, largest
 
-    def _spend(self, visits: int, total: float) -> tuple[Tensor, Tensor]:
-        """Add to the credits what so many visits are worth; the visits that come of it, in their order."""
+    def _plan_visits(self, visits: int, total: float) -> tuple[Tensor, Tensor]:
+        """Add the rates of this many visits to the credits; return the resulting visits in order."""
         drawable = len(self.memory) - (0 if self.pruned is None else int(self.pruned.sum()))
         indices, rates, times = [], [], []
         for part in self.memory.chunks():
@@ -181,7 +181,7 @@ class SegmentedVisits:
             whole = grown.floor()
             self._credit[part] = (grown - whole).float().clamp_(max=_BELOW_ONE)
             visited = whole.nonzero().flatten().repeat_interleave(whole[whole > 0].long())
-            number = torch.ones_like(visited)  # of the visits of an example, which one it is
+            number = torch.ones_like(visited)  # counts the visits of the same example
             number[1:] = torch.where(visited[1:] == visited[:-1], 0, 1)
             place = torch.arange(len(visited))
             number = place - place.where(number.bool(), 0).cummax(0).values + 1 if len(visited) else number
@@ -191,10 +191,10 @@ class SegmentedVisits:
         order = torch.cat(times).sort(stable=True).indices
         return torch.cat(indices)[order], torch.cat(rates)[order]
 
-    # ---- going on after an interruption ------------------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the visits are, as tensors and plain values."""
+        """The state as tensors and plain values."""
         return {
             **{name: getattr(self, name, getattr(self, f"_{name}", None)) for name in _COUNTERS},
             "guard": None if self._guard is None else self._guard.state_dict(),
@@ -203,7 +203,7 @@ class SegmentedVisits:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where [`state_dict`] was taken."""
+        """Restore a [`state_dict`] exactly."""
         length = len(self.memory)
         self.passes, self.floor = read_number(state, "passes", int, 0), read_number(state, "floor", least=0)
         self.pruned = read_tensor(state, "pruned", [length], torch.bool, optional=True)
@@ -218,10 +218,10 @@ class SegmentedVisits:
             self._guard.load_state_dict(state["guard"])
 
     def restart(self, passes: int) -> None:
-        """Begin a new pass, with what the memory has, where it is not possible to go on exactly."""
+        """Begin a new pass with the current memory, if the state cannot be restored exactly."""
         self.passes = passes
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
-    """Of what is left, not of all that it is a view of."""
+    """Copy a tensor without the rest of the storage that it is a view of."""
     return None if tensor is None else tensor.clone()

@@ -1,4 +1,4 @@
-"""Examples whose label is probably wrong count for less, or not at all."""
+"""Smaller weights in the loss for examples whose label is probably wrong."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hf_importance.state import read_tensor
 
 
 class SuspectWeights:
-    """The share s with which the loss of each example counts: `weight` for suspects, else 1.
+    """Factor s of the loss ℓ of each example: `weight` for suspects, else 1.
 
-    What is minimised then is the mean of s·ℓ. The importance of an example is s·q, which is remembered and to which its
-    rate is proportional: a suspect that is left out is visited as often as the floor of the rates says. At each visit
-    its loss is recorded all the same. It is suspect while its label got less probability than chance both in the mean
-    and at the last visit, so that it comes back once the model believes the label. Suspects are looked for whenever a
-    segment is planned, among examples that were visited twice or more. None of them is pruned.
+    Training then minimises the mean of s·ℓ. The remembered importance of an example is s·q, so a suspect with s = 0 is
+    visited at the floor of the rates. Its unscaled loss is still recorded at each visit. An example is suspect while
+    its label has less probability than chance both on average and at the last visit; it recovers once the model agrees
+    with the label. Suspects are updated whenever a segment is planned, among examples with at least two visits. They
+    are never pruned.
 
     Args:
         length: number of examples.
         weight: s of suspects, in [0, 1).
-        start: effective epochs, from which on there are any.
-        epochs: how many were learnt.
-        classes: how many there are; None: as many as there are labels.
+        start: effective epochs before the first update.
+        epochs: returns the current effective epochs.
+        classes: number of classes; None for the number of distinct labels.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class SuspectWeights:
         self._weight, self._start, self._epochs, self._classes = weight, start, epochs, classes
 
     def of(self, index: Tensor) -> Tensor:
-        """s, float64 `[visits]`."""
+        """Factors s of some examples, float64 `[visits]`."""
         return torch.where(self.flagged[index], self._weight, 1.0).double()
 
     def recheck(self, record: VisitRecord, memory: ImportanceMemory) -> None:
-        """Look for suspects anew; what is remembered of those that are new, or no more, is scaled."""
+        """Update the suspects, and rescale the remembered importance of those that changed."""
         if self._epochs() < self._start:
             return
         columns = record.columns()
@@ -52,9 +52,9 @@ class SuspectWeights:
         self.flagged = memory.spared = found
 
     def state_dict(self) -> dict[str, Any]:
-        """Which are suspects."""
+        """The suspects, as tensors."""
         return {"flagged": self.flagged.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any], memory: ImportanceMemory) -> None:
-        """Go on exactly where [`state_dict`] was taken."""
+        """Restore a [`state_dict`] exactly."""
         self.flagged = memory.spared = read_tensor(state, "flagged", [len(self.flagged)], torch.bool).clone()

@@ -38,8 +38,8 @@ class _Ours:
     def __iter__(self) -> Iterator[Any]:
         while True:
             for draw in self.sampler:
-                self.sampler.use(draw)
-                known = self.sampler.memory.importance[draw.index]
+                self.sampler.mark_used(draw)
+                known = self.sampler.memory.importances[draw.index]
                 self.sampler.update(draw, known.where(known.isfinite(), _importances(len(known)))[None])
                 yield draw
 

@@ -24,7 +24,7 @@ from transformers import Trainer
 
 from benchmarks.task import Columns, Rows, collate
 from hf_importance.losses.objective import Measured, Objective
-from hf_importance.record import SEEN
+from hf_importance.record import OBSERVED
 
 _UNSEEN = 3.0
 """Loss of an example that was not seen, of InfoBatch and SeTa."""
@@ -35,7 +35,7 @@ _FORWARD = 1 / 3
 
 
 @dataclass
-class Seen:
+class Observed:
     """What was seen of some examples, `[examples]` each.
 
     Args:
@@ -49,9 +49,9 @@ class Seen:
     right: Tensor
 
     @classmethod
-    def of(cls, measured: Measured) -> Seen:
+    def of(cls, measured: Measured) -> Observed:
         """A batch."""
-        label, loss, prediction, probability = (measured.seen[SEEN.index(name)].cpu() for name in SEEN)
+        label, loss, prediction, probability = (measured.observed[OBSERVED.index(name)].cpu() for name in OBSERVED)
         unknown = probability.isnan()
         confidence = torch.where(unknown, (-loss).exp() if measured.are_sums else 1.0, probability)
         return cls(loss, confidence, unknown | (prediction == label))
@@ -72,7 +72,7 @@ class Rival:
     def __init__(self, examples: int, batch: int, steps: int) -> None:
         self.examples, self.batch, self.steps = examples, batch, steps
         self.step = self.epoch = 0
-        self.look: Callable[[Tensor], Seen] | None = None
+        self.look: Callable[[Tensor], Observed] | None = None
         """Forwards examples without training on them; the trainer puts it here."""
 
     @property
@@ -92,7 +92,7 @@ class Rival:
         index = torch.randperm(self.examples)
         return index, torch.ones(len(index))
 
-    def select(self, index: Tensor, look: Callable[[], Seen]) -> Tensor:
+    def select(self, index: Tensor, look: Callable[[], Observed]) -> Tensor:
         """Of a batch the positions to train on; `look` forwards it without gradients."""
         return torch.arange(len(index))
 
@@ -100,7 +100,7 @@ class Rival:
         """Of the learning rate of the schedule."""
         return 1.0
 
-    def observe(self, index: Tensor, seen: Seen) -> None:
+    def observe(self, index: Tensor, observed: Observed) -> None:
         """What was seen of examples."""
 
 
@@ -125,8 +125,8 @@ class InfoBatch(Rival):
         index = index[weight[index] > 0]
         return index, weight[index]
 
-    def observe(self, index: Tensor, seen: Seen) -> None:
-        self.losses[index] = seen.losses
+    def observe(self, index: Tensor, observed: Observed) -> None:
+        self.losses[index] = observed.losses
 
 
 class SeTa(Rival):
@@ -155,8 +155,8 @@ class SeTa(Rival):
             index = index[(first <= group) & (group < first + self.window)]
         return index, torch.ones(len(index))
 
-    def observe(self, index: Tensor, seen: Seen) -> None:
-        self.losses[index] = seen.losses
+    def observe(self, index: Tensor, observed: Observed) -> None:
+        self.losses[index] = observed.losses
 
 
 class SeTaHalf(SeTa):
@@ -202,9 +202,9 @@ class KAKURENBO(Rival):
     def learning_rate_factor(self) -> float:
         return 1 / (1 - self.fraction) if self.epoch > 1 else 1.0
 
-    def observe(self, index: Tensor, seen: Seen) -> None:
-        self.losses[index] = seen.losses
-        self.may_be_hidden[index] = seen.right & (seen.confidence >= self.sure)
+    def observe(self, index: Tensor, observed: Observed) -> None:
+        self.losses[index] = observed.losses
+        self.may_be_hidden[index] = observed.right & (observed.confidence >= self.sure)
 
 
 class EvolvedSampling(Rival):
@@ -223,7 +223,7 @@ class EvolvedSampling(Rival):
         super().__init__(*args)
         self.average = torch.full((self.examples,), 1 / self.examples)
 
-    def select(self, index: Tensor, look: Callable[[], Seen]) -> Tensor:
+    def select(self, index: Tensor, look: Callable[[], Observed]) -> Tensor:
         if not self.plain <= self.progress < 1 - self.plain:
             return super().select(index, look)
         losses = look().losses
@@ -231,9 +231,9 @@ class EvolvedSampling(Rival):
         self._take_in(index, losses)
         return torch.multinomial(weight, max(1, round(self.share * len(index))))
 
-    def observe(self, index: Tensor, seen: Seen) -> None:
+    def observe(self, index: Tensor, observed: Observed) -> None:
         if not self.plain <= self.progress < 1 - self.plain:
-            self._take_in(index, seen.losses)
+            self._take_in(index, observed.losses)
 
     def _take_in(self, index: Tensor, losses: Tensor) -> None:
         self.average[index] = self.second * self.average[index] + (1 - self.second) * losses
@@ -287,7 +287,7 @@ class RivalTrainer(Trainer):
         chosen = self.rival.select(index, lambda: self._forward(model, inputs))
         inputs = {name: column[chosen] for name, column in inputs.items()}
         measured = self._measure(model, inputs)
-        self.rival.observe(index[chosen], Seen.of(measured))
+        self.rival.observe(index[chosen], Observed.of(measured))
         self.rival.step += 1
         return measured.weighted_mean(weight[chosen])
 
@@ -297,13 +297,13 @@ class RivalTrainer(Trainer):
         return self._objective(model, inputs, labels, len(labels["labels"]))
 
     @torch.no_grad()
-    def _forward(self, model: nn.Module, inputs: Columns) -> Seen:
-        return Seen.of(self._measure(model, inputs))
+    def _forward(self, model: nn.Module, inputs: Columns) -> Observed:
+        return Observed.of(self._measure(model, inputs))
 
-    def _look(self, index: Tensor) -> Seen:
+    def _look(self, index: Tensor) -> Observed:
         parts = [self._forward(self.model, self.train_dataset.take(part)) for part in index.split(self.rival.batch)]
         found = zip(*((part.losses, part.confidence, part.right) for part in parts), strict=True)
-        return Seen(*map(torch.cat, found))
+        return Observed(*map(torch.cat, found))
 
 
 class _Batches:

@@ -42,16 +42,16 @@ def run(name: str, share: float, method: str, seed: int) -> dict[str, Any]:
     task = task_of(name)
     if share:
         task = replace(task, train=with_wrong_labels(task, share, 1000 + seed)[0])
-    left_out = 0
+    removed = 0
     if method == "uniform, without the flagged":
         found = _trained(task, seed, ImportanceTrainer, importance=ImportanceConfig(budget=1.0)).suspects
         kept = torch.ones(task.examples, dtype=torch.bool)
         kept[found] = False
-        left_out, task = len(found), replace(task, train={name: column[kept] for name, column in task.train.items()})
+        removed, task = len(found), replace(task, train={name: column[kept] for name, column in task.train.items()})
     if method in OURS:
         trainer = _trained(task, seed, ImportanceTrainer, importance=ImportanceConfig(**OURS[method]))
         if OURS[method]:
-            left_out = int(trainer._sampler.suspects.flagged.sum())
+            removed = int(trainer._sampler.suspects.flagged.sum())
     else:
         more = {"compute_loss_func": _generalised} if method.endswith("cross-entropy") else {}
         trainer = _trained(task, seed, Trainer, **more)
@@ -60,7 +60,7 @@ def run(name: str, share: float, method: str, seed: int) -> dict[str, Any]:
     right = (outputs.argmax(1) == labels)[rare].double().mean().item()
     return {
         "steps": trainer.state.global_step,
-        "flagged": left_out,
+        "flagged": removed,
         "accuracy_of_the_last_classes": round(right, 5),
         **evaluate(trainer.model, task),
     }
