@@ -1,6 +1,6 @@
-"""The picture of a report in the README: the head of the page, of the digits with their defaults.
+"""The picture of a report in the README: the top of the page for the digits with default settings.
 
-Needs Chromium, which draws the page.
+Requires Chromium to render the page.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _WIDTH, _HEIGHT = 1200, 1000
 
 
 def digest() -> str:
-    """Of what the page is made of: another one than in the picture says that it is stale."""
+    """Digest of the sources of the page; a different one in the picture means that it is outdated."""
     folder = Path(hf_importance.report.__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _SOURCES)).hexdigest()
 
 
 def draw(path: Path = PICTURE) -> None:
-    """Train, write the report, draw the head of its page.
+    """Train, write the report, and render the top of its page.
 
     Raises:
-        SystemExit: where there is no browser.
+        SystemExit: if there is no browser.
     """
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser is None:
-        raise SystemExit(f"error: the picture needs a browser, one of {', '.join(_BROWSERS)}.")
+        raise SystemExit(f"error: the picture requires a browser, one of {', '.join(_BROWSERS)}.")
     with tempfile.TemporaryDirectory() as folder:
         run_image_classification.main(
             ["--do_train", "--report", "--output_dir", f"{folder}/digits", "--report_to", "none"]
@@ -47,6 +47,6 @@ def draw(path: Path = PICTURE) -> None:
         size = f"--window-size={_WIDTH},{_HEIGHT}"
         flags = ["--headless", "--no-sandbox", "--hide-scrollbars", size, f"--screenshot={shot}"]
         subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True)
-        told = PngImagePlugin.PngInfo()
-        told.add_text("Source", digest())
-        Image.open(shot).convert("P", palette=Image.Palette.ADAPTIVE).save(path, pnginfo=told, optimize=True)
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Source", digest())
+        Image.open(shot).convert("P", palette=Image.Palette.ADAPTIVE).save(path, pnginfo=info, optimize=True)

@@ -1,4 +1,4 @@
-"""The picture of the results: how far each method is from uniform sampling with all steps."""
+"""Plot of the results: difference of each method to uniform sampling with all steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from benchmarks.tasks import TASKS
 
 _OURS, _GREY, _DARK = "#d1495b", "#a8b0bb", "#374151"
 _LEAST = 0.5
-"""Share of the steps from which on it is drawn: with fewer all are far below."""
+"""Smallest share of the steps that is drawn; with fewer, all methods are far below."""
 _LINE = 0.062
-"""Between names, of the height of a panel."""
+"""Distance between names, relative to the height of a panel."""
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """A panel per task: the difference in accuracy, or in error in percent of uniform's, against the steps."""
+    """One panel per task: difference in accuracy, or in error relative to uniform sampling, against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +68,7 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
         va="bottom",
         zorder=5,
     )
-    low = 1.4 * lowest  # what is far below is cut off
+    low = 1.4 * lowest  # points far below are cut off
     high = max(mean + abs(error), *(y for points in lines.values() for _, y in points))
     panel.set_ylim(low, high + 0.35 * (high - low))
     step = _LINE * 1.35 * (high - low)
@@ -86,7 +86,7 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
 
 
 def _line(runs: Runs, task: str, method: str, judged: Figure, scale: float) -> list[tuple[float, float]]:
-    """Budgets, and the mean difference."""
+    """Budgets and mean differences."""
     budgets = sorted({run["budget"] for run in runs if (run["task"], run["method"]) == (task, method)})
     found = {budget: differences(runs, task, method, judged, budget) for budget in budgets if budget >= _LEAST}
     return [(budget, scale * statistics.mean(values)) for budget, values in found.items() if values]
