@@ -150,7 +150,7 @@ def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str
 
 
 def _importance(state: dict[str, Any], shape: list[int]) -> Tensor:
-    """Importances of a rank; NaN for suspects, whose importance was scaled, see [`SuspectWeights`]."""
+    """Importances of a rank; NaN for suspects, whose importance was scaled, see [`suspects.SuspectWeights`]."""
     importance = read_tensor(state["memory"], "importance", shape, torch.float32)
     if state["suspects"] is None:
         return importance

@@ -1,19 +1,19 @@
-"""Benchmarks: what importance sampling saves, what it costs, what it finds.
+"""Benchmarks of accuracy, cost and detection of label errors.
 
     python scripts/benchmark.py accuracy             # tasks × methods × budgets × seeds: hours on two cores
     python scripts/benchmark.py accuracy --quick     # ten minutes
-    python scripts/benchmark.py seconds              # of whole trainings; nothing else should run meanwhile
-    python scripts/benchmark.py overhead             # a step relative to Trainer; nothing else should run meanwhile
-    python scripts/benchmark.py draws                # a draw, for 10³ … 10⁹ examples
-    python scripts/benchmark.py label_errors         # are wrong labels found?
-    python scripts/benchmark.py suspects             # what comes of leaving them out?
-    python scripts/benchmark.py pages                # the tables of all of them in the pages, and the plots
-    python scripts/benchmark.py picture              # of a report, for the README
+    python scripts/benchmark.py seconds              # seconds of full trainings, on an otherwise idle machine
+    python scripts/benchmark.py overhead             # step time relative to Trainer, on an otherwise idle machine
+    python scripts/benchmark.py draws                # cost of a draw, for 10³ … 10⁹ examples
+    python scripts/benchmark.py label_errors         # detection of wrong labels
+    python scripts/benchmark.py suspects             # training without suspects
+    python scripts/benchmark.py pages                # update plots and tables of all parts in the README files
+    python scripts/benchmark.py picture              # update the picture of a report in the README
 
-Each part fills a file in scripts/results, or `--output`. What is already there is not run again, so that a grid may be
-interrupted and gone on with. `--show` prints the tables that are made of the file, and runs nothing. Without
-BENCHMARK_DATA=FOLDER only the tasks with embedded data are run; scripts/results/README.md says what belongs into it,
-and how to add a task or a method.
+Each part fills a file in scripts/results, or `--output`. Existing runs are not repeated, so a grid can be interrupted
+and resumed. `--show` prints the tables of the file without running anything. Without BENCHMARK_DATA=FOLDER, only the
+tasks with embedded data are run; see scripts/results/README.md for the contents of that folder, and for how to add a
+task or a method.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "label_errors": (("label_errors",), label_errors.tables),
     "suspects": (("suspects",), suspects.tables),
 }
-"""What stands between which marks of the pages: made of which files, and how."""
+"""Tables of the pages by name: the files that they are made from, and the function that makes them."""
 
 
 def run_accuracy(arguments: argparse.Namespace) -> str:
-    """Tasks × methods × budgets × seeds; also draws the plots."""
+    """Run tasks × methods × budgets × seeds; also draw the plots."""
     path = _file_of(arguments)
     seeds, budgets = range(1, arguments.seeds + 1), arguments.budgets
     if arguments.quick:
@@ -61,7 +61,7 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
         for budget in budgets or TASKS[task].budgets
         if METHODS[method].runs_at(budget, TASKS[task].of_texts)
     ]
-    for bound in (False, True):  # those that have as many steps as others have taken come after them
+    for bound in (False, True):  # methods with the number of steps of another method run after it
         points = [point for point in grid if bound == (METHODS[point[1]].as_long_as is not None)]
         steps = {tuple(found[key] for key in accuracy.KEYS): found["steps"] for found in results.load(path)["runs"]}
         run = functools.partial(accuracy.run, steps_taken=steps)
@@ -72,7 +72,7 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
 
 
 def run_seconds(arguments: argparse.Namespace) -> str:
-    """Tasks × seeds, one after the other."""
+    """Run tasks × seeds, sequentially."""
     arguments.processes = 1
     grid = ((task, seed) for seed, task in itertools.product(range(1, arguments.seeds + 1), arguments.tasks))
     runs = _filled(arguments, seconds.KEYS, grid, seconds.run)
@@ -80,7 +80,7 @@ def run_seconds(arguments: argparse.Namespace) -> str:
 
 
 def run_overhead(arguments: argparse.Namespace) -> str:
-    """Models × workers, one after the other."""
+    """Run models × workers, sequentially."""
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else "CPU"
     models = arguments.models or (overhead.BASE if cuda else overhead.SMALL)
@@ -90,14 +90,14 @@ def run_overhead(arguments: argparse.Namespace) -> str:
 
 
 def run_draws(arguments: argparse.Namespace) -> str:
-    """Samplers × numbers of examples, one after the other."""
+    """Run samplers × numbers of examples, sequentially."""
     arguments.processes = 1
     grid = itertools.product(draws.SAMPLERS, draws.EXAMPLES)
     return draws.tables(_filled(arguments, draws.KEYS, grid, draws.run))
 
 
 def run_label_errors(arguments: argparse.Namespace) -> str:
-    """Tasks × shares of wrong labels × seeds."""
+    """Run tasks × shares of wrong labels × seeds."""
     seeds = range(1, arguments.seeds + 1)
     grid = itertools.product(seeds, arguments.shares, arguments.tasks)
     points = ((task, share, seed) for seed, share, task in grid)
@@ -105,14 +105,14 @@ def run_label_errors(arguments: argparse.Namespace) -> str:
 
 
 def run_suspects(arguments: argparse.Namespace) -> str:
-    """Cases × methods × seeds."""
+    """Run cases × methods × seeds."""
     grid = itertools.product(range(1, arguments.seeds + 1), suspects.CASES, arguments.methods)
     points = ((*case, method, seed) for seed, case, method in grid)
     return suspects.tables(_filled(arguments, suspects.KEYS, points, suspects.run))
 
 
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
-    """The text with the tables of the files between its marks, `<!-- NAME -->` and `<!-- /NAME -->`."""
+    """Insert the tables of the files between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a text."""
     for name, (parts, table) in TABLES.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if start in text:
@@ -123,19 +123,19 @@ def with_tables(text: str, folder: Path = results.FOLDER) -> str:
 
 
 def run_pages(_: argparse.Namespace) -> str:
-    """Draw the plots of `accuracy`, and put the tables into the pages."""
+    """Update the plots of `accuracy`, and the tables in the pages."""
     path = results.FOLDER / "accuracy.json"
     _draw_plots(results.load(path)["runs"], path)
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         (ROOT / page).write_text(with_tables(text), encoding="utf-8")
-    return f"The tables were put into {' and '.join(PAGES)}"
+    return f"Updated the tables in {' and '.join(PAGES)}"
 
 
 def run_picture(_: argparse.Namespace) -> str:
-    """Of a report, for the README."""
+    """Update the picture of a report in the README."""
     picture.draw()
-    return f"The picture was drawn as {picture.PICTURE}"
+    return f"Saved the picture as {picture.PICTURE}"
 
 
 def _draw_plots(runs: list[dict[str, Any]], path: Path) -> None:
@@ -166,32 +166,34 @@ def _tasks_at_hand() -> list[str]:
 
 
 def new_parser() -> argparse.ArgumentParser:
-    """Of the flags of all parts."""
+    """The argument parser of all parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--output", type=Path, help="the file of results, if not the one in scripts/results")
+    common.add_argument("--output", type=Path, help="file of results, instead of the one in scripts/results")
     common.add_argument("--processes", type=int, default=os.cpu_count())
     common.add_argument("--seeds", type=int, default=5)
-    common.add_argument("--show", action="store_true", help="run nothing")
+    common.add_argument("--show", action="store_true", help="print tables without running anything")
     parts = parser.add_subparsers(dest="part", required=True)
-    part = parts.add_parser("accuracy", parents=[common], help="what comes of a budget?")
+    part = parts.add_parser("accuracy", parents=[common], help="accuracy by budget")
     part.add_argument("--quick", action="store_true", help="one seed, two budgets")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=_tasks_at_hand())
     part.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    part.add_argument("--budgets", nargs="+", type=float, help="shares of the full training, if not those of the task")
-    part = parts.add_parser("seconds", parents=[common], help="how long does a training take?")
+    part.add_argument(
+        "--budgets", nargs="+", type=float, help="shares of the full training (default: those of the task)"
+    )
+    part = parts.add_parser("seconds", parents=[common], help="seconds of full trainings")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=_tasks_at_hand())
-    part = parts.add_parser("overhead", parents=[common], help="what does a step cost?")
+    part = parts.add_parser("overhead", parents=[common], help="step time relative to Trainer")
     part.add_argument("--models", nargs="+", choices=overhead.MODELS)
     part.add_argument("--workers", nargs="+", type=int, default=[0, 4])
-    part = parts.add_parser("draws", parents=[common], help="what does a draw cost?")
-    part = parts.add_parser("label_errors", parents=[common], help="are wrong labels found?")
+    part = parts.add_parser("draws", parents=[common], help="cost of a draw")
+    part = parts.add_parser("label_errors", parents=[common], help="detection of wrong labels")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(label_errors.TASKS))
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
-    part = parts.add_parser("suspects", parents=[common], help="what comes of leaving suspects out?")
+    part = parts.add_parser("suspects", parents=[common], help="training without suspects")
     part.add_argument("--methods", nargs="+", choices=suspects.METHODS, default=list(suspects.METHODS))
-    parts.add_parser("pages", help="draw the plots, and put the tables into the pages")
-    parts.add_parser("picture", help="draw the picture of a report")
+    parts.add_parser("pages", help="update plots and tables in the README files")
+    parts.add_parser("picture", help="update the picture of a report")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""One table and one plot of finished runs.
+"""Table and plot of finished runs.
 
     python scripts/compare_runs.py outputs/quickstart
 
-The folder holds one folder per task, and these hold the output folders of runs of the fine-tuning scripts.
+The folder contains one folder per task, with the output folders of the fine-tuning scripts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLOURS = {"uniform": "#6b7280", "importance": "#d1495b"}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Task, trainer, results and curve of one finished run."""
+    """Task, trainer, results and accuracy curve of a finished run."""
     results = json.loads((folder / "all_results.json").read_text())
     state = json.loads((folder / "trainer_state.json").read_text())
     evaluations = [log for log in state["log_history"] if "eval_accuracy" in log]
@@ -49,7 +49,7 @@ def group(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, An
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Means, and the standard error of the mean where there are several seeds; what was saved, of uniform's steps."""
+    """Means, with standard errors if there are several seeds, and steps relative to uniform sampling."""
     rows = [["task", "trainer", "seeds", "accuracy", "loss", "examples processed", "steps", "seconds of training"]]
     groups = group(runs)
     for (task, trainer), same in groups.items():
@@ -63,18 +63,18 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def mean(runs: list[dict[str, Any]], figure: str) -> float:
-    """Of one figure."""
+    """Mean of one figure."""
     return statistics.mean(run[figure] for run in runs)
 
 
 def mean_with_error(runs: list[dict[str, Any]], figure: str) -> str:
-    """`0.9123 ± 0.0045`."""
+    """Mean ± standard error, as in `0.9123 ± 0.0045`."""
     error = f" ± {statistics.stdev(run[figure] for run in runs) / len(runs) ** 0.5:.4f}" if len(runs) > 1 else ""
     return f"{mean(runs, figure):.4f}{error}"
 
 
 def mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[float, float]]:
-    """Of runs that may end at different steps: where all have evaluated on the way, and the mean of their ends."""
+    """Mean at evaluations that all runs share, and the mean of their last ones, which may be at different steps."""
     values = [dict(curve[:-1]) for curve in curves]
     shared = sorted(set.intersection(*map(set, values)))
     ends = [tuple(map(statistics.mean, zip(*(curve[-1] for curve in curves), strict=True)))]
@@ -82,7 +82,7 @@ def mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[float, float
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Evaluation accuracy against examples processed: a panel per task, a colour per trainer, a thin line per seed."""
+    """Plot accuracy against examples processed: one panel per task, one colour per trainer, thin lines for seeds."""
     tasks = sorted({run["task"] for run in runs})
     figure, panels = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.8), squeeze=False, layout="constrained")
     for panel, task in zip(panels[0], tasks, strict=True):
@@ -103,10 +103,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Print the table, save the plot beside the runs; returns the table."""
+    """Print the table, save the plot next to the runs, and return the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folder", type=Path, help="folder with one folder per task, which hold the output folders of runs"
+        "folder", type=Path, help="folder with one folder per task, which contain the output folders of runs"
     )
     folder = parser.parse_args(argv).folder
     finished = sorted(path.parent for path in folder.glob("*/*/all_results.json"))

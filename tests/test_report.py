@@ -34,7 +34,7 @@ def test_figures_by_hand():
     assert found.mean_logged("seen") is None
     assert found.figures()["suspected label errors"] == "1 (25.0%)"
     assert found.summary() == (
-        "Importance sampling: 20 visits of 4 examples, 90 % of them to 50% of the examples, "
+        "Importance sampling: 20 visits of 4 examples, 90 % of them on 50% of the examples, "
         "second moment of the gradient 0.80 times that of uniform sampling, at most 25% pruned."
     )
     found.history.append({"step": 15, "importance/pruned": 0.5})
@@ -149,7 +149,7 @@ def test_plots_are_drawn_for_both_pages(theme):
         assert plot.png(theme).startswith(b"\x89PNG")
     assert "variance ratio 0.90 → 0.70" in drawn["gain"].text
     assert "from 1 to 16 visits" in drawn["visits"].text
-    assert "got 10% of them in the first pass and 19% in the last" in drawn["spread"].text
+    assert "had 10% of them in the first pass and 19% in the last" in drawn["spread"].text
     assert "The median was 0.75 after 1.0 visits per example and 0.5 after 5.0" in drawn["importances"].text
 
 

@@ -356,11 +356,11 @@ def test_what_is_not_stored_is_not_compared():
 def test_they_are_on_the_page_and_in_a_file(tmp_path):
     shown = [{"text": t} for t in ("Same, same", "same same!", "other", "=1")]
     page = page_of(write_report(tmp_path, findings(), shown, None, 3, "t"))
-    assert "Equal texts with different labels" in page.text
+    assert "Duplicate texts with different labels" in page.text
     with (tmp_path / "conflicts.csv").open(encoding="utf-8", newline="") as file:
         assert next((row["index"], row["label"]) for row in csv.DictReader(file)) == ("0", "cat")
     other = page_of(write_report(tmp_path, findings(), [{"text": str(i)} for i in range(4)], None, 3, "t"))
-    assert "Equal texts" not in other.text
+    assert "Duplicate texts" not in other.text
     assert not (tmp_path / "conflicts.csv").exists(), "an earlier report leaves nothing behind"
 
 
@@ -403,7 +403,7 @@ def test_they_are_on_the_page_of_a_training(tmp_path, caplog):
     page = page_of(run.importance_report())
     heats = [a["style"] for tag, a in page.tags if tag == "span" and a.get("class") == "token"]
     assert "--heat:100%" in heats
-    assert "the more of" in page.text
+    assert "The redder a token" in page.text
     hidden = run.importance_report(examples=["(hidden)"] * 16).read_text()
     assert 'class="token"' not in hidden, "what is shown is what was given"
     run.model.forward = lambda **_: 1 / 0

@@ -351,7 +351,7 @@ def test_a_class_between_is_refused_and_one_before_is_honoured(tmp_path):
     class Between(ImportanceTrainerMixin, Penalty):
         pass
 
-    with pytest.raises(ValueError, match=r"Penalty.compute_loss comes after .* name Penalty first"):
+    with pytest.raises(ValueError, match=r"Penalty.compute_loss comes after .* put Penalty first"):
         sft(tmp_path, Between)
 
     class Doubled(SFT):
@@ -404,7 +404,7 @@ def test_an_older_trl_is_told_when_it_is_made(tmp_path, monkeypatch):
         original(self, trainer)
 
     monkeypatch.setattr(adapter.SFTLoss, "__init__", without_head)
-    with pytest.raises(ImportError, match=r"trl \d+\.\d+.* does not have .*install trl>=1.16"):
+    with pytest.raises(ImportError, match=r"trl \d+\.\d+.* lacks .*install trl>=1.16"):
         sft(tmp_path, Old)
 
 

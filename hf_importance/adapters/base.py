@@ -1,4 +1,4 @@
-"""Base class of adapters, which replace [`Objective`] for trainers that compute their own loss."""
+"""Base class of adapters, which replace [`objective.Objective`] for trainers that compute their own loss."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class LossAdapter(ABC):
         """Nothing to clean up by default."""
 
     def state_dict(self) -> dict[str, Any]:
-        """A state that makes [`Objective`] repeat its checks."""
+        """A state that makes [`objective.Objective`] repeat its checks."""
         return {"loss": [type(self).__name__], "looked": False, "shifts": False, "adds": False}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027

@@ -20,7 +20,7 @@ _REPORT_NEEDS = "jinja2, matplotlib, pillow and pyarrow: pip install 'hf_importa
 
 
 class ReportMixin(ABC):
-    """The part of [`ImportanceTrainerMixin`] for logs and reports. It does not affect training."""
+    """The part of [`trainer.ImportanceTrainerMixin`] for logs and reports. It does not affect training."""
 
     report_examples_to_hub: bool
     _examples_to_show: Any = None

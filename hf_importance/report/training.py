@@ -58,7 +58,7 @@ class Training:
 
     @property
     def distributions(self) -> Sequence[Distribution]:
-        """See [`VisitRecord`]."""
+        """See [`record.VisitRecord`]."""
         return self._sampler.record.distributions
 
     def columns(self) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ Adam with larger batches (Malladi et al. 2022, arXiv 2205.10287).
 If visits differ in cost, effective steps still determine the end of training, because the progress of a step depends on
 its gradient and not on its cost. A visit costs on average κ = E[r c]/E[c] of a uniform one, so training that makes the
 progress of n uniform steps takes n/gain steps, at κ/gain of their cost; both are reported. If noise dominates, gain =
-1/ρ and κ/gain = ρ κ, variance × cost, which rates ∝ q/√c minimise ([`rates`]). Counting 1/(ρ κ) instead would
-overestimate the progress of cheap steps (κ < 1), ending training too early, and underestimate that of expensive ones
-(κ > 1). The gain is bounded below by 1; this costs no accuracy, because the guard rejects rates with ρ above 1.
+1/ρ and κ/gain = ρ κ, variance × cost, which rates ∝ q/√c minimise (see the module `rates`). Counting 1/(ρ κ) instead
+would overestimate the progress of cheap steps (κ < 1), ending training too early, and underestimate that of expensive
+ones (κ > 1). The gain is at least 1, which does not overestimate it, because the guard rejects rates with ρ above 1.
 """
 
 from __future__ import annotations

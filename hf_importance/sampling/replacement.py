@@ -23,13 +23,13 @@ class IndependentVisits:
 
     Rejection sampling: uniform candidates are accepted with probability r / r_max, so the cost of a draw does not
     depend on n. The mean importance is fixed at the start of a pass; the sum of the rates is updated incrementally.
-    Unknown importances count as the mean. If visits differ in cost, "importance" means q/√c, see [`rates`].
+    Unknown importances count as the mean. If visits differ in cost, "importance" means q/√c, see the module `rates`.
 
     Args:
         memory: memory of the examples. It is read at every draw.
         uniform_fraction: floor of the rates, in [0, 1].
-        prune_mass: as for [`SegmentedVisits`].
-        increment: as for [`SegmentedVisits`].
+        prune_mass: as for [`segments.SegmentedVisits`].
+        increment: as for [`segments.SegmentedVisits`].
         seed: seed of the first pass.
         stride: added to the seed after each pass.
     """

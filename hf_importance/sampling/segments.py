@@ -36,7 +36,7 @@ class SegmentedVisits:
     Unvisited examples are assigned the mean importance of recent first visits, so the first pass already uses its own
     measurements. Visits also show how reliable importances are, see [`Guard`].
 
-    If visits differ in cost, "importance" means q/√c throughout, see [`rates`].
+    If visits differ in cost, "importance" means q/√c throughout, see the module `rates`.
 
     Args:
         memory: memory of the examples. It is read when a segment is planned.

@@ -1,7 +1,7 @@
-"""What comes of a training: tasks × methods × budgets × seeds. What the runs say is in `comparison`.
+"""Accuracy of trainings: tasks × methods × budgets × seeds. See `comparison` for the evaluation of the runs.
 
-Budget 1 is the full training of a task; with 0.7 there are 70 % of the steps, in which the learning rate decays to zero
-as well. The learning rate was tuned for uniform sampling and is the same for all.
+Budget 1 is the full training of a task; budget 0.7 has 70 % of the steps, with the learning rate decaying to zero
+within them. The learning rate was tuned for uniform sampling and is the same for all methods.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEYS = ("task", "method", "budget", "seed")
 def run(
     task_name: str, method: str, budget: float, seed: int, steps_taken: Mapping[tuple[Any, ...], int] | None = None
 ) -> dict[str, Any]:
-    """Train once; what came of it. `steps_taken` has the steps of other methods, by the values of `KEYS`."""
+    """Train once and evaluate. `steps_taken` has the number of steps of other runs, by the values of `KEYS`."""
     task, same = task_of(task_name), METHODS[method].as_long_as
     steps = METHODS[method].steps(task, budget) if same is None else (steps_taken or {})[task_name, same, budget, seed]
     set_seed(seed)
@@ -49,7 +49,7 @@ def run(
 
 
 def settings(key: str, value: Any) -> dict[str, Any] | None:
-    """What a task or a method of a run stands for."""
+    """The settings of a task or a method."""
     if key == "task":
         task = task_of(value)
         kept = ("examples", "epochs", "batch", "learning_rate", "weight_decay", "bf16")
@@ -58,12 +58,12 @@ def settings(key: str, value: Any) -> dict[str, Any] | None:
 
 
 def tokens(rows: Rows) -> dict[str, int]:
-    """That training has seen, without and with padding; empty where examples are no texts."""
+    """Number of tokens in training, without and with padding; empty if examples are not texts."""
     return {"tokens": rows.real, "padded_tokens": rows.padded} if rows.padded else {}
 
 
 def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
-    """Of the test data: accuracy and cross-entropies, or the mean squared error; `score` is what should be high."""
+    """Accuracy and cross-entropies on the test data, or the mean squared error; a higher `score` is better."""
     outputs, labels = predict(model, task.test, task.shifts)
     outputs = outputs.double()
     if not task.classes:
@@ -78,9 +78,9 @@ def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
 
 
 def scaled_cross_entropy(outputs: Tensor, labels: Tensor) -> float:
-    """Cross-entropy after temperature scaling (Guo et al. 2017): whether what is lost is confidence only.
+    """Cross-entropy after temperature scaling (Guo et al. 2017), which ignores differences in confidence.
 
-    Each half of the data is divided by the temperature, in [1/20, 20], that is best for the other half.
+    Each half of the data is scaled by the temperature, in [1/20, 20], that is best for the other half.
 
     Args:
         outputs: `[examples, classes]`.

@@ -1,7 +1,7 @@
-"""What the runs of `accuracy` say: where is training shorter and as good, with whose method, and how sure is that?
+"""Evaluation of the runs of `accuracy`: which methods are as good with fewer steps, and how certain that is.
 
-Everything is relative to `Trainer` with the whole budget, "uniform". Differences are taken seed by seed, as both begin
-with the same weights. A method is as good where no figure is worse by more than a standard error of the difference.
+Everything is relative to `Trainer` with the full budget, "uniform". Differences are paired by seed, because both start
+from the same weights. A method is as good if no figure is worse by more than a standard error of the difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.tasks import TASKS
 Runs = list[dict[str, Any]]
 UNIFORM, OURS = "uniform", "ours"
 CONTROLS = ("uniform, as many steps", "uniform, as many, raised")
-"""Is it the sampling, or only that there are fewer steps, or the raised learning rate?"""
+"""Controls for the effects of fewer steps and of the raised learning rate."""
 OF_ALL_STEPS = (UNIFORM, OURS, *CONTROLS, "uniform, grouped", "ours, grouped")
 OWN = (UNIFORM, OURS, *CONTROLS, "ours, grouped", "ours, all steps")
 _ROUNDING = 1e-12
@@ -27,13 +27,13 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Figure:
-    """One measure of what was reached.
+    """A figure by which trainings are compared.
 
     Args:
-        name: in the runs.
-        sign: 1 where more is better, else −1.
-        scale: to the unit in which it is told.
-        form: how it is told.
+        name: name in the runs.
+        sign: 1 if higher is better, else −1.
+        scale: factor to the displayed unit.
+        form: format specification.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Figure:
     form: str
 
     def of(self, run: dict[str, Any]) -> float:
-        """In its unit."""
+        """Value in a run, in the displayed unit."""
         return self.scale * run[self.name]
 
 
@@ -53,11 +53,11 @@ FIGURES = (
 )
 
 
-# ---- what is in the runs ---------------------------------------------------------------------------------------------
+# ---- figures of the runs ---------------------------------------------------------------------------------------------
 
 
 def tasks(runs: Runs) -> list[str]:
-    """Those with at least two seeds of both uniform sampling and ours, fine-tuning first."""
+    """Tasks with at least two seeds of both uniform sampling and ours, fine-tuning first."""
     found = []
     for task in TASKS:
         both = [{run["seed"] for run in of(runs, task, method)} for method in (UNIFORM, OURS)]
@@ -67,42 +67,42 @@ def tasks(runs: Runs) -> list[str]:
 
 
 def of(runs: Runs, task: str, method: str, budget: float = 1.0) -> Runs:
-    """In the order of the seeds."""
+    """Runs of a task, method and budget, in order of the seeds."""
     found = [run for run in runs if (run["task"], run["method"], run["budget"]) == (task, method, budget)]
     return sorted(found, key=lambda run: run["seed"])
 
 
 def figures(runs: Runs, task: str) -> list[Figure]:
-    """By which a task is judged."""
+    """Figures by which a task is judged."""
     (first, *_) = of(runs, task, UNIFORM)
     return [figure for figure in FIGURES if figure.name in first]
 
 
 def differences(runs: Runs, task: str, method: str, figure: Figure, budget: float = 1.0) -> list[float]:
-    """To uniform sampling with the whole budget, of the seeds that both have."""
+    """Differences to uniform sampling with the full budget, for the seeds that both have."""
     uniform = {run["seed"]: run for run in of(runs, task, UNIFORM)}
     found = [run for run in of(runs, task, method, budget) if run["seed"] in uniform]
     return [figure.of(run) - figure.of(uniform[run["seed"]]) for run in found]
 
 
 def is_worse(runs: Runs, task: str, figure: Figure, method: str = OURS) -> bool:
-    """Whether it is worse than uniform sampling with the whole budget by more than a standard error."""
+    """Whether a method is worse than uniform sampling with the full budget by more than a standard error."""
     mean, error = mean_and_error(differences(runs, task, method, figure))
     return figure.sign * mean < -error
 
 
 def is_as_good(runs: Runs, task: str) -> bool:
-    """Whether ours is worse in no figure."""
+    """Whether ours is worse in no metric."""
     return not any(is_worse(runs, task, figure) for figure in figures(runs, task))
 
 
 def saves_steps(runs: Runs, task: str) -> bool:
-    """Whether ours takes at least one step of a hundred less: else as many steps of `Trainer` are all of them."""
+    """Whether ours takes at least 1 % fewer steps; otherwise the control equals uniform sampling."""
     return share(runs, task, OURS) < 0.99
 
 
 def is_ahead_of(runs: Runs, task: str, control: str) -> bool:
-    """Whether ours is better in the mean in every figure, over the seeds that both have."""
+    """Whether the mean of ours is better in every metric, over the seeds that both have."""
     seeds = {run["seed"] for run in of(runs, task, control)}
     common = [run for run in runs if run["seed"] in seeds]
     return all(
@@ -113,7 +113,7 @@ def is_ahead_of(runs: Runs, task: str, control: str) -> bool:
 
 
 def share(runs: Runs, task: str, method: str, what: str = "steps") -> float | None:
-    """Of what uniform sampling takes with the whole budget, in the mean over the seeds; None if it was not counted."""
+    """Mean steps (or `what`) relative to uniform sampling with the full budget; None if they were not counted."""
     ours, uniform = of(runs, task, method), of(runs, task, UNIFORM)
     if not all(what in run for run in ours + uniform):
         return None
@@ -121,9 +121,9 @@ def share(runs: Runs, task: str, method: str, what: str = "steps") -> float | No
 
 
 def share_to_match(runs: Runs, task: str, method: str) -> float:
-    """The least share of the whole budget with which it is as good, on lines through its budgets; infinity: none.
+    """Smallest share of the full budget with which a method is as good, by linear interpolation; infinity if none.
 
-    The least budget of the grid is as low as it can tell.
+    It is at least the smallest budget of the grid.
     """
     of_method = [run for run in runs if (run["task"], run["method"]) == (task, method)]
     budgets = sorted({run["budget"] for run in of_method})
@@ -143,7 +143,7 @@ def share_to_match(runs: Runs, task: str, method: str) -> float:
 
 
 def _at(place: float, places: list[float], values: list[float]) -> float:
-    """On the line through the points."""
+    """Linear interpolation between points."""
     for (low, before), (high, after) in itertools.pairwise(zip(places, values, strict=True)):
         if low <= place <= high:
             return before + (after - before) * (place - low) / (high - low)
@@ -151,23 +151,23 @@ def _at(place: float, places: list[float], values: list[float]) -> float:
 
 
 def rivals(runs: Runs) -> list[str]:
-    """Methods of others that there are runs of."""
+    """Methods of others with runs."""
     found = {run["method"] for run in runs}
     return [method for method in METHODS if method in found and method not in OWN]
 
 
 def best_rival(runs: Runs, task: str) -> tuple[str, float] | None:
-    """Which one needs the least share to be as good, and how much; infinity where none is. None: none was run."""
+    """The rival with the smallest share to be as good, and that share, maybe infinity; None if no rival was run."""
     there = [name for name in rivals(runs) if len(of(runs, task, name)) > 1]
     return min(((name, share_to_match(runs, task, name)) for name in there), key=lambda found: found[1], default=None)
 
 
 def whole_share(runs: Runs, task: str) -> float:
-    """The share of the steps where ours is as good; 1 where it is not, as one would use `Trainer`."""
+    """The share of the steps if ours is as good; 1 otherwise, as one would use `Trainer`."""
     return share(runs, task, OURS) if is_as_good(runs, task) else 1.0
 
 
 def share_of_seconds(seconds: Runs, task: str) -> float | None:
-    """The median over the pairs; None without any."""
+    """Median ratio of seconds over pairs; None without pairs."""
     found = [run["ours"] / run["uniform"] for run in seconds if run["task"] == task]
     return statistics.median(found) if found else None

@@ -1,4 +1,4 @@
-"""What a draw costs, for any number of examples: time per batch, start, end of a pass, bytes."""
+"""Cost of a draw by number of examples: time per batch, to the first batch and per segment, and memory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PATIENCE = 20.0  # seconds
 
 
 def _importances(examples: int) -> Tensor:
-    """Like those of a trained model: a few are large."""
+    """Importances as of a trained model: a few are large."""
     return torch.rand(examples).pow_(8)
 
 
 class _Ours:
-    """Our sampler in the middle of a training: all is known, and each batch is measured again, and found as it was."""
+    """Our sampler during training: importances are known, and each batch is measured again with the same result."""
 
     def __init__(self, examples: int, sampling: str, known: bool = True) -> None:
         self.sampler = ImportanceBatchSampler(ImportanceMemory(examples), BATCH, sampling=sampling)
@@ -44,21 +44,21 @@ class _Ours:
                 yield draw
 
     def plan(self) -> None:
-        """All that is done between two draws, where the memory is gone through."""
+        """The work between two draws when a segment is planned."""
         visits = self.sampler.visits
         visits.next(visits.planned)
         self.sampler.flush()
         visits.next(0 if visits.planned else 1)
 
     def bytes(self) -> int:
-        """Of all tensors that stay, when a segment was just planned."""
+        """Bytes of all tensors that are kept, just after a segment was planned."""
         self.plan()
         held = [*vars(self.sampler.memory).values(), *vars(self.sampler.visits).values()]
         return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
 
 
 def _cumulative(examples: int) -> Iterator[Tensor]:
-    """The sum over all is taken anew for each batch, as importances change with each."""
+    """Inversion sampling with a new cumulative sum for each batch, because importances change."""
     importance = _importances(examples)
     while True:
         cumulated = importance.cumsum(0)
@@ -85,12 +85,12 @@ def _weighted(examples: int) -> Iterator[Any]:
     return _endless(lambda: BatchSampler(WeightedRandomSampler(importance, examples), BATCH, False))
 
 
-SAMPLERS: dict[str, tuple[Callable[[int], Any], int, int]] = {  # bytes per example while it starts, most examples
+SAMPLERS: dict[str, tuple[Callable[[int], Any], int, int]] = {  # peak bytes per example, most examples
     "ours, reshuffled": (lambda examples: _Ours(examples, "reshuffled"), 40, 10**9),
     "ours, replacement": (lambda examples: _Ours(examples, "replacement"), 11, 10**9),
     "ours, at the start": (lambda examples: _Ours(examples, "reshuffled", known=False), 40, 10**9),
     "RandomSampler": (_random, 48, 10**9),
-    "WeightedRandomSampler": (_weighted, 64, 2**24),  # as torch.multinomial, which it calls, has no more categories
+    "WeightedRandomSampler": (_weighted, 64, 2**24),  # the limit of torch.multinomial
     "torch.multinomial": (_multinomial, 12, 2**24),
     "cumulative sum": (_cumulative, 12, 10**9),
 }
@@ -100,7 +100,7 @@ _IN_THE_MIDDLE = ("ours, reshuffled", "ours, replacement")
 
 
 def run(sampler: str, examples: int) -> dict[str, Any]:
-    """Milliseconds: to the first batch, of a later one (median), of planning a segment; and bytes."""
+    """Milliseconds to the first batch, per later batch, and to plan a segment; bytes per example."""
     make, peak, most = SAMPLERS[sampler]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if examples > most:
@@ -112,7 +112,7 @@ def run(sampler: str, examples: int) -> dict[str, Any]:
     batches = iter(made)
     next(batches)
     found = {"first": round(1000 * (time.perf_counter() - start), 4)}
-    if sampler in _IN_THE_MIDDLE:  # of a training, which they do not start with
+    if sampler in _IN_THE_MIDDLE:  # they are in the middle of training, so there is no first batch
         found = {}
     seconds: list[float] = []
     while len(seconds) < _BATCHES and sum(seconds) < _PATIENCE:
@@ -130,7 +130,7 @@ def run(sampler: str, examples: int) -> dict[str, Any]:
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Markdown, by number of examples: milliseconds, and bytes per example."""
+    """Tables in Markdown by number of examples: milliseconds, and bytes per example."""
     sizes = sorted({found["examples"] for found in runs})
     by = {(found["sampler"], found["examples"]): found for found in runs}
     parts = []

@@ -1,4 +1,4 @@
-"""Tasks whose models begin with random weights. A training takes seconds on one core."""
+"""Tasks with randomly initialised models. A training takes seconds on one core."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_importance.command_line.embedded_data import digits, docstrings
 
 
 class Perceptron(nn.Module):
-    """Linear layers with ReLU in between."""
+    """Linear layers with ReLU activations."""
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Perceptron(nn.Module):
 
 
 class WordPerceptron(nn.Module):
-    """Mean and maximum of word embeddings, then a perceptron of one hidden layer."""
+    """Mean and maximum of word embeddings, followed by a perceptron with one hidden layer."""
 
     def __init__(self, words: int, classes: int, width: int = 128) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def _output(logits: Tensor, labels: Tensor | None) -> SequenceClassifierOutput:
 
 
 def digits_task() -> Task:
-    """Scanned digits, a small vision transformer."""
+    """Scanned digits with a small vision transformer."""
     data = digits()
 
     def columns(split: str) -> Columns:
@@ -77,7 +77,7 @@ def digits_task() -> Task:
 
 
 def docstrings_task(longest: int = 48) -> Task:
-    """First paragraphs of docstrings, told apart by their package."""
+    """First paragraphs of docstrings, classified by package."""
     data = docstrings()
     tokenizer = learn_words(data["train"]["text"], TextArguments(max_seq_length=longest))
 
@@ -92,7 +92,7 @@ def docstrings_task(longest: int = 48) -> Task:
 
 
 def fashion_mnist_task() -> Task:
-    """Images of clothes, a perceptron."""
+    """Images of clothes with a perceptron."""
     arrays = np.load(path_of("fashion_mnist.npz"))
 
     def columns(split: str) -> Columns:
@@ -109,7 +109,7 @@ def wrong_labels_task() -> Task:
 
 
 def with_wrong_labels(task: Task, share: float, seed: int) -> tuple[Columns, Tensor]:
-    """The training data with a share of the labels changed to another one at random; bool `[examples]`: which."""
+    """Training data with a share of the labels replaced at random, and the mask of these, bool `[examples]`."""
     g = torch.Generator().manual_seed(seed)
     labels = task.train["labels"].clone()
     wrong = torch.zeros(len(labels), dtype=torch.bool)
@@ -120,7 +120,7 @@ def with_wrong_labels(task: Task, share: float, seed: int) -> tuple[Columns, Ten
 
 
 def imbalanced_task(most_to_least: float = 100.0) -> Task:
-    """Fashion-MNIST with class sizes that fall from 6,000 to 60; the test data stay balanced."""
+    """Fashion-MNIST with class sizes from 6,000 down to 60; the test data is balanced."""
     task = fashion_mnist_task()
     labels = task.train["labels"]
     kept = []

@@ -1,7 +1,7 @@
-"""Are wrong labels found? Some are changed at random; who comes first, and who is called suspect?
+"""Detection of wrong labels, after some labels were changed at random: ranking of examples, and suspects.
 
-Rivals: the loss of the trained model, and confident learning (Northcutt et al. 2021, by cleanlab) on the probabilities
-of five more trainings, each without a fifth of the data.
+Baselines are the loss of the trained model, and confident learning (Northcutt et al. 2021, with cleanlab) on
+out-of-fold probabilities from five more trainings.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ RANKINGS = {
     "normalized_margin": "cleanlab, normalised margin",
 }
 SETTINGS = ImportanceConfig(budget=1.0)
-"""So that all passes are made."""
+"""Settings with which all passes are made."""
 _FOLDS = 5
 
 
 def run(name: str, share: float, seed: int) -> dict[str, Any]:
-    """One training of ours and five of the rival; AUROC, precision at the number of wrong labels, who is flagged."""
+    """One training of ours and five for cleanlab: AUROC, precision at the number of wrong labels, and suspects."""
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
@@ -79,12 +79,12 @@ def _trained(cls: Callable[..., Trainer], task: Task, train: Columns, seed: int)
 
 
 def _out_of_fold(task: Task, train: Columns, seed: int) -> np.ndarray:
-    """Float64 `[examples, classes]`: of models that did not see the example."""
+    """Probabilities from models not trained on the example, float64 `[examples, classes]`."""
     probability = torch.zeros(len(train["labels"]), task.classes, dtype=torch.float64)
     fold = torch.randperm(len(probability), generator=torch.Generator().manual_seed(seed)) % _FOLDS
     for k in range(_FOLDS):
-        seen, held_out = _part(train, fold != k), _part(train, fold == k)
-        probability[fold == k] = predict(_trained(Trainer, task, seen, seed).model, held_out)[0].double().softmax(1)
+        rest, held_out = _part(train, fold != k), _part(train, fold == k)
+        probability[fold == k] = predict(_trained(Trainer, task, rest, seed).model, held_out)[0].double().softmax(1)
     return probability.numpy()
 
 
@@ -93,7 +93,7 @@ def _part(columns: Columns, mask: Tensor) -> Columns:
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a table of the rankings, and one of who is flagged."""
+    """Tables in Markdown of the rankings and of the suspects."""
     shares = sorted({found["share"] for found in runs})
     lines = ["| data | ranked by | " + " | ".join(f"{share:.0%} wrong" for share in shares) + " |"]
     lines.append("|---|---|" + "---|" * len(shares))

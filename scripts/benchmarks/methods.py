@@ -1,6 +1,6 @@
-"""Ways to choose the examples of a training: ours, and `Trainer` with its flags. The rivals are in `rivals`.
+"""Methods of choosing the training examples: importance sampling, `Trainer`, and the methods in `rivals`.
 
-To add one, name it in `METHODS`: with settings of `ImportanceConfig`, with a class of `rivals`, or with neither.
+To add a method, add it to `METHODS`, with settings of `ImportanceConfig`, a class of `rivals`, or neither.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from hf_importance import ImportanceConfig, ImportanceTrainer
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """A training method.
 
     Args:
-        settings: of `ImportanceConfig`, for ours.
-        rival: its class, for others. With neither it is `Trainer` itself.
-        as_long_as: another method, whose runs say how many steps this one gets.
-        raised: whether the learning rate is higher by the root of what the steps are fewer by, as ours is.
-        whole: whether it is only run with the budget of the full training.
-        by_length: whether texts are grouped by length; only run where there are texts of different length.
+        settings: settings of `ImportanceConfig`, for importance sampling.
+        rival: class of a rival method. With neither, the method is `Trainer`.
+        as_long_as: name of a method whose runs determine the number of steps.
+        raised: whether the learning rate is raised by the square root of the factor between full and actual steps.
+        whole: whether it only runs with the budget of the full training.
+        by_length: whether texts are grouped by length; only runs on texts of different length.
     """
 
     settings: dict[str, Any] | None = None
@@ -38,11 +38,11 @@ class Method:
 
     @property
     def cost(self) -> float:
-        """Of a step, in steps of uniform training."""
+        """Cost of a step, in steps of uniform training."""
         return 1.0 if self.rival is None else self.rival.cost
 
     def description(self) -> dict[str, Any]:
-        """All settings, as JSON takes them."""
+        """All settings in a form for JSON."""
         strategy = {"train_sampling_strategy": "group_by_length"} if self.by_length else {}
         if self.as_long_as is not None:
             return {"class": Trainer.__name__, "as_long_as": self.as_long_as, "raised": self.raised}
@@ -53,16 +53,16 @@ class Method:
         return {name: str(value) if value == math.inf else value for name, value in settings.items()} | strategy
 
     def runs_at(self, budget: float, of_texts: bool) -> bool:
-        """Whether there is a run with this budget, of a task that is of texts or not."""
+        """Whether the method runs with this budget, on texts or on other data."""
         return (budget == 1.0 or not self.whole) and (of_texts or not self.by_length)
 
     def steps(self, task: Task, budget: float) -> int:
-        """That are asked for with this share of the full training's compute."""
+        """Number of steps with this share of the compute of the full training."""
         visits = round(budget * task.examples)
         return round(task.epochs * -(-visits // task.batch) / self.cost)
 
     def trainer(self, task: Task, steps: int, seed: int, folder: str) -> Trainer:
-        """Ready to train with so many steps."""
+        """Create a trainer for this number of steps."""
         if self.raised:
             full = self.steps(task, 1.0)
             task = replace(task, learning_rate=task.learning_rate * math.sqrt(full / steps))

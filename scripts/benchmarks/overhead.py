@@ -1,4 +1,4 @@
-"""What a step costs over that of `Trainer`: in alternating pairs of short trainings in one process; and peak memory."""
+"""Step time and peak memory relative to `Trainer`, from alternating pairs of short trainings in one process."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def _gpt2(width: int, layers: int, length: int) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=_WORDS, bos_token_id=None, eos_token_id=None, **config))
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the tokens of a text, or the pixels of a side
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # with tokens per text, or pixels per side
     "BERT tiny": (lambda: _bert(64, 1, 16), 16),
     "BERT small": (lambda: _bert(128, 2, 64), 64),
     "ViT tiny": (lambda: _vit(64, 1, 16, 8), 16),
     "ViT small": (lambda: _vit(128, 3, 32, 4), 32),
-    "GPT-2 tiny": (lambda: _gpt2(64, 1, 16), 16),  # its logits are most of what it needs
+    "GPT-2 tiny": (lambda: _gpt2(64, 1, 16), 16),  # dominated by its logits
     "BERT base": (lambda: _bert(768, 12, 128), 128),
     "ViT base": (lambda: _vit(768, 12, 224, 16), 224),
 }
@@ -67,7 +67,7 @@ BASE = ("BERT base", "ViT base")
 
 
 class Examples(torch.utils.data.Dataset):
-    """Made on the fly, so that the data cost little and the same for both."""
+    """Examples created on the fly, at a small and equal cost for both trainers."""
 
     def __init__(self, model: str) -> None:
         _, size = MODELS[model]
@@ -85,7 +85,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 class Clock(TrainerCallback):
-    """Seconds per step, from the end of the warm-up to the end."""
+    """Measures seconds per step after the warm-up."""
 
     def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if state.global_step == _WARM_UP:
@@ -123,14 +123,14 @@ def _train(model: nn.Module, name: str, which: str, workers: int, steps: int, fo
 
 
 def run(name: str, workers: int, device: str, pairs: int = 12, seconds: float = 2.0) -> dict[str, Any]:
-    """Step time of both in pairs, the order within them alternating.
+    """Measure the step time of both trainers in pairs, in alternating order.
 
     Args:
-        name: of the model.
-        workers: of the data loader.
-        device: where; for the file only.
-        pairs: of trainings.
-        seconds: of one training, about.
+        name: name of the model.
+        workers: workers of the dataloader.
+        device: name of the device, for the file only.
+        pairs: number of pairs of trainings.
+        seconds: approximate duration of one training.
     """
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def run(name: str, workers: int, device: str, pairs: int = 12, seconds: float = 
 
 
 def _peak_memory(name: str, which: str) -> int:
-    """Bytes at most: allocated on the GPU, else resident in a process of its own."""
+    """Peak bytes allocated on the GPU, or resident in a separate process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_memory_here, name, which).result()
 
@@ -172,7 +172,7 @@ def _peak_memory_here(name: str, which: str) -> int:
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Table in Markdown."""
     columns = ("model", "device", "workers", "a step of Trainer", "ours, of that (quartiles)", "more", "peak memory")
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for found in runs:

@@ -1,6 +1,6 @@
-"""The picture of a report in the README: the head of the page, of digits of which a twentieth have a wrong label.
+"""The picture of a report in the README: the top of the page for digits, 5 % of which have a wrong label.
 
-Needs Chromium, which draws the page.
+Requires Chromium to render the page.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _SETTINGS = (
 
 
 def digest() -> str:
-    """Of what the page is made of: another one than in the picture says that it is stale."""
+    """Digest of the sources of the page; a different one in the picture means that it is outdated."""
     folder = Path(hf_importance.report.__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in _SOURCES)).hexdigest()
 
 
 def draw(path: Path = PICTURE) -> None:
-    """Train, write the report, draw the head of its page.
+    """Train, write the report, and render the top of its page.
 
     Raises:
-        SystemExit: where there is no browser.
+        SystemExit: if there is no browser.
     """
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser is None:
-        raise SystemExit(f"error: the picture needs a browser, one of {', '.join(_BROWSERS)}.")
+        raise SystemExit(f"error: the picture requires a browser, one of {', '.join(_BROWSERS)}.")
     with tempfile.TemporaryDirectory() as folder:
         data = digits()["train"]
         wrong = data.map(_with_another_label, with_indices=True, load_from_cache_file=False)
@@ -66,5 +66,5 @@ def draw(path: Path = PICTURE) -> None:
 
 
 def _with_another_label(row: dict[str, Any], index: int) -> dict[str, Any]:
-    """Of every twentieth digit the next one."""
+    """Replace the label of every twentieth digit."""
     return {"label": (row["label"] + 1) % 10 if index % round(1 / _WRONG) == 0 else row["label"]}

@@ -29,7 +29,7 @@ _LEAST = 0.5
 _METRIC = 106
 """Where the metrics stand beside the bars, on their axis."""
 _LINE = 0.062
-"""Between names, of the height of a panel."""
+"""Distance between names, relative to the height of a panel."""
 
 
 def plot_savings(runs: Runs, path: Path) -> None:
@@ -77,7 +77,7 @@ def _bars(panel: Any, runs: Runs, names: list[str]) -> None:
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """A panel per task: the difference in accuracy, or in error in percent of uniform's, against the steps."""
+    """One panel per task: difference in accuracy, or in error relative to uniform sampling, against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,7 +147,7 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
 
 
 def _line(runs: Runs, task: str, method: str, judged: Figure, scale: float) -> list[tuple[float, float]]:
-    """Budgets, and the mean difference."""
+    """Budgets and mean differences."""
     budgets = sorted({run["budget"] for run in runs if (run["task"], run["method"]) == (task, method)})
     found = {budget: differences(runs, task, method, judged, budget) for budget in budgets if budget >= _LEAST}
     return [(budget, scale * statistics.mean(values)) for budget, values in found.items() if values]

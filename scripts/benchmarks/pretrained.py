@@ -1,6 +1,6 @@
-"""Tasks that fine-tune a pretrained model: what most people do. A training takes a minute or so on one core.
+"""Tasks that fine-tune a pretrained model. A training takes about a minute on one core.
 
-The data are in the folder BENCHMARK_DATA. The models are all-MiniLM-L6-v2 and MobileNetV2, from the Hub or from the
+The data is in the folder BENCHMARK_DATA. The models are all-MiniLM-L6-v2 and MobileNetV2, from the Hub or from the
 folder BENCHMARK_MODELS.
 """
 
@@ -41,11 +41,11 @@ from hf_importance.command_line.embedded_data import docstrings, signatures
 
 _ENCODER, _CNN = "sentence-transformers/all-MiniLM-L6-v2", "google/mobilenet_v2_1.0_224"
 _LAYERS = 2
-"""Of the encoder, of six."""
+"""Layers of the encoder that are used, of six."""
 
 
 def banking77_task(layers: int = _LAYERS) -> Task:
-    """Questions of customers of a bank, 77 intents."""
+    """Questions of bank customers with 77 intents."""
     data = {split: pd.read_csv(path_of(f"banking77/{split}.csv")) for split in ("train", "test")}
     names = sorted(data["test"]["category"].unique())
     columns = {
@@ -56,12 +56,12 @@ def banking77_task(layers: int = _LAYERS) -> Task:
 
 
 def banking77_six_layers_task() -> Task:
-    """The same, all six layers."""
+    """As `banking77_task`, with all six layers."""
     return banking77_task(layers=6)
 
 
 def tweets_task() -> Task:
-    """Tweets, how positive they are from −4 to 4."""
+    """Sentiment of tweets, from −4 to 4."""
     data = {split: pd.read_csv(path_of(f"tweets_sentiment/{split}.csv")) for split in ("train", "test")}
     columns = {
         split: _encoded(table["text"], torch.tensor(table["score"].to_numpy(), dtype=torch.float32), longest=48)
@@ -71,7 +71,7 @@ def tweets_task() -> Task:
 
 
 def whole_docstrings_task(longest: int = 256, per_package: int = 150, tested: int = 330) -> Task:
-    """Whole docstrings of natural length, told apart by their package."""
+    """Whole docstrings of natural length, classified by package."""
     data = docstrings(per_package, whole=True)
     columns = {
         split: _encoded(data[split]["text"][:most], torch.tensor(data[split]["label"][:most]), longest)
@@ -82,7 +82,7 @@ def whole_docstrings_task(longest: int = 256, per_package: int = 150, tested: in
 
 
 def clothes_task(examples: int = 3000, tested: int = 1000, size: int = 64) -> Task:
-    """Fashion-MNIST, some of it, by a convolutional network that knows photographs."""
+    """A part of Fashion-MNIST with a convolutional network pretrained on photographs."""
     arrays = np.load(path_of("fashion_mnist.npz"))
     model = _model_path(_CNN, "mobilenet_v2")
 
@@ -96,7 +96,7 @@ def clothes_task(examples: int = 3000, tested: int = 1000, size: int = 64) -> Ta
         network = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32, **settings)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.1  # the model has .997, so that the last batch alone decides how it is evaluated
+                module.momentum = 0.1  # with .997 of the model, the last batch alone would determine the statistics
         return network
 
     return Task(
@@ -115,7 +115,7 @@ KINDS = ("keyword", "defined", "called", "attribute", "named argument", "other n
 
 
 def names_task(examples: int = 2500, tested: int = 500, longest: int = 96) -> Task:
-    """Sources of the standard library without their punctuation: what is each word? Labels per token."""
+    """Kinds of words in sources of the standard library without punctuation; labels per token."""
     tokenizer = _tokenizer()
     sources = list(_functions(examples + tested, fewest=8, most=longest))
     order = np.random.default_rng(0).permutation(len(sources))
@@ -146,7 +146,7 @@ def names_task(examples: int = 2500, tested: int = 500, longest: int = 96) -> Ta
 
 
 def _functions(number: int, fewest: int, most: int) -> Iterator[list[tuple[str, int]]]:
-    """Words and kinds of functions of the standard library, of so many words."""
+    """Words of functions of the standard library with their kinds, from functions with a suitable length."""
     found = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for source in re.split(r"\n(?=\s*def )", path.read_text(encoding="utf-8")):
@@ -159,9 +159,9 @@ def _functions(number: int, fewest: int, most: int) -> Iterator[list[tuple[str, 
 
 
 def _kinds(source: str) -> Iterator[tuple[str, int]]:
-    """Words of a source, and their kinds; as far as it can be read."""
+    """Words of a source with their kinds, as far as it can be parsed."""
     tokens = []
-    with contextlib.suppress(tokenize.TokenError, IndentationError):  # it is a part of a file
+    with contextlib.suppress(tokenize.TokenError, IndentationError):  # a source is only part of a file
         tokens.extend(tokenize.generate_tokens(io.StringIO(source).readline))
     tokens = [token for token in tokens if token.string.strip() and token.type != tokenize.COMMENT]
     for i, token in enumerate(tokens):
@@ -196,9 +196,9 @@ _LONGEST_PROMPT = _LONGEST_ANSWER = 48
 
 
 def completions_task(examples: int = 6000, tested: int = 400) -> Task:
-    """A signature, and the first sentence of its docstring, whose tokens have the loss; by a small Llama.
+    """A small Llama that completes a signature with the first sentence of its docstring, whose tokens have the loss.
 
-    It has learnt from other docstrings before. Also told: how long the sentences are that it writes.
+    It is pretrained on other docstrings. The length of the sentences that it generates is reported as well.
     """
     data = signatures()
     tokenizer = learn_words(
@@ -245,7 +245,7 @@ def _llama(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 
 def _pretrained_on_docstrings(tokenizer: PreTrainedTokenizerBase, without: set[str], longest: int = 64) -> nn.Module:
-    """A model of plain docstrings, but those that begin with a sentence of `without`."""
+    """A model trained on docstrings, except those that start with a sentence in `without`."""
     texts = [text for rows in docstrings(1200, whole=True).values() for text in rows["text"]]
     texts = [text for text in texts if re.split(r"(?<=[.:])\s", text)[0] not in without]
     inputs = _inputs(tokenizer(texts, **_padded(longest)))
@@ -261,7 +261,7 @@ def _pretrained_on_docstrings(tokenizer: PreTrainedTokenizerBase, without: set[s
 
 @torch.no_grad()
 def _written(model: nn.Module, test: Columns, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Mean length of what the model writes to the test prompts, greedily, to its end; and of what people wrote."""
+    """Mean length of greedy completions of the test prompts, and of the reference completions."""
     answered = test["labels"] != IGNORED
     prompts = (test["attention_mask"].bool() & ~answered).sum(1)
     place = torch.arange(int(prompts.max())) - (int(prompts.max()) - prompts)[:, None]  # padded on the left

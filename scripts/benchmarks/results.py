@@ -1,4 +1,4 @@
-"""Files of results: JSON with all runs, written after each of them, so that nothing is run twice."""
+"""Files of results: JSON with all runs, updated after each run, so none is repeated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scikit-learn")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What is in the file, or the head of a new one: versions, machine, no runs."""
+    """Load a file, or start a new one with versions, machine and no runs."""
     if path.exists():
         return json.loads(path.read_text())
     return {
@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, results: dict[str, Any], keys: Sequence[str]) -> None:
-    """Write all of it, the runs in the order of `keys`, or nothing."""
+    """Write the file atomically, with the runs sorted by `keys`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     runs = sorted(results["runs"], key=lambda run: [run[name] for name in keys])
@@ -55,18 +55,18 @@ def fill(
     processes: int,
     settings: Callable[[str, Any], dict[str, Any] | None] = lambda key, value: None,
 ) -> None:
-    """Run what of the grid is not yet in the file, a process per core.
+    """Run the points of the grid that are missing in the file, in parallel.
 
     Args:
-        path: of the file.
-        keys: names of what a point of the grid says.
-        grid: the points.
-        run: from a point, as arguments, to what came of it.
-        processes: how many.
-        settings: from a key and a value of it to what the value stands for, which is kept in the file.
+        path: path of the file.
+        keys: names of the coordinates of a point.
+        grid: points of the grid.
+        run: function from a point, as arguments, to its results.
+        processes: number of processes.
+        settings: function from a key and a value to the settings that the value stands for, which are saved.
 
     Raises:
-        SystemExit: if the file has runs of what had the same name, and other settings.
+        SystemExit: if the file has runs with different settings under the same name.
     """
     results = load(path)
     done = {tuple(found[name] for name in keys) for found in results["runs"]}
@@ -80,7 +80,7 @@ def fill(
             if kept.setdefault(str(value), now) != now and any(found[key] == value for found in results["runs"]):
                 raise SystemExit(
                     f"error: {path} has runs of the {key} {value!r} with other settings, {kept[str(value)]}; now they "
-                    f"are {now}. Take those runs out of it, or name another file with --output."
+                    f"are {now}. Remove those runs, or choose another file with --output."
                 )
             kept[str(value)] = now
     with ProcessPoolExecutor(processes, initializer=_be_quiet) as pool:
@@ -100,12 +100,12 @@ def _be_quiet() -> None:
 
 
 def digest(runs: list[dict[str, Any]]) -> str:
-    """Tells from a plot whether it was drawn from these runs."""
+    """Digest of the runs, to check whether a plot was drawn from them."""
     return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
 
 
 def grouped(runs: Iterable[dict[str, Any]], figure: str, keys: Sequence[str]) -> dict[tuple[Any, ...], list[float]]:
-    """The values of a figure by the values of the keys, in the order of the seeds."""
+    """Values of a figure grouped by keys, in order of the seeds."""
     groups = defaultdict(list)
     for found in sorted(runs, key=lambda run: run["seed"]):
         groups[tuple(found[name] for name in keys)].append(found[figure])
@@ -113,6 +113,6 @@ def grouped(runs: Iterable[dict[str, Any]], figure: str, keys: Sequence[str]) ->
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and its standard error; NaN for one value."""
+    """Mean and standard error; the latter is NaN for one value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return statistics.mean(values), error

@@ -1,10 +1,10 @@
-"""The rivals behind one interface: what an epoch visits, with what weights, and what is learnt of it.
+"""Rival methods behind one interface: which examples an epoch visits, their weights, and updates from observations.
 
-They are our own implementations, from their descriptions, of what decides which examples are trained on. Everything
-else is the same for all: model, data, optimizer, schedule, number of steps. What a rival looks at without training on
-it is charged: a forward pass is a third of a step.
+They are our own implementations of the selection of examples, from the published descriptions. Everything else is the
+same for all methods: model, data, optimizer, schedule, number of steps. Forward passes without training are charged as
+a third of a step.
 
-To add one, derive from [`Rival`] and name it in `methods.METHODS`.
+To add a method, derive from [`Rival`] and add it to `methods.METHODS`.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from hf_importance.losses.objective import Measured, Objective
 from hf_importance.record import OBSERVED
 
 _UNSEEN = 3.0
-"""Loss of an example that was not seen, of InfoBatch and SeTa."""
+"""Loss assumed for unvisited examples in InfoBatch and SeTa."""
 _LAST = 0.875
-"""Share of the training after which InfoBatch and SeTa choose otherwise."""
+"""Share of the training after which InfoBatch and SeTa stop pruning."""
 _FORWARD = 1 / 3
 """Cost of a forward pass without gradients, in steps."""
 
 
 @dataclass
 class Observed:
-    """What was seen of some examples, `[examples]` each.
+    """Observations of some examples, `[examples]` each.
 
     Args:
-        losses: of an example; of tokens their mean.
-        confidence: highest probability of a class; of tokens e^−loss; 1 where numbers are predicted.
-        right: whether that is the class of the label; of tokens, and numbers, all are.
+        losses: losses; the mean over tokens.
+        confidence: highest class probability; e^−loss for tokens; 1 for regression.
+        right: whether the predicted class is the label; True for tokens and regression.
     """
 
     losses: Tensor
@@ -50,7 +50,7 @@ class Observed:
 
     @classmethod
     def of(cls, measured: Measured) -> Observed:
-        """A batch."""
+        """Observations of a measured batch."""
         label, loss, prediction, probability = (measured.observed[OBSERVED.index(name)].cpu() for name in OBSERVED)
         unknown = probability.isnan()
         confidence = torch.where(unknown, (-loss).exp() if measured.are_sums else 1.0, probability)
@@ -58,56 +58,56 @@ class Observed:
 
 
 class Rival:
-    """Uniform reshuffling; what a rival does otherwise it overrides. One object per training.
+    """Uniform reshuffling, as the base class of rival methods. One object per training.
 
     Args:
-        examples: number of them.
+        examples: number of examples.
         batch: examples per step.
-        steps: of the whole training.
+        steps: steps of the whole training.
     """
 
     cost = 1.0
-    """Of a step, in steps of uniform training."""
+    """Cost of a step, in steps of uniform training."""
 
     def __init__(self, examples: int, batch: int, steps: int) -> None:
         self.examples, self.batch, self.steps = examples, batch, steps
         self.step = self.epoch = 0
         self.look: Callable[[Tensor], Observed] | None = None
-        """Forwards examples without training on them; the trainer puts it here."""
+        """Observes examples without training on them; set by the trainer."""
 
     @property
     def progress(self) -> float:
-        """Share of the training that was made."""
+        """Completed share of the training."""
         return self.step / self.steps
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Without end: positions and weights, `[batch]` each."""
+        """Endless batches of positions and weights, `[batch]` each."""
         while True:
             index, weight = self.choose()
             self.epoch += 1
             yield from zip(index.split(self.batch), weight.split(self.batch), strict=True)
 
     def choose(self) -> tuple[Tensor, Tensor]:
-        """What an epoch visits, in order, with what weights."""
+        """Examples of the next epoch in order, and their weights."""
         index = torch.randperm(self.examples)
         return index, torch.ones(len(index))
 
     def select(self, index: Tensor, look: Callable[[], Observed]) -> Tensor:
-        """Of a batch the positions to train on; `look` forwards it without gradients."""
+        """Positions in a batch to train on; `look` observes the batch without gradients."""
         return torch.arange(len(index))
 
     def learning_rate_factor(self) -> float:
-        """Of the learning rate of the schedule."""
+        """Factor of the scheduled learning rate."""
         return 1.0
 
     def observe(self, index: Tensor, observed: Observed) -> None:
-        """What was seen of examples."""
+        """Take in the observations of some examples."""
 
 
 class InfoBatch(Rival):
-    """Qin et al., ICLR 2024: a random half of the examples with a loss below the mean is left out of each epoch.
+    """Qin et al., ICLR 2024: each epoch prunes a random half of the examples with a loss below the mean.
 
-    The kept ones of them weigh 2. In the last eighth of the training nothing is left out.
+    The other half of them has weight 2. Nothing is pruned in the last eighth of the training.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -130,12 +130,12 @@ class InfoBatch(Rival):
 
 
 class SeTa(Rival):
-    """Zhou et al., CVPR 2025, with the settings of its scripts: a window over groups of equal difficulty.
+    """Zhou et al., CVPR 2025, with the settings of its scripts: a window over groups of similar difficulty.
 
     Each epoch takes a random 90 % of the examples and divides them into five groups by k-means of their losses. From
-    the second epoch on it visits those in a window of four groups, which slides from easy to hard and begins again. No
-    weights. In the last eighth of the training it takes a random 90 %, without a window: "partial annealing", in the
-    code a number and in the paper a probability.
+    the second epoch on, it visits a window of four groups, which slides from easy to hard and then restarts. There are
+    no weights. The last eighth of the training uses a random 90 % without a window ("partial annealing", a number in
+    the code and a probability in the paper).
     """
 
     kept, groups, window = 0.9, 5, 4
@@ -160,22 +160,23 @@ class SeTa(Rival):
 
 
 class SeTaHalf(SeTa):
-    """The same with what its class has by default: half of ten groups, of all the examples."""
+    """SeTa with the defaults of its class: half of ten groups, from all examples."""
 
     kept, groups, window = 1.0, 10, 5
 
 
 class KAKURENBO(Rival):
-    """Thao Nguyen et al., NeurIPS 2023: of the 30 % lowest losses, what is right and sure is hidden for an epoch.
+    """Thao Nguyen et al., NeurIPS 2023: hides correct and confident examples among the 30 % lowest losses.
 
-    "Sure" is a confidence of at least 0.7. The 30 % become 24, 18 and 12 at 30, 60 and 80 % of the training. What was
-    hidden is looked at after the epoch. The learning rate is 1/(1 − F) as high while a share F may be hidden.
+    Confident means a probability of at least 0.7. The 30 % become 24, 18 and 12 % at 30, 60 and 80 % of the training.
+    Hidden examples are observed after the epoch. The learning rate is multiplied by 1/(1 − F), where F is the share
+    that may be hidden.
     """
 
-    fractions = ((0.3, 0.3), (0.6, 0.24), (0.8, 0.18), (1.0, 0.12))  # until which progress
+    fractions = ((0.3, 0.3), (0.6, 0.24), (0.8, 0.18), (1.0, 0.12))  # (progress until which it holds, F)
     sure = 0.7
     cost = 1 + _FORWARD * 0.22 / (1 - 0.22)
-    """The forward pass over what is hidden, 22 % in the mean where all that may be is."""
+    """Includes the forward pass over hidden examples, on average 22 % if all that may be hidden are."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -185,7 +186,7 @@ class KAKURENBO(Rival):
 
     @property
     def fraction(self) -> float:
-        """F."""
+        """The share F of the examples that may be hidden."""
         return next(fraction for until, fraction in self.fractions if self.progress <= until)
 
     def choose(self) -> tuple[Tensor, Tensor]:
@@ -208,11 +209,12 @@ class KAKURENBO(Rival):
 
 
 class EvolvedSampling(Rival):
-    """Evolved Sampling 2025 (arXiv 2509.23461): all of a batch is forwarded, and a quarter of it trained on.
+    """Evolved Sampling 2025 (arXiv 2509.23461): forward pass over a batch, training on a quarter of it.
 
-    Drawn without replacement in proportion to w = β₁ s + (1 − β₁) ℓ, where s is the moving average of the losses,
-    s ← β₂ s + (1 − β₂) ℓ, with (β₁, β₂) = (0.2, 0.9). No weights. In the first and last twentieth of the training all
-    of a batch is trained on. The share of a quarter and the twentieths are not in what could be read of the paper.
+    The quarter is drawn without replacement in proportion to w = β₁ s + (1 − β₁) ℓ, where s is the moving average of
+    the losses, s ← β₂ s + (1 − β₂) ℓ, with (β₁, β₂) = (0.2, 0.9). There are no weights. The first and last twentieth of
+    the training use whole batches. The quarter and the twentieths are our assumptions: they are not in the accessible
+    part of the paper.
     """
 
     first, second = 0.2, 0.9  # β
@@ -240,9 +242,9 @@ class EvolvedSampling(Rival):
 
 
 class ESWP(EvolvedSampling):
-    """The same with pruning: each epoch visits 80 % of the examples, drawn in proportion to s; (β₁, β₂) = (0.2, 0.8).
+    """ES with pruning: each epoch visits 80 % of the examples, drawn in proportion to s, with (β₁, β₂) = (0.2, 0.8).
 
-    How those are chosen, and how many, is not in what could be read of the paper.
+    How they are chosen, and how many, is our assumption: it is not in the accessible part of the paper.
     """
 
     second, kept = 0.8, 0.8
@@ -258,7 +260,7 @@ class ESWP(EvolvedSampling):
 
 
 class RivalTrainer(Trainer):
-    """`Trainer` with the batches, and the weights, of a rival."""
+    """`Trainer` with the batches and weights of a rival method."""
 
     def __init__(self, *args: Any, rival: Rival, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -268,11 +270,11 @@ class RivalTrainer(Trainer):
         rival.look = self._look
 
     def get_train_dataloader(self) -> DataLoader:
-        """As long as the training, with position and weight in the batch."""
+        """Dataloader for the whole training, with positions and weights in each batch."""
         return _Batches(self.train_dataset, self.rival)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LambdaLR:
-        """Times the factor of the rival."""
+        """Scale the schedule by the factor of the rival method."""
         schedule = super().create_scheduler(*args, **kwargs)
         schedule.lr_lambdas = [
             lambda step, usual=usual: usual(step) * self.rival.learning_rate_factor() for usual in schedule.lr_lambdas
@@ -280,7 +282,7 @@ class RivalTrainer(Trainer):
         return schedule
 
     def compute_loss(self, model: nn.Module, inputs: Columns, *args: Any, **kwargs: Any) -> Tensor:
-        """Weighted mean."""
+        """Weighted mean of the losses."""
         if "index" not in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
         index, weight = inputs.pop("index"), inputs.pop("weight")
@@ -307,7 +309,7 @@ class RivalTrainer(Trainer):
 
 
 class _Batches:
-    """An iterable with a length, which is all that `Trainer` asks of a loader."""
+    """An iterable with a length, which is all that `Trainer` requires of a dataloader."""
 
     def __init__(self, rows: Rows, rival: Rival) -> None:
         self.dataset, self.rival = rows, rival

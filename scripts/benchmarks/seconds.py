@@ -1,4 +1,4 @@
-"""Seconds of whole trainings, `Trainer` and ours in alternation. Nothing else should run meanwhile."""
+"""Seconds of full trainings, alternating between `Trainer` and ours, on an otherwise idle machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEYS = ("task", "seed")
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
-    """One training of each; which is first changes from seed to seed."""
+    """One training of each; the order alternates between seeds."""
     task = task_of(name)
     found = {}
     for method in ("uniform", "ours") if seed % 2 else ("ours", "uniform"):

@@ -1,6 +1,6 @@
-"""What comes of leaving out the examples whose label is probably wrong while training goes on?
+"""Effect of excluding examples whose label is probably wrong during training.
 
-With labels changed at random, and where none is: ambiguous texts, classes that are rare.
+Cases are labels changed at random, and data without wrong labels: ambiguous texts and rare classes.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ CASES = (
     ("docstrings", 0.0),
     ("imbalanced", 0.0),
 )
-"""Tasks, and the share of wrong labels."""
+"""Tasks and shares of wrong labels."""
 OURS = {"ours": {}, "ours, left out": {"suspect_weight": 0.0}, "ours, at 0.3": {"suspect_weight": 0.3}}
 METHODS = ("uniform", "uniform, generalised cross-entropy", "uniform, without the flagged", *OURS)
 _FIGURES = ("steps", "flagged", "accuracy", "accuracy_of_the_last_classes", "cross_entropy", "scaled_cross_entropy")
 _RARE = 3
-"""The last classes, which are the rarest of `imbalanced`."""
+"""Number of rare classes, the last ones of `imbalanced`."""
 
 
 def run(name: str, share: float, method: str, seed: int) -> dict[str, Any]:
-    """One training; two for "without the flagged", of which the first finds them."""
+    """One training, or two for "without the flagged", the first of which finds the suspects."""
     task = task_of(name)
     if share:
         task = replace(task, train=with_wrong_labels(task, share, 1000 + seed)[0])
@@ -67,7 +67,7 @@ def run(name: str, share: float, method: str, seed: int) -> dict[str, Any]:
 
 
 def _trained(task: Task, seed: int, cls: type[Trainer], **more: Any) -> Trainer:
-    """As many steps as the whole data would have, whatever was left out."""
+    """Train with the number of steps of the full data, even if examples were removed."""
     set_seed(seed)
     rows: Columns = task.train
     steps = task.epochs * -(-len(rows["labels"]) // task.batch)
@@ -79,13 +79,13 @@ def _trained(task: Task, seed: int, cls: type[Trainer], **more: Any) -> Trainer:
 
 
 def _generalised(outputs: Any, labels: Tensor, num_items_in_batch: Any = None, q: float = 0.7) -> Tensor:
-    """(1 − p^q)/q (Zhang & Sabuncu, NeurIPS 2018), with their q."""
+    """Generalised cross-entropy (1 − p^q)/q (Zhang & Sabuncu, NeurIPS 2018), with their q."""
     p = F.softmax(outputs.logits, dim=1).gather(1, labels[:, None])[:, 0]
     return ((1 - p.clamp(min=1e-7) ** q) / q).mean()
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row per case and method."""
+    """Table in Markdown with a row per case and method."""
     head = (
         "data",
         "method",

@@ -1,4 +1,4 @@
-"""The tables of the pages that are made of the runs of `accuracy`."""
+"""Tables of the README files, made from the runs of `accuracy`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MINUS = str.maketrans("-", "−")
 
 
 def claims(runs: Runs) -> str:
-    """The mean shares of the steps, on how many tasks nothing was lost, and what the control says."""
+    """List of claims: mean shares of the steps, number of tasks without a loss of quality, comparison with the control."""
     names = tasks(runs)
     kinds = {
         "Training from scratch": [task for task in names if not TASKS[task].fine_tuning],
@@ -73,7 +73,7 @@ def _number(names: list[str]) -> str:
 
 
 def short_table(runs: Runs, rows: int = 4) -> str:
-    """Where it saves the most steps, and where the fewest; the difference in the figure that people know best."""
+    """Table of the tasks with the largest and the smallest savings, with the first metric of each."""
     head = ("task", "steps", "test metric, ours", "`Trainer`, as few steps")
     lines = [_row(head), _rule(head)]
     by_share = sorted(tasks(runs), key=lambda task: share(runs, task, OURS))
@@ -87,9 +87,9 @@ def short_table(runs: Runs, rows: int = 4) -> str:
 
 
 def relative(runs: Runs, task: str, method: str, figure: Figure) -> str:
-    """The difference to uniform sampling in points of accuracy, in percent of its error, or as it is, ± the error.
+    """Difference to uniform sampling ± standard error, in points of accuracy, percent of its error, or cross-entropy.
 
-    Says where it is worse by more than that. Empty without runs.
+    Marked as worse if it is, by more than the standard error. Empty without runs.
     """
     found = differences(runs, task, method, figure)
     if not found:
@@ -109,11 +109,11 @@ def relative(runs: Runs, task: str, method: str, figure: Figure) -> str:
 
 
 def decision_table(runs: Runs, seconds: Runs = ()) -> str:
-    """A row per task: what `Trainer` reaches, how ours differs, what it takes, and the rival that takes the least.
+    """Table with a row per task: results of `Trainer`, differences and cost of ours, and the best rival.
 
     Args:
-        runs: of `accuracy`.
-        seconds: of `seconds`: trainings in alternation, on a quiet machine.
+        runs: runs of `accuracy`.
+        seconds: runs of `seconds`, on an otherwise idle machine.
     """
     reached = ("`Trainer`: accuracy, % / error", "ours", "`Trainer`: cross-entropy", "ours")
     head = ("task", "seeds", *reached, "steps", "tokens", "seconds", "best other")
@@ -145,7 +145,7 @@ def _percent(share: float | None) -> str:
 
 
 def whole_table(runs: Runs) -> str:
-    """What each method that is run with the whole budget reaches with what, ± standard errors."""
+    """Table of results ± standard errors of the methods that run with the full budget."""
     head = ("task", "method", "seeds", "steps", "tokens", "accuracy, % / error", "cross-entropy", "scaled", "written")
     lines = [_row(head), _rule(head)]
     for task in tasks(runs):
@@ -171,7 +171,7 @@ def _mean(runs: Runs, figure: str, form: str, scale: float = 1.0) -> str:
 
 
 def match_table(runs: Runs) -> str:
-    """The share of the whole budget with which each method is as good; and the mean, where "never" counts as 1."""
+    """Table of the share of the full budget with which each method is as good; "never" counts as 1 in the mean."""
     found = {run["method"] for run in runs}
     names = [method for method in METHODS if method in found & {UNIFORM, "ours, all steps", *rivals(runs)}]
     lines = ["| task | ours | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
@@ -194,7 +194,7 @@ def _share(value: float) -> str:
 
 
 def figures_table(runs: Runs) -> str:
-    """For each task, method and budget: accuracy ± standard error (cross-entropy) in percent, or the squared error."""
+    """Table by task, method and budget: accuracy ± standard error in percent (cross-entropy), or squared error."""
     budgets = sorted({run["budget"] for run in runs})
     lines = ["| task | method | " + " | ".join(f"budget {budget:g}" for budget in budgets) + " |"]
     lines.append("|" + "---|" * (2 + len(budgets)))

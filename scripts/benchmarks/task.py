@@ -1,4 +1,4 @@
-"""What a task is: data in memory, a model, and the full training."""
+"""Benchmark tasks: data in memory, a model, and the full training."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from transformers import TrainingArguments
 
 Columns = dict[str, Tensor]
 IGNORED = -100
-"""Label of a token that has no loss."""
+"""Label of a token without a loss."""
 _EVALUATED = 100
-"""Examples at a time."""
+"""Examples per evaluation batch."""
 
 
 @dataclass
 class Task:
-    """Data in memory, how to make a model of it, and the full training.
+    """Data in memory, a model, and the full training.
 
     Args:
-        train: `[examples, …]` each; the labels are called `labels`, the others are arguments of the model. Texts are
-            padded to the longest of all; batches are cut to their longest one, see [`Rows`].
-        test: likewise.
-        model: makes a new one.
-        epochs: passes over the data of the full training.
+        train: `[examples, …]` each; labels are called `labels`, the other columns are arguments of the model. Texts are
+            padded to the longest of all; batches are truncated to their longest text, see [`Rows`].
+        test: test data in the same form.
+        model: creates a new model.
+        epochs: epochs of the full training.
         batch: examples per step.
-        learning_rate: at its highest; the best for uniform sampling, by test cross-entropy or error.
-        weight_decay: of AdamW.
-        bf16: whether the forward pass is in mixed precision.
-        shifts: whether a token is predicted from those before it.
-        also: what else is told of the trained model.
+        learning_rate: peak learning rate, the best one for uniform sampling by test cross-entropy or error.
+        weight_decay: weight decay of AdamW.
+        bf16: whether the forward pass uses mixed precision.
+        shifts: whether tokens are predicted from the previous ones.
+        also: computes more figures of the trained model.
     """
 
     train: Columns
@@ -50,17 +50,17 @@ class Task:
 
     @property
     def examples(self) -> int:
-        """Of the training data."""
+        """Number of training examples."""
         return len(self.train["labels"])
 
     @property
     def classes(self) -> int:
-        """Number of them; 0 if the labels are numbers to predict."""
+        """Number of classes; 0 for regression."""
         labels = self.train["labels"]
         return 0 if labels.is_floating_point() else int(labels.max()) + 1
 
     def arguments(self, folder: str, steps: int, seed: int, **more: Any) -> TrainingArguments:
-        """Of a training whose learning rate decays to zero in so many steps."""
+        """Training arguments for this number of steps, in which the learning rate decays to zero."""
         return TrainingArguments(
             output_dir=folder,
             max_steps=steps,
@@ -82,9 +82,9 @@ class Task:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Examples as rows of tensors, asked for by the batch. Texts are cut to their length, batches to their longest.
+    """Dataset that returns whole batches of tensors, truncated to their longest text.
 
-    It counts the tokens of the batches that were asked for: `real` ones, and with those of the padding `padded`.
+    It counts the tokens of the returned batches: `real` without padding, `padded` with padding.
     """
 
     def __init__(self, columns: Columns) -> None:
@@ -107,7 +107,7 @@ class Rows(torch.utils.data.Dataset):
         return [batch]
 
     def take(self, index: Tensor) -> Batch:
-        """These examples, cut to the longest of them; not counted."""
+        """A batch of these examples, truncated to the longest; not counted."""
         found = Batch((name, column[index]) for name, column in self.columns.items())
         if self._lengths is not None:
             tokens, longest = self.columns["attention_mask"].shape, int(self._lengths[index].max())
@@ -118,11 +118,11 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Batch(dict):
-    """Of [`Rows`], with a first dimension for its examples."""
+    """A batch of [`Rows`], with examples along the first dimension."""
 
 
 def collate(rows: list[Columns]) -> Columns:
-    """The batch that [`Rows`] made; or one of single rows."""
+    """Return the batch of [`Rows`], or stack single rows."""
     if isinstance(rows[0], Batch):
         return dict(rows[0])
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -130,9 +130,9 @@ def collate(rows: list[Columns]) -> Columns:
 
 @torch.no_grad()
 def predict(model: nn.Module, columns: Columns, shifts: bool = False) -> tuple[Tensor, Tensor]:
-    """In evaluation mode: outputs `[predictions, outputs]`, and their labels `[predictions]`.
+    """Outputs `[predictions, outputs]` in evaluation mode, and labels `[predictions]`.
 
-    A prediction per example; or per token that has a label.
+    There is one prediction per example, or per token with a label.
     """
     model.eval()
     rows, found = Rows(columns), []
@@ -148,7 +148,7 @@ def predict(model: nn.Module, columns: Columns, shifts: bool = False) -> tuple[T
 
 
 def path_of(name: str) -> Path:
-    """Of data that is not embedded."""
+    """Path of data that is not embedded."""
     folder = os.environ.get("BENCHMARK_DATA")
     if folder is None or not (Path(folder) / name).exists():
         raise SystemExit(

@@ -1,4 +1,4 @@
-"""All tasks, by name. To add one, write a function that returns a [`Task`] and name it here."""
+"""All tasks by name. To add one, write a function that returns a [`task.Task`] and add it here."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from benchmarks.task import Task
 
 @dataclass(frozen=True)
 class Entry:
-    """A task that is known.
+    """A task in `TASKS`.
 
     Args:
         make: makes it.
         what: data, and which model.
         fine_tuning: whether the model is pretrained.
-        of_texts: whether there are texts of different length, which can be grouped by it.
+        of_texts: whether examples are texts of different length, which can be grouped by length.
         embedded: whether it needs neither BENCHMARK_DATA nor a pretrained model.
-        slow: whether it is only run where it is named.
+        slow: whether it only runs if it is named explicitly.
     """
 
     make: Callable[[], Task]
@@ -60,5 +60,5 @@ TASKS = {
 
 @functools.cache
 def task_of(name: str) -> Task:
-    """Made once per process."""
+    """The task with this name, created once per process."""
     return TASKS[name].make()
