@@ -61,6 +61,8 @@ ORDER = [
     "command_line.arguments",
     "command_line.metrics",
     "command_line.embedded_data",
+    "command_line.data_sets",
+    "command_line.labels",
     "command_line.fine_tuning",
 ]
 FOLDERS = ("losses", "sampling", "adapters", "report", "command_line")

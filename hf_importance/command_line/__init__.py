@@ -5,5 +5,7 @@ It needs the packages of the extra `scripts`; nothing else in the library import
 - `arguments`: flags, of the model, the data, training and importance sampling.
 - `metrics`: accuracy, F1, squared error and correlation, by `evaluate`.
 - `embedded_data`: data that every machine with these packages has.
-- `fine_tuning`: data, labels, model, trainer, and what is done with it.
+- `data_sets`: files or a data set, splits, columns.
+- `labels`: their column, names and numbers, and predictions of them.
+- `fine_tuning`: the model, the trainer, and what is done with it.
 """

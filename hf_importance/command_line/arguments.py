@@ -43,7 +43,6 @@ class ModelArguments:
     report_examples_to_hub: bool = flag(
         False, "Let --push_to_hub upload the whole report, in which training examples can be seen."
     )
-    metric_name: str | None = flag(None, "Metric of `evaluate` (fetched from the Hub, or a local script).")
 
     def hub(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`."""
@@ -63,7 +62,6 @@ class DataArguments:
     train_split_name: str | None = flag(None, "Split of the data set to train on (train).")
     validation_split_name: str | None = flag(None, "Split to evaluate on (validation, else test).")
     test_split_name: str | None = flag(None, "Split to predict (test).")
-    label_column_name: str | None = flag(None, "Column with the labels (label, or labels).")
     max_train_samples: int | None = flag(None, "Use only so many training examples.")
     max_eval_samples: int | None = flag(None, "Use only so many evaluation examples.")
     max_predict_samples: int | None = flag(None, "Use only so many examples to predict.")
@@ -79,6 +77,14 @@ class DataArguments:
     def embedded(self) -> bool:
         """Whether no data was named, so that the script runs on its own."""
         return self.dataset_name is None and not self.files()
+
+
+@dataclass
+class LabelArguments(DataArguments):
+    """What is told apart, and how well."""
+
+    label_column_name: str | None = flag(None, "Column with the labels (label, or labels).")
+    metric_name: str | None = flag(None, "Metric of `evaluate` (fetched from the Hub, or a local script).")
 
 
 def _importance_flags() -> type:
