@@ -6,6 +6,8 @@ It needs the packages of the extra `scripts`; nothing else in the library import
 - `metrics`: accuracy, F1, squared error and correlation, by `evaluate`.
 - `embedded_data`: data that every machine with these packages has.
 - `data_sets`: files or a data set, splits, columns.
+- `completions`: tokens of prompts and completions, and the model's own completions.
 - `labels`: their column, names and numbers, and predictions of them.
 - `fine_tuning`: the model, the trainer, and what is done with it.
+- `lora`: adapters instead of the whole model.
 """
