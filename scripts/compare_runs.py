@@ -20,23 +20,27 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+FIGURES = ("accuracy", "perplexity", "loss")
+"""Of an evaluation, as far as a run has them."""
 COLOURS = {"uniform": "#6b7280", "importance": "#d1495b"}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Task, trainer, results and accuracy curve of a finished run."""
+    """Task, trainer, results of a finished run, and its curve of accuracy, or of the loss if it has none."""
     results = json.loads((folder / "all_results.json").read_text())
     state = json.loads((folder / "trainer_state.json").read_text())
-    evaluations = [log for log in state["log_history"] if "eval_accuracy" in log]
+    shown = "accuracy" if "eval_accuracy" in results else "loss"
+    evaluations = [log for log in state["log_history"] if f"eval_{shown}" in log]
+    curve = [(round(log["epoch"] * results["examples_per_epoch"]), log[f"eval_{shown}"]) for log in evaluations]
     return {
         "task": folder.parent.name,
         "trainer": results["trainer"],
-        "accuracy": results["eval_accuracy"],
-        "loss": results["eval_loss"],
+        **{figure: results[f"eval_{figure}"] for figure in FIGURES if f"eval_{figure}" in results},
+        "shown": shown,
         "steps": state["global_step"],
         "examples": results["examples_processed"],
         "seconds": results["seconds_of_training"],
-        "curve": [(round(log["epoch"] * results["examples_per_epoch"]), log["eval_accuracy"]) for log in evaluations],
+        "curve": curve or [(results["examples_processed"], results[f"eval_{shown}"])],
     }
 
 
@@ -50,13 +54,15 @@ def group(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, An
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Means, with standard errors if there are several seeds, and steps relative to uniform sampling."""
-    rows = [["task", "trainer", "seeds", "accuracy", "loss", "examples processed", "steps", "seconds of training"]]
+    figures = [figure for figure in FIGURES if any(figure in run for run in runs)]
+    rows = [["task", "trainer", "seeds", *figures, "examples processed", "steps", "seconds of training"]]
     groups = group(runs)
     for (task, trainer), same in groups.items():
         full = groups.get((task, "uniform"))
         share = f"{mean(same, 'steps') / mean(full, 'steps'):.0%}" if full else ""
-        cells = [mean_with_error(same, "accuracy"), mean_with_error(same, "loss"), f"{mean(same, 'examples'):,.0f}"]
-        rows.append([task, trainer, str(len(same)), *cells, share, f"{mean(same, 'seconds'):.1f}"])
+        cells = [mean_with_error(same, figure) if figure in same[0] else "–" for figure in figures]
+        cells += [f"{mean(same, 'examples'):,.0f}", share, f"{mean(same, 'seconds'):.1f}"]
+        rows.append([task, trainer, str(len(same)), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -82,19 +88,21 @@ def mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[float, float
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Plot accuracy against examples processed: one panel per task, one colour per trainer, thin lines for seeds."""
+    """Plot evaluations against examples processed: one panel per task, one colour per trainer, thin lines for seeds."""
     tasks = sorted({run["task"] for run in runs})
     figure, panels = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.8), squeeze=False, layout="constrained")
     for panel, task in zip(panels[0], tasks, strict=True):
-        for (_, trainer), same in group([run for run in runs if run["task"] == task]).items():
+        of_task = [run for run in runs if run["task"] == task]
+        shown = of_task[0]["shown"]
+        for (_, trainer), same in group(of_task).items():
             curves = [run["curve"] for run in same]
             for curve in curves if len(curves) > 1 else []:
                 panel.plot(*zip(*curve, strict=True), color=COLOURS.get(trainer), linewidth=0.8, alpha=0.35)
             style = {"color": COLOURS.get(trainer), "linewidth": 2, "marker": "o", "ms": 4}
             panel.plot(*zip(*mean_curve(curves), strict=True), label=trainer, **style)
             if trainer == "uniform":
-                panel.axhline(mean(same, "accuracy"), color=COLOURS[trainer], linewidth=0.8, linestyle="--")
-        panel.set(title=task, xlabel="examples processed", ylabel="evaluation accuracy")
+                panel.axhline(mean(same, shown), color=COLOURS[trainer], linewidth=0.8, linestyle="--")
+        panel.set(title=task, xlabel="examples processed", ylabel=f"evaluation {shown}")
         panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
         panel.grid(alpha=0.25)
         panel.legend(frameon=False)

@@ -27,23 +27,20 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_importance.command_line.arguments import DataArguments, ModelArguments, flag, parse
+from hf_importance.command_line.arguments import LabelArguments, ModelArguments, flag, parse
+from hf_importance.command_line.data_sets import choose_splits, load, require_column
 from hf_importance.command_line.embedded_data import digits
-from hf_importance.command_line.fine_tuning import (
-    choose_splits,
+from hf_importance.command_line.fine_tuning import make_model, pretrained, run, script, start
+from hf_importance.command_line.labels import (
     drop_missing_labels,
     head_settings,
     label_column,
     label_names,
     label_reader,
-    load,
-    make_model,
-    require_column,
-    run,
-    script,
-    start,
+    settings_for_labels,
 )
 
+PROBLEM = "single_label_classification"
 EMBEDDED = {
     "run_name": "digits",
     "do_train": True,
@@ -63,7 +60,7 @@ EMBEDDED = {
 
 
 @dataclass
-class ImageArguments(DataArguments):
+class ImageArguments(LabelArguments):
     """Images: where they are, and what is done to them."""
 
     train_dir: str | None = flag(None, "Folder with one folder of training images per class.")
@@ -97,7 +94,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     chosen = drop_missing_labels(chosen, label)
     head = {}  # without training it is the one that the model was saved with
     if training.do_train:
-        head = head_settings(label_names(chosen, label), "single_label_classification")
+        head = head_settings(label_names(chosen, label), PROBLEM)
     config = _config(model_arguments, data, head)
     model = make_model(AutoModelForImageClassification, model_arguments, config)
     processor = _processor(model_arguments, data)
@@ -110,9 +107,17 @@ def main(argv: list[str] | None = None) -> Trainer:
         transform = _transform(processor, image, label, read, augment if use == "train" else None)
         prepared[use] = rows.select_columns(columns).cast_column(image, datasets.Image()).with_transform(transform)
     training.remove_unused_columns = False  # they are the ones that the transform starts from
-    more = {"model": model, "processing_class": processor}
     to_show = chosen["train"].select_columns(image).cast_column(image, datasets.Image()) if training.do_train else None
-    return run(model_arguments, training, importance, prepared, "single_label_classification", to_show, **more)
+    return run(
+        model_arguments,
+        training,
+        importance,
+        prepared,
+        to_show,
+        **settings_for_labels(PROBLEM, data.metric_name),
+        model=model,
+        processing_class=processor,
+    )
 
 
 def _load(data: ImageArguments, model: ModelArguments) -> datasets.DatasetDict:
@@ -165,14 +170,14 @@ def _augmentation(data: ImageArguments) -> Callable[[Image.Image], Image.Image]:
 def _processor(model: ModelArguments, data: ImageArguments) -> Any:
     name = data.image_processor_name or model.model_name_or_path
     if name is not None:
-        return AutoImageProcessor.from_pretrained(name, **model.hub())
+        return pretrained(AutoImageProcessor, model, name, "--image_processor_name or --model_name_or_path")
     return ViTImageProcessor(size={"height": data.image_size, "width": data.image_size})
 
 
 def _config(model: ModelArguments, data: ImageArguments, head: dict[str, Any]) -> PreTrainedConfig:
     source = model.config_name or model.model_name_or_path
     if source is not None:
-        return AutoConfig.from_pretrained(source, **head, **model.hub())
+        return pretrained(AutoConfig, model, source, "--config_name or --model_name_or_path", **head)
     return ViTConfig(
         hidden_size=64,
         num_hidden_layers=3,

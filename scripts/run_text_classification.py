@@ -27,21 +27,17 @@ from transformers import (
     Trainer,
 )
 
-from hf_importance.command_line.arguments import DataArguments, ModelArguments, flag, parse
+from hf_importance.command_line.arguments import LabelArguments, ModelArguments, flag, parse
+from hf_importance.command_line.data_sets import choose_splits, load, require_column
 from hf_importance.command_line.embedded_data import docstrings
-from hf_importance.command_line.fine_tuning import (
-    choose_splits,
+from hf_importance.command_line.fine_tuning import make_model, pretrained, run, script, start
+from hf_importance.command_line.labels import (
     drop_missing_labels,
     head_settings,
     label_column,
     label_names,
     label_reader,
-    load,
-    make_model,
-    require_column,
-    run,
-    script,
-    start,
+    settings_for_labels,
 )
 
 EMBEDDED = {
@@ -62,7 +58,7 @@ EMBEDDED = {
 
 
 @dataclass
-class TextArguments(DataArguments):
+class TextArguments(LabelArguments):
     """Texts: which columns, and how long."""
 
     text_column_names: str | None = flag(None, "Columns with the text, separated by commas (text, or sentence).")
@@ -111,9 +107,18 @@ def main(argv: list[str] | None = None) -> Trainer:
         use: rows.map(preparation(rows), batched=True, remove_columns=rows.column_names, desc=f"Tokenizing ({use})")
         for use, rows in chosen.items()
     }
-    more = {"model": model, "processing_class": tokenizer, "data_collator": DataCollatorWithPadding(tokenizer)}
     to_show = chosen["train"].select_columns(texts) if training.do_train else None
-    return run(model_arguments, training, importance, prepared, problem_type, to_show, **more)
+    return run(
+        model_arguments,
+        training,
+        importance,
+        prepared,
+        to_show,
+        **settings_for_labels(problem_type, data.metric_name),
+        model=model,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
 
 
 def _problem_type(chosen: dict[str, datasets.Dataset], label: str | None, do_regression: bool | None) -> str:
@@ -150,7 +155,7 @@ def _text_columns(chosen: dict[str, datasets.Dataset], data: TextArguments) -> l
 def _tokenizer(model: ModelArguments, data: TextArguments, texts: list[str] | None) -> PreTrainedTokenizerBase:
     name = data.tokenizer_name or model.model_name_or_path
     if name is not None:
-        return AutoTokenizer.from_pretrained(name, **model.hub())
+        return pretrained(AutoTokenizer, model, name, "--tokenizer_name or --model_name_or_path")
     if texts is None:
         raise ValueError(
             "Without --do_train there must be a --model_name_or_path: there is no text to learn words from."
@@ -176,7 +181,7 @@ def _config(
 ) -> PreTrainedConfig:
     source = model.config_name or model.model_name_or_path
     if source is not None:
-        return AutoConfig.from_pretrained(source, **head, **model.hub())
+        return pretrained(AutoConfig, model, source, "--config_name or --model_name_or_path", **head)
     return BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,

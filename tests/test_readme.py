@@ -1,23 +1,25 @@
 """What the README says runs, and its table of settings is that of the code."""
 
+import importlib
 import re
 import shlex
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark
 import pytest
-import run_image_classification
-import run_text_classification
 import tiny
 from benchmarks import from_scratch, methods, picture, results, rivals
 from benchmarks.methods import METHODS
 from benchmarks.tasks import Entry
 from PIL import Image
+from runs import data_arguments
+from transformers import TrainingArguments
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
-from hf_importance.command_line.arguments import parse
+from hf_importance.command_line.arguments import ModelArguments, parse
 
 PAGES = {
     page.relative_to(benchmark.ROOT).as_posix(): page.read_text(encoding="utf-8")
@@ -107,18 +109,18 @@ def test_the_first_page_is_one_that_one_reads():
 
 
 def commands(script, page=README):
-    text = "\n".join(blocks("bash", page)).replace("\\\n", " ")
-    return [
-        shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(f"python scripts/{script}")
-    ]
+    """The words from the script on, of the lines that run it, by whatever program."""
+    lines = "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
+    found = [re.search(rf"^[^#]*\bscripts/({script}\w*\.py.*)", line) for line in lines]
+    return [shlex.split(line[1], comments=True) for line in found if line]
 
 
-@pytest.mark.parametrize("command", commands("benchmark", RESULTS), ids=lambda words: words[2])
+@pytest.mark.parametrize("command", commands("benchmark", RESULTS), ids=lambda words: words[1])
 def test_parts_of_the_benchmark_are_known(command, capsys, monkeypatch):
     monkeypatch.setitem(METHODS, "hardest", METHODS["InfoBatch"])
-    assert benchmark.new_parser().parse_args(command[2:]).part == command[2]
+    assert benchmark.new_parser().parse_args(command[1:]).part == command[1]
     with pytest.raises(SystemExit):
-        benchmark.new_parser().parse_args([*command[2:], "--unknown"])
+        benchmark.new_parser().parse_args([*command[1:], "--unknown"])
 
 
 def test_a_method_and_a_task_are_added_as_the_page_says(tmp_path):
@@ -138,13 +140,22 @@ def test_a_method_and_a_task_are_added_as_the_page_says(tmp_path):
         benchmark.new_parser().parse_args(["accuracy", "--methods", "hardest"])
 
 
-@pytest.mark.parametrize("command", commands("run") + commands("run", SCRIPTS), ids=lambda words: words[1])
+@pytest.mark.parametrize("command", commands("run"), ids=lambda words: words[0])
 def test_flags_are_known(command):
-    module = {"text": run_text_classification, "image": run_image_classification}[command[1].split("_")[1]]
-    data = module.TextArguments if module is run_text_classification else module.ImageArguments
-    parse(command[2:], data, module.EMBEDDED)
+    script = importlib.import_module(Path(command[0]).stem)
+    parse(command[1:], data_arguments(script), script.EMBEDDED)
     with pytest.raises(ValueError, match="Some specified arguments are not used"):
-        parse([*command[2:], "--unknown", "1"], data, module.EMBEDDED)
+        parse([*command[1:], "--unknown", "1"], data_arguments(script), script.EMBEDDED)
+
+
+@pytest.mark.parametrize("command", commands("run", SCRIPTS), ids=" ".join)
+def test_flags_for_several_processes_are_known(command):
+    """Their names: what they are set to needs the engines, and files."""
+    script = importlib.import_module(Path(command[0]).stem)
+    kinds = (ModelArguments, data_arguments(script), TrainingArguments, ImportanceConfig)
+    known = {f"--{field.name}" for kind in kinds for field in fields(kind)}
+    assert {word for word in command if word.startswith("--")} <= known
+    assert "--unknown" not in known, "control"
 
 
 def test_settings_are_those_of_the_config():

@@ -1,10 +1,17 @@
 """The scripts through their `main`, a few steps each, offline."""
 
 import csv
+import dataclasses
+import importlib
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
+import benchmark
 import compare_runs
 import datasets
 import numpy as np
@@ -13,35 +20,17 @@ import run_image_classification
 import run_text_classification
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer
+from runs import data_arguments, flags, predictions, results, write
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+import hf_importance
 from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.command_line.arguments import ModelArguments
 from hf_importance.command_line.embedded_data import docstrings
 from hf_importance.command_line.fine_tuning import script
 
-SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--use_cpu", "true"]
 CALM = "The food was calm and good, the waiter calm too."
 ANGRY = "Never again! Cold soup, angry people."
-
-
-def flags(tmp_path, **more):
-    given = {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache", **more}
-    return [*SHORT, *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
-
-
-def results(tmp_path):
-    return json.loads((tmp_path / "run" / "all_results.json").read_text())
-
-
-def predictions(tmp_path):
-    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
-    return [json.loads(line)["prediction"] for line in lines]
-
-
-def write(path, rows):
-    data = datasets.Dataset.from_list(rows)
-    {"csv": data.to_csv, "json": data.to_json, "parquet": data.to_parquet}[path.suffix[1:]](path)
-    return path
 
 
 def reviews(n=12):
@@ -357,3 +346,49 @@ def test_comparison_of_runs_that_end_at_different_steps():
 def test_comparison_of_nothing(tmp_path):
     with pytest.raises(SystemExit, match="no finished run"):
         compare_runs.main([str(tmp_path)])
+
+
+# ---- each script by itself -------------------------------------------------------------------------------------------
+
+SCRIPTS = sorted(Path(compare_runs.__file__).parent.glob("*.py"))
+PARTS = next(iter(benchmark.new_parser()._subparsers._group_actions)).choices
+HELP = [[path.stem] for path in SCRIPTS] + [["benchmark", part] for part in PARTS]
+FINE_TUNING = [path for path in SCRIPTS if path.stem.startswith("run_")]
+
+
+def flags_of(name, part=None):
+    """Of which the help of a script is to speak."""
+    if part is not None:
+        return [flag for action in PARTS[part]._actions for flag in action.option_strings]
+    if name.startswith("run_"):
+        kinds = (ModelArguments, data_arguments(importlib.import_module(name)), TrainingArguments, ImportanceConfig)
+        return [f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.init]
+    return {"benchmark": list(PARTS), "compare_runs": ["folder"]}.get(name, ["--help"])
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_help(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(words[0]).main([*words[1:], "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for flag in flags_of(*words):
+        assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", said), flag
+    assert not re.search(r"(?<![\w-])--unknown(?![\w-])", said), "control"
+
+
+def alone(script, *more):
+    """A script where the package is found, and no other script."""
+    paths = {"PYTHONPATH": str(Path(hf_importance.__file__).parent.parent)}
+    command = [sys.executable, script, *more]
+    return subprocess.run(command, cwd=script.parent, env={**os.environ, **paths}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("path", FINE_TUNING, ids=lambda path: path.stem)
+def test_a_script_can_be_copied_alone(tmp_path, path):
+    done = alone(Path(shutil.copy(path, tmp_path)), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--do_train" in done.stdout
+    other = tmp_path / "other.py"
+    other.write_text("import compare_runs")
+    assert "No module named 'compare_runs'" in alone(other).stderr, "control"

@@ -61,7 +61,11 @@ ORDER = [
     "command_line.arguments",
     "command_line.metrics",
     "command_line.embedded_data",
+    "command_line.data_sets",
+    "command_line.completions",
+    "command_line.labels",
     "command_line.fine_tuning",
+    "command_line.lora",
 ]
 FOLDERS = ("losses", "sampling", "adapters", "report", "command_line")
 ONLY_TORCH = {"state", "randomness", "record", "fingerprint", "checkpoint", "data", "report.findings"}

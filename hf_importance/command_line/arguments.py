@@ -43,7 +43,6 @@ class ModelArguments:
     report_examples_to_hub: bool = flag(
         False, "Let --push_to_hub upload the full report, which shows training examples."
     )
-    metric_name: str | None = flag(None, "Metric of `evaluate` (from the Hub, or a local script).")
 
     def hub(self) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained`."""
@@ -63,7 +62,6 @@ class DataArguments:
     train_split_name: str | None = flag(None, "Split to train on (default: train).")
     validation_split_name: str | None = flag(None, "Split to evaluate on (default: validation, else test).")
     test_split_name: str | None = flag(None, "Split to predict (default: test).")
-    label_column_name: str | None = flag(None, "Column with the labels (default: label or labels).")
     max_train_samples: int | None = flag(None, "Maximum number of training examples.")
     max_eval_samples: int | None = flag(None, "Maximum number of evaluation examples.")
     max_predict_samples: int | None = flag(None, "Maximum number of examples to predict.")
@@ -79,6 +77,14 @@ class DataArguments:
     def embedded(self) -> bool:
         """Whether no data was given, so the script uses its embedded data."""
         return self.dataset_name is None and not self.files()
+
+
+@dataclass
+class LabelArguments(DataArguments):
+    """Arguments of labelled data."""
+
+    label_column_name: str | None = flag(None, "Column with the labels (default: label or labels).")
+    metric_name: str | None = flag(None, "Metric of `evaluate` (from the Hub, or a local script).")
 
 
 def _importance_flags() -> type:

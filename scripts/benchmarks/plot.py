@@ -25,15 +25,15 @@ from benchmarks.tasks import TASKS
 
 _OURS, _GREY, _DARK = "#d1495b", "#a8b0bb", "#374151"
 _LEAST = 0.5
-"""Share of the steps from which on it is drawn: with fewer all are far below."""
+"""Smallest share of the steps that is drawn; with fewer, all methods are far below."""
 _METRIC = 106
-"""Where the metrics stand beside the bars, on their axis."""
+"""Position of the metrics beside the bars, in percent."""
 _LINE = 0.062
 """Distance between names, relative to the height of a panel."""
 
 
 def plot_savings(runs: Runs, path: Path) -> None:
-    """A bar per task: the share of the steps, and beside it what that did to the quality."""
+    """Plot a bar per task with the share of the steps, and the difference in quality beside it."""
     import matplotlib
 
     matplotlib.use("Agg")

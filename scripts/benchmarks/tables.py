@@ -36,7 +36,7 @@ _MINUS = str.maketrans("-", "−")
 
 
 def claims(runs: Runs) -> str:
-    """List of claims: mean shares of the steps, number of tasks without a loss of quality, comparison with the control."""
+    """List of claims: mean shares of the steps, tasks without a loss of quality, comparison with the control."""
     names = tasks(runs)
     kinds = {
         "Training from scratch": [task for task in names if not TASKS[task].fine_tuning],

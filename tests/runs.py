@@ -1,0 +1,36 @@
+"""Short runs of the fine-tuning scripts, and what they leave."""
+
+import json
+
+import datasets
+
+from hf_importance.command_line.arguments import DataArguments
+
+SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--use_cpu", "true"]
+
+
+def flags(tmp_path, **more):
+    given = {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache", **more}
+    return [*SHORT, *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "run" / "all_results.json").read_text())
+
+
+def predictions(tmp_path):
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    return [json.loads(line)["prediction"] for line in lines]
+
+
+def write(path, rows):
+    data = datasets.Dataset.from_list(rows)
+    {"csv": data.to_csv, "json": data.to_json, "jsonl": data.to_json, "parquet": data.to_parquet}[path.suffix[1:]](path)
+    return path
+
+
+def data_arguments(script):
+    """The flags of its own: the dataclass that a script makes of `DataArguments`."""
+    kinds = [value for value in vars(script).values() if isinstance(value, type) and issubclass(value, DataArguments)]
+    (found,) = [kind for kind in kinds if kind.__module__ == script.__name__]
+    return found
