@@ -97,7 +97,7 @@ class ImportanceTrainerMixin(ReportMixin):
         self._adapter: LossAdapter | None = None
         refuse_arguments(self)
         if adapted is not None and self.train_dataset is not None:
-            self._adapter = adapter_of(self, adapted)  # first, because its messages are more specific
+            self._adapter = adapter_of(self, adapted)  # before general checks: its messages are more specific
         self._refuse_unsupported()
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()

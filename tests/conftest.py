@@ -22,5 +22,5 @@ def _seed():
 
 @pytest.fixture
 def small_gains(monkeypatch):
-    """Importance sampling also where it saves less than a tenth of the cost, as with tiny models of tokens."""
+    """Enable importance sampling even if it saves less than a tenth of the cost, as with tiny token models."""
     monkeypatch.setattr("hf_importance.sampling.guard._MAX_RELATIVE_SPENDING", 1.0)

@@ -1,4 +1,4 @@
-"""Run by several processes: trains in several ways, and leaves what happened in a file per rank.
+"""Run by several processes: trains in several ways, and writes the results to one file per rank.
 
 torchrun --nproc_per_node 2 tests/distributed_worker.py FOLDER
 """
@@ -62,13 +62,13 @@ def trained(*args, **kwargs):
 
 
 def frozen(folder):
-    """Learns nothing, so that the gathered importances are those of the model."""
+    """Does not learn, so the gathered importances are those of the model."""
     settings = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 2}
     return report(trained(folder, model=tiny.opinionated_bert(), **settings))
 
 
 def resumed(folder, step, **settings):
-    """From a middle checkpoint, and compared by the test with the run that went through."""
+    """Resumes from a middle checkpoint, for comparison with the uninterrupted run."""
     whole = trained(folder / "whole", **SAVING, **settings)
     again = trainer(folder / "again", model=tiny.bert(dropout=0.1, initializer_range=0.5), **settings)
     again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
@@ -76,19 +76,19 @@ def resumed(folder, step, **settings):
 
 
 def early(folder):
-    """It learns quickly, and ends before its last step."""
+    """Learns quickly and ends before its last step."""
     return report(trained(folder, **EARLY))
 
 
 def from_other_ranks(folder):
-    """From the checkpoint that the test, one process, left there."""
+    """Resumes from a checkpoint of the test, which is a single process."""
     run = trainer(folder / "other", **SAVING)
     run.train(resume_from_checkpoint=str(folder / "one" / "checkpoint-7"))
     return report(run)
 
 
 def collectives(folder):
-    """All that is sent in eight steps, by `Trainer` and by ours, with a fixed budget and without."""
+    """Communication in eight steps of `Trainer` and ours, with and without a fixed budget."""
 
     def sent(cls, importance=None):
         run = trainer(folder, cls, importance=importance, logging_steps=100, max_steps=8, per_device_train_batch_size=1)
@@ -102,7 +102,7 @@ def collectives(folder):
 
 
 def shown(folder):
-    """The report and the model card, for which the first process asks alone, and the last one for importances."""
+    """Report and model card, requested by the main process alone, and importances by the last one."""
     run = trained(folder)
     first, last = run.args.process_index == 0, run.args.process_index == run.args.world_size - 1
     page = run.importance_report() if first else None
@@ -114,7 +114,7 @@ def shown(folder):
 
 
 def given(index, weight, ranks=1, rank=0):
-    """A sampler that deals out given visits, micro-batch by micro-batch, to the ranks in turn."""
+    """A sampler that distributes given visits to the ranks, one micro-batch at a time."""
 
     class Given(ImportanceBatchSampler):
         def _draw(self, size):
@@ -124,13 +124,13 @@ def given(index, weight, ranks=1, rank=0):
             return Draw(self._draws - 1, index[part], [1.0] * self.batch_size, weight[part])
 
         def update(self, *_):
-            """The visits are not those of this rank's shard."""
+            """The visits are not from the shard of this rank."""
 
     return Given
 
 
 def one_step(folder, batch, accumulation, task, ranks=1, rank=0):
-    """One step of SGD on 24 given visits, whichever way they are divided."""
+    """One step of SGD on 24 given visits, however they are divided."""
     index = [(7 * i) % 24 for i in range(24)]
     weight = [0.5 + i / 12 for i in range(24)]
     model, data, more = {

@@ -1,4 +1,4 @@
-"""Run by two processes: the same trainings under one engine; what happened is left in a file per rank.
+"""Run by two processes: the same trainings under one engine; results are written to one file per rank.
 
 torchrun --nproc_per_node 2 tests/engine_worker.py FOLDER ENGINE
 python tests/engine_worker.py FOLDER ray
@@ -29,7 +29,7 @@ MIDDLE = 22  # a step within an epoch, which has four
 EVERYTHING = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
 """Each step is of all examples, so that it does not matter which process has which."""
 LONG = {"per_device_train_batch_size": 2, "max_steps": 48, "save_strategy": "steps", "save_steps": MIDDLE}
-DROPOUT = 0.1  # the random numbers of each process matter where it goes on
+DROPOUT = 0.1  # makes the random state of each process matter after resuming
 
 
 def deepspeed(stage, **more):
@@ -66,7 +66,7 @@ def language_model(seed=0, dropout=0.0):
 
 
 def texts():
-    """Of different lengths. Half of them say one word again and again, which is learnt soon."""
+    """Texts of different length. Half of them repeat one word, which is learnt quickly."""
     rows = tiny.token_rows(EXAMPLES)
     for i, row in enumerate(rows):
         if i % 2:
@@ -76,7 +76,7 @@ def texts():
 
 
 class Rates(TrainerCallback):
-    """The learning rate that each step is taken with, how much was learnt before it, and what it is worth."""
+    """Records the learning rate of each step, the effective steps before it, and its gain."""
 
     def __init__(self, run):
         self._run, self.seen = run, []
@@ -88,7 +88,7 @@ class Rates(TrainerCallback):
 
 
 def parameters(run):
-    """Of the whole model, whichever process has them."""
+    """Parameters of the whole model, gathered from all processes."""
     found = list(run.model.parameters())
     if run.is_deepspeed_enabled:
         import deepspeed
@@ -99,7 +99,7 @@ def parameters(run):
 
 
 def trained(run, resume=None):
-    """What happened."""
+    """Results of a training."""
     rates = Rates(run)
     run.add_callback(rates)
     run.train(resume_from_checkpoint=resume)
@@ -116,7 +116,7 @@ def trained(run, resume=None):
 
 
 class Engine:
-    """Trains under one engine; `folder` is for what trainers write."""
+    """Train under one engine; `folder` holds the output of the trainers."""
 
     def __init__(self, name, folder):
         self.name, self.folder = name, folder
@@ -142,7 +142,7 @@ class Engine:
             "smoothed": run("smoothed", **smoothed),
             "early": run("early", dropout=DROPOUT, **LONG),
         }
-        if self.name != "ray":  # which goes on by itself
+        if self.name != "ray":  # which restarts by itself
             middle = str(self.folder / "early" / f"checkpoint-{MIDDLE}")
             found["again"] = run("again", seed=1, dropout=DROPOUT, resume=middle, **LONG)
         if self.name == "zero2":
@@ -172,7 +172,7 @@ def refusal(action):
 
 
 class FailsOnce(TrainerCallback):
-    """The second process is lost in the middle of a training, once."""
+    """The second process dies once during training."""
 
     def __init__(self, folder):
         self._failed = folder / "failed"
@@ -184,7 +184,7 @@ class FailsOnce(TrainerCallback):
 
 
 def lines_of_readme(folder):
-    """Run what scripts/README.md tells users of Ray, with a model of ours, and a process that fails."""
+    """Run the Ray instructions of scripts/README.md with a small model and a failing process."""
 
     class Mine(ImportanceTrainer):
         def __init__(self, **kwargs):
@@ -226,7 +226,7 @@ def on_ray(folder):
 
 
 def without_compiler():
-    """DeepSpeed as between machines, by gloo. On one it would compile a way of its own to add, for a minute."""
+    """Use DeepSpeed as between machines, with gloo; on one machine it would compile its own reduction for a minute."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

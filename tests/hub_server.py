@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on loopback: what its real client needs to make a repository and upload to it.
+"""A local stand-in for the Hub, with what its real client needs to create a repository and upload to it.
 
 Keeps what arrives. How a repository is called decides what goes wrong: `cut` loses the connection in the middle of a
 large file, `full` has no space left. Only one token is right.
@@ -19,7 +19,7 @@ LARGE = {".safetensors", ".bin", ".pt", ".png", ".parquet"}
 
 
 class Hub:
-    """What arrived: `commits[repository]` is a list of {path: content}."""
+    """Received uploads: `commits[repository]` is a list of {path: content}."""
 
     def __init__(self):
         self.objects, self.commits, self.requests = {}, {}, []
@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def faults_of(card):
-    """Of the metadata at the head of a model card, by the rules of the Hub that matter here."""
+    """Validate the metadata of a model card by the relevant rules of the Hub."""
     _, head, _ = card.split("---\n", 2)
     try:
         metadata = yaml.safe_load(head)

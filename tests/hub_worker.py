@@ -1,4 +1,4 @@
-"""Runs the text script with the real client of the Hub, several times; `HF_ENDPOINT` says where the Hub is."""
+"""Runs the text script several times with the real client of the Hub at `HF_ENDPOINT`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Trains in child processes that are killed at random moments and started again; prints what became of them as JSON.
+"""Trains in child processes that are killed at random moments and restarted; prints the results as JSON.
 
 python tests/kill_worker.py FOLDER KILLS IMPORTANCE
 """
@@ -26,7 +26,7 @@ MOMENTS = 0.15, 0.9
 
 
 def train(folder, importance, resume):
-    """15 steps or fewer, each of them saved."""
+    """A trainer with up to 15 steps, each of which is saved."""
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 0}
     run = tiny.trainer(folder, tiny.bert(dropout=0.1), tiny.texts(), ImportanceTrainer, importance, **settings)
     run.train(resume_from_checkpoint=resume)
@@ -36,7 +36,7 @@ def train(folder, importance, resume):
 
 
 def in_child(function):
-    """Its process, which ends with it."""
+    """The child process, which ends with this one."""
     child = os.fork()
     if child == 0:
         with open(os.devnull, "w") as nowhere:
@@ -48,7 +48,7 @@ def in_child(function):
 
 
 def attempt(folder, importance, moment):
-    """Start or resume, and kill after so many seconds; whether it was killed, and what it left."""
+    """Start or resume, and kill after some seconds; returns whether it was killed, and its result."""
     begun = folder.exists() and any(folder.glob("checkpoint-*"))
     result = folder.with_suffix(".pt")
     child = in_child(lambda: torch.save(train(folder, importance, resume=begun), result))

@@ -1,4 +1,4 @@
-"""Slow and obvious: one example at a time, in float64, by autograd; one visit at a time."""
+"""Reference implementations: one example at a time in float64 by autograd, and one visit at a time."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def gradient_norm(loss, z, y, *more):
 
 
 def rates(importance, uniform_fraction, max_rate=math.inf, fresh=math.nan):
-    """Section by section as it is defined: floats, one example at a time."""
+    """Rates by definition, in floats, one example at a time."""
     importance = [fresh if math.isnan(q) else q for q in importance]
     known = [q for q in importance if not math.isnan(q)]
     mean = sum(known) / len(known) if known else 0.0
@@ -64,7 +64,7 @@ def unnormalised_rate(q, mean, uniform_fraction, max_rate=math.inf):
 
 
 def second_moments(remembered, mean, measured, rate, fractions, max_rate=math.inf):
-    """Σ (1/r) q'² / r_f, of the visits that tell something."""
+    """Σ (1/r) q'² / r_f over the informative visits."""
     found = [0.0] * len(fractions)
     for before, now, r in zip(remembered, measured, rate, strict=True):
         if math.isfinite(before) and math.isfinite(now):
@@ -74,7 +74,7 @@ def second_moments(remembered, mean, measured, rate, fractions, max_rate=math.in
 
 
 def expected_costs(remembered, mean, measured, rate, cost, fractions, max_rate=math.inf):
-    """Σ (1/r) c r_f, of the visits that tell something."""
+    """Σ (1/r) c r_f over the informative visits."""
     found = [0.0] * len(fractions)
     for before, now, r, c in zip(remembered, measured, rate, cost, strict=True):
         if math.isfinite(before) and math.isfinite(now):
@@ -84,7 +84,7 @@ def expected_costs(remembered, mean, measured, rate, cost, fractions, max_rate=m
 
 
 def moments_of_batches(gradients, cost, rate, batch):
-    """Over every batch that can be drawn, examples independently with p = r / N.
+    """Moments over all possible batches, with examples drawn independently with p = r / N.
 
     Returns:
         The expected gradient estimate, the variance of it, and the expected cost of a batch.
@@ -103,7 +103,7 @@ def moments_of_batches(gradients, cost, rate, batch):
 
 
 def remember(importance, index, measured, momentum):
-    """One batch, into a list that is changed; returns what was remembered before, per visit."""
+    """Update a list with one batch; returns the previous importances per visit."""
     before = [importance[i] for i in index]
     for i in set(index):
         seen = [m for j, m in zip(index, measured, strict=True) if i == j]
@@ -114,7 +114,7 @@ def remember(importance, index, measured, momentum):
 
 
 def first_credits(permutation):
-    """Of every example, by its place in the permutation."""
+    """Initial credits of all examples by their place in the permutation."""
     credit = [0.0] * len(permutation)
     for place, i in enumerate(permutation):
         credit[i] = 1 - (place + 0.5) / len(permutation)
@@ -122,7 +122,7 @@ def first_credits(permutation):
 
 
 def spend(credit, rate, visits):
-    """Visits of a segment in the order in which the credits pass 1, and the credits after it. Rate 0: pruned."""
+    """Visits of a segment in the order in which credits cross 1, and the credits after it. Rate 0 means pruned."""
     drawable = sum(r > 0 for r in rate)
     passed, left = [], []
     for i, (c, r) in enumerate(zip(credit, rate, strict=True)):

@@ -1,4 +1,4 @@
-"""Findings by hand, and pages as a browser would take them."""
+"""Hand-made findings, and parsing of pages."""
 
 import math
 from html.parser import HTMLParser
@@ -11,7 +11,7 @@ HOSTILE = "<script>alert('x')</script> & \"quotes\""
 
 
 def findings(**changes):
-    """Four examples of two classes, by hand. The second is suspect, the last was never visited."""
+    """Findings on four examples of two classes. The second is suspect, the last was never visited."""
     nan = math.nan
     columns = {
         "label": torch.tensor([0.0, 1.0, 1.0, nan]),
@@ -33,7 +33,7 @@ def findings(**changes):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text that is seen."""
+    """Tags with their attributes, and the visible text."""
 
     def __init__(self, html):
         super().__init__()

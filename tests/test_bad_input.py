@@ -1,4 +1,4 @@
-"""What is wrong is told at once, by name, with what was wanted and what to do; nothing that there was is lost."""
+"""Errors are raised early, and name the argument, the accepted values and the fix; no files are lost."""
 
 import hashlib
 import math
@@ -108,7 +108,7 @@ def test_parallelism_within_a_batch(tmp_path, monkeypatch):
 
 
 class Returns(nn.Module):
-    """A model that returns what `make` makes of its logits and labels."""
+    """A model that returns `make(logits, labels)`."""
 
     def __init__(self, make):
         super().__init__()
@@ -119,7 +119,7 @@ class Returns(nn.Module):
 
 
 def rows(**changes):
-    """The usual rows with other labels, made from their position."""
+    """The usual rows with labels computed from their position."""
     found = tiny.texts()
     for i, row in enumerate(found):
         for name, make in changes.items():

@@ -1,4 +1,4 @@
-"""The benchmarks: their arithmetic by hand, the rivals against their descriptions, grids of a few seconds."""
+"""The benchmarks: arithmetic by hand, rival methods by their descriptions, and small grids."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from benchmarks.tasks import TASKS
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Instead of the tasks one of a second: four clusters; and one with numbers to predict."""
+    """Replaces the tasks by two that take a second: four clusters, and a regression."""
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(96) % 4
     columns = {
@@ -95,7 +95,7 @@ def test_runs_that_end_when_enough_was_learnt(quick, tmp_path):
 
 
 def test_scaled_cross_entropy():
-    """Of logits that are right up to a factor it is the cross-entropy of the right ones, whatever the factor."""
+    """For logits that are correct up to a factor, it is the cross-entropy of the correct ones."""
     g = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20_000, 3, generator=g, dtype=torch.float64)
     labels = torch.multinomial(logits.softmax(1), 1, generator=g)[:, 0]
@@ -122,7 +122,7 @@ def test_all_methods_learn():
 
 
 def found_runs():
-    """Of two seeds, with figures that are easy to see through.
+    """Runs of two seeds with simple figures.
 
     On the digits uniform has .80 and .82, ours .005 more with 60 % of the steps; InfoBatch has .04 less with half the
     budget and .04 more with all of it. On the image ours is worse.
@@ -238,7 +238,7 @@ def test_the_short_table():
 
 
 class SameProcess:
-    """Runs at once what a pool of processes would: those would not see the small tasks."""
+    """Runs jobs directly instead of in a pool of processes, which would not have the small tasks."""
 
     def __init__(self, *_, **__):
         pass
@@ -333,7 +333,7 @@ def test_suspects(tmp_path, capsys, monkeypatch):
 
 
 def test_generalised_cross_entropy_is_between_two_losses():
-    """Cross-entropy as q goes to 0, and the probability that is missing with q = 1 (Zhang & Sabuncu 2018)."""
+    """Cross-entropy for q → 0, and 1 − p for q = 1 (Zhang & Sabuncu 2018)."""
     outputs = SimpleNamespace(logits=torch.randn(6, 4, dtype=torch.float64))
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     p = outputs.logits.softmax(1)[torch.arange(6), labels]

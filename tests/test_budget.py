@@ -40,7 +40,7 @@ def test_budget_visits_all_before_any_twice(tmp_path, sampling, once):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_auto_trains_no_more_than_trainer(tmp_path, accumulation):
-    """50 examples in batches of 8: the steps that `Trainer` would make are the most, and what is announced."""
+    """50 examples in batches of 8: the steps of `Trainer` are the maximum, and are announced."""
     settings = {"num_train_epochs": 12, "gradient_accumulation_steps": accumulation, "logging_steps": 1}
     plain = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(50), tiny.Plain, **settings)
     run = tiny.trainer(tmp_path, tiny.opinionated_bert(), tiny.texts(50), Recorder, **settings)
@@ -55,7 +55,7 @@ def test_auto_trains_no_more_than_trainer(tmp_path, accumulation):
 
 
 def unequal(outputs, labels):
-    """A tenth of the usual loss for the first ten examples."""
+    """The loss of the first ten examples is a tenth of the usual one."""
     losses = torch.nn.functional.cross_entropy(outputs["logits"], labels[:, 0], reduction="none")
     return losses * torch.where(labels[:, 1] < 10, 0.1, 1.0)
 
@@ -117,7 +117,7 @@ def test_kept_indices_select(tmp_path):
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
 @pytest.mark.parametrize(("shrinks", "are_pruned"), [(True, False), (False, True)])
 def test_pruned_examples_come_back_when_the_others_are_learnt(tmp_path, sampling, shrinks, are_pruned):
-    """After 20 steps all other losses are a tenth too, so that nothing is unimportant any more."""
+    """After 20 steps, all other losses are a tenth as well, so no example is unimportant."""
     learnt = []
 
     def shrinking(outputs, labels):
@@ -140,7 +140,7 @@ def test_pruned_examples_come_back_when_the_others_are_learnt(tmp_path, sampling
 
 
 def test_pruning_leaves_the_loss_of_the_kept(tmp_path):
-    """The logged loss is the mean over the kept examples: pruning gives up the others."""
+    """The logged loss is the mean over the kept examples."""
     settings = {"num_train_epochs": 120, "logging_steps": 1, "model": tiny.opinionated_bert()}
     run = frozen(tmp_path, {"prune_mass": 0.05, "memory_momentum": 0.0}, **settings)
     logged = tiny.logged(run, "loss")[50:]

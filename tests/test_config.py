@@ -110,7 +110,7 @@ GONE = {"max_rate", "prune_until", "revisit_pruned", "uniform_below", "guard", "
 
 
 def test_a_file_of_version_0_1(tmp_path, warnings_of):
-    """What is still there is kept, and what is not is named, with its value, one line each."""
+    """Existing settings are kept; removed ones are named with their values, one line each."""
     path = tmp_path / "importance_config.json"
     path.write_text(json.dumps(OLD))
     config = ImportanceConfig.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Visits that cost differently: rates, guard, pruning and what is told, by enumeration and an oracle."""
+"""Visits with different costs: rates, guard, pruning and logs, by enumeration and reference implementations."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def test_costs_are_relative():
 
 
 def test_equal_costs_are_none():
-    """So that nothing changes, to the bit."""
+    """Then nothing changes, bit for bit."""
     assert R.relative_costs(tensor([7, 7, 7])) is None
     assert R.relative_costs(tensor([7])) is None
     assert R.relative_costs(tensor([7, 7, 8])) is not None, "control"
@@ -59,7 +59,7 @@ def test_rates_under_costs_by_hand():
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_rates_have_less_variance_at_equal_cost(seed, batch):
-    """Over every batch that can be drawn: variance × cost, of gradients that cancel, so that all of it is variance."""
+    """Over all possible batches: variance × cost for gradients that sum to 0."""
     gradients = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gradients = lognormal(4, seed)[:, None] * (gradients - gradients.mean(0))
     gradients = gradients - gradients.mean(0)
@@ -167,7 +167,7 @@ def test_rates_of_visits_are_per_cost(cls):
 
 
 def test_independent_visits_follow_what_is_measured():
-    """The sum of the rates is kept by differences."""
+    """The sum of the rates is updated incrementally."""
     q, cost = lognormal(12), lognormal(12, 1)
     visits = IndependentVisits(memory_of(q, cost), uniform_fraction=0.3)
     visits.next(1)
@@ -182,7 +182,7 @@ def test_independent_visits_follow_what_is_measured():
 
 @pytest.mark.parametrize("guard", [True, False])
 def test_what_nobody_has_seen_is_visited_evenly(guard):
-    """The first segment knows nothing; from then on unseen ones have the mean q/√c of those seen lately."""
+    """The first segment is uniform; then unvisited examples have the mean q/√c of recent first visits."""
     cost = lognormal(80)
     memory = memory_of([math.nan] * 80, cost)
     visits, q = segmented(memory, guard=guard), lognormal(80, 1)
@@ -268,7 +268,7 @@ def guarded(q, cost, measured):
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0], ids=["length tells nothing", "root", "length"])
 def test_the_guard_compares_at_equal_cost(noise, power):
-    """And takes no floor with which a visit would teach less than a uniform one."""
+    """The guard rejects floors with a second moment above that of uniform sampling."""
     cost = lognormal(500, 1)
     cost = cost / cost.mean()
     q = lognormal(500, scale=0.5) * cost**power
@@ -287,7 +287,7 @@ def test_the_guard_compares_at_equal_cost(noise, power):
 
 @pytest.mark.parametrize(("spread", "floor"), [(0.25, 1.0), (0.5, 0.2)])
 def test_where_a_tenth_is_not_saved_visits_are_uniform(spread, floor):
-    """Importances per cost that hold, and differ by little: 6 and 22 % would be saved."""
+    """Stable importances per cost that differ little: savings of 6 and 22 %."""
     cost = lognormal(5000, 1, 0.3)
     cost = cost / cost.mean()
     q = lognormal(5000, 2, spread) * cost.sqrt()
@@ -302,7 +302,7 @@ def test_where_a_tenth_is_not_saved_visits_are_uniform(spread, floor):
 
 
 def test_the_guard_without_costs_would_choose_otherwise():
-    """The control. Texts of which the short ones are as important as the long ones: rates prefer the short ones."""
+    """Control: if short texts are as important as long ones, rates prefer the short ones."""
     cost = lognormal(2000, 1)
     cost = cost / cost.mean()
     q = lognormal(2000, scale=0.3)
@@ -313,7 +313,7 @@ def test_the_guard_without_costs_would_choose_otherwise():
 
 
 def test_a_visit_never_teaches_less_than_a_uniform_one():
-    """Equally important texts of different length: short ones would be cheaper, but more steps of them be needed."""
+    """Equally important texts of different length: short ones are cheaper, but would need more steps."""
     cost = lognormal(2000, 1)
     cost = cost / cost.mean()
     q = torch.ones(2000, dtype=torch.float64)

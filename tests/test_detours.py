@@ -1,4 +1,4 @@
-"""What trainings do besides going straight on: stop, search, evaluate, fail."""
+"""Trainings that are stopped, searched over, evaluated or fail."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_early_stopping(tmp_path):
 
 
 class StopEpoch(TrainerCallback):
-    """Ends each epoch after three of its five steps."""
+    """Stops each epoch after three of five steps."""
 
     def on_step_end(self, args, state, control, **_):
         control.should_epoch_stop = state.global_step % 3 == 0
@@ -53,7 +53,7 @@ class StopEpoch(TrainerCallback):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_that_a_callback_ends(tmp_path, workers):
-    """What was drawn ahead is thrown away; the next epoch is a whole one."""
+    """Prefetched draws are discarded; the next epoch is complete."""
     run = tiny.trained(
         tmp_path,
         tiny.bert(),
@@ -75,7 +75,7 @@ QUICK = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epo
 
 
 def test_train_twice(tmp_path):
-    """The second training is that of a new trainer on the trained model."""
+    """The second training equals that of a new trainer on the trained model."""
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, optim="sgd", learning_rate=0.1)
     fresh = tiny.trainer(tmp_path, run.model, tiny.texts(), Recorder, optim="sgd", learning_rate=0.1)
     first = len(run.draws)
@@ -87,7 +87,7 @@ def test_train_twice(tmp_path):
 
 
 def test_train_twice_where_the_first_ends_early(tmp_path):
-    """The second goes by what it learns itself."""
+    """The second training uses its own measurements."""
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), Recorder, **QUICK)
     first = run.state.global_step
     assert first < 48
@@ -102,7 +102,7 @@ def test_train_twice_where_the_first_ends_early(tmp_path):
 
 
 def test_hyperparameter_search(tmp_path):
-    """Every trial starts from nothing, and ends when it has learnt enough."""
+    """Every trial starts with an empty memory and ends by its effective epochs."""
     pytest.importorskip("optuna").logging.set_verbosity(40)
     found = []
 
@@ -130,7 +130,7 @@ def test_hyperparameter_search(tmp_path):
 
 
 class TooLarge(Recorder):
-    """Runs out of memory where a batch has more than 4 examples, after some steps."""
+    """Runs out of memory with more than 4 examples per batch, after some steps."""
 
     def training_step(self, model, inputs, *args, **kwargs):
         if len(inputs["input_ids"]) > 4 and len(self.draws) == 2:
@@ -140,7 +140,7 @@ class TooLarge(Recorder):
 
 
 def test_auto_find_batch_size(tmp_path):
-    """The sampler is a new one for each size; what was learnt stays."""
+    """Each batch size has a new sampler with the same memory."""
     settings = {"auto_find_batch_size": True, "num_train_epochs": 1, "logging_steps": 1}
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), TooLarge, **settings)
     assert run.known == 16
@@ -160,7 +160,7 @@ def test_auto_find_batch_size(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_losses_that_are_not_finite(tmp_path, bad):
-    """One example is broken: it is unknown, and goes on to be visited like the average; the others are as they were."""
+    """One example is invalid: it stays unknown and is visited at the average rate; the others are unaffected."""
 
     def broken(outputs, labels):
         losses = torch.nn.functional.cross_entropy(outputs["logits"], labels[:, 0], reduction="none")

@@ -1,4 +1,4 @@
-"""Several processes, really started; what each of them did is in the files that `distributed_worker` leaves."""
+"""Tests with several processes, which run `distributed_worker` and write their results to files."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def launch(name, folder):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """One process, the one that runs the tests."""
+    """A single process, as a reference."""
     folder = tmp_path_factory.mktemp("alone")
     distributed_worker.trained(folder / "one", **distributed_worker.SAVING)
     return folder
@@ -52,7 +52,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks_of(alone):
-    """Starts each launcher once; the results of all of its ranks."""
+    """Start a launcher once; the results of all its ranks."""
     found = {}
 
     def results(name):
@@ -88,7 +88,7 @@ def test_ranks_train_one_model_on_shards_of_their_own(ranks_of, launcher, run):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("run", ["plain", "early", "equal"])
 def test_ranks_agree_on_what_was_learnt(ranks_of, launcher, run):
-    """And end at the same step, though each of them measured other examples."""
+    """They end at the same step, although each measured different examples."""
     results = [result[run] for result in ranks_of(launcher)]
     learnt = results[0]["learnt"]
     for result in results:
@@ -115,7 +115,7 @@ def test_weights_make_up_for_shards_of_different_size(ranks_of, launcher):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_importances_are_gathered(alone, ranks_of, launcher):
-    """Those of the model, which learnt nothing: in their places, whichever rank measured them."""
+    """Gathered importances are those of the untrained model, whichever rank measured them."""
     expected = distributed_worker.frozen(alone / "frozen")["importances"]
     found = ranks_of(launcher)[0]["frozen"]["importances"]
     torch.testing.assert_close(found, expected)
@@ -144,7 +144,7 @@ def test_report_is_of_all_ranks_and_written_by_one(ranks_of, launcher):
 
 @pytest.mark.parametrize("launcher", ["2", "4", "accelerate"])
 def test_nothing_more_is_sent_than_by_trainer(ranks_of, launcher):
-    """But what was seen of the examples, at the end, and a few numbers in each eighth of an epoch."""
+    """Except the columns of the examples at the end, and a few numbers per eighth of an epoch."""
     for result in ranks_of(launcher):
         sent = {name: Counter(result["collectives"][name]) for name in ("trainer", "fixed", "auto")}
         segments = result["collectives"]["segments"]

@@ -1,4 +1,4 @@
-"""Epochs that end when as much was learnt as was asked for: the end, the learning rate, what is said and refused."""
+"""Effective epochs: end of training, learning rate, messages and unsupported settings."""
 
 import math
 
@@ -27,7 +27,7 @@ SCHEDULES = {
 
 
 class Watch(TrainerCallback):
-    """The learning rate of every step, and what was learnt before it."""
+    """Records the learning rate of every step, and the effective steps before it."""
 
     def __init__(self):
         self.rates, self.values = [], [0.0]
@@ -91,7 +91,7 @@ def test_old_evidence_is_forgotten_by_half():
 
 
 def test_signal_is_what_consecutive_gradients_have_in_common():
-    """g = signal + noise: the expected product is |signal|², the mean square |signal|² + noise."""
+    """For g = signal + noise, the expected product is |signal|², the mean square |signal|² + noise."""
     weight = nn.Parameter(torch.zeros(64, 64))
     sample, rng = GradientSample([weight]), torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -163,7 +163,7 @@ def test_alike_importances_have_nothing_to_gain(tmp_path, caplog):
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_the_end_is_an_ordinary_one(tmp_path, strategy):
-    """The last evaluation and checkpoint are of the last step, and the best model is loaded."""
+    """The last evaluation and checkpoint are at the last step, and the best model is loaded."""
     steps = {"eval_steps": 7, "save_steps": 7} if strategy == "steps" else {}
     trainer, _ = trainer_of(
         tmp_path, eval_strategy=strategy, save_strategy=strategy, load_best_model_at_end=True, **steps
@@ -196,7 +196,7 @@ def test_without_gradients_to_read_it_ends_later_than_with_noise_alone(tmp_path,
 
 
 class Told(TrainerCallback):
-    """What happened in a training."""
+    """Results of a training."""
 
     def __init__(self):
         self.events = []
@@ -239,7 +239,7 @@ def test_the_learning_rate_follows_what_was_learnt(tmp_path, name):
 
 
 def test_the_learning_rate_follows_where_deepspeed_steps_the_schedule(tmp_path):
-    """Within the backward pass, before the step is counted; what `Trainer` steps is a wrapper without effect."""
+    """Steps the schedule in the backward pass, before the step is counted; `Trainer` steps a wrapper without effect."""
 
     class Begin(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
@@ -320,7 +320,7 @@ def test_a_schedule_that_a_subclass_makes_alone_is_refused_before_the_first_step
 
 
 def test_a_schedule_that_stays_follows_once(tmp_path):
-    """One that a subclass keeps from training to training."""
+    """A schedule that a subclass keeps between trainings."""
     schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), lambda step: 1.0)
     epochs = EffectiveEpochs(lambda values: values, print)
     epochs.progress = EffectiveVisits(10, 5)
@@ -334,7 +334,7 @@ def test_a_schedule_that_stays_follows_once(tmp_path):
 
 
 class Stop(TrainerCallback):
-    """The user has enough."""
+    """The user stops training."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = True
@@ -350,7 +350,7 @@ def test_what_somebody_else_has_ended_was_not_ended_by_us(tmp_path, caplog, stop
 
 
 class Bar(ProgressCallback):
-    """Of the user."""
+    """A callback of the user."""
 
 
 def test_the_progress_bar_of_the_user_stays(tmp_path):

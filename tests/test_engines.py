@@ -1,4 +1,4 @@
-"""Trainings under the engines that run several processes, two on this machine; `engine_worker` is what each runs.
+"""Trainings under engines with two processes, which run `engine_worker`.
 
 They are not part of the usual run: `EXTRA=dev,engines bash scripts/test.sh -m engines`.
 """
@@ -44,7 +44,7 @@ def engine(request):
 
 @pytest.fixture(scope="module")
 def ranks(engine, tmp_path_factory):
-    """The results of both processes."""
+    """Results of both processes."""
     return launch(engine, tmp_path_factory.mktemp(engine))
 
 
@@ -80,7 +80,7 @@ def test_ranks_have_one_model_and_know_the_importances_of_all(ranks, run):
 
 
 def test_training_ends_early_alike(ranks):
-    """And the learning rate of each step is that of what was learnt, whoever steps the schedule."""
+    """The learning rate follows the effective steps, whoever steps the schedule."""
     first, second = (rank["early"] for rank in ranks)
     assert first["steps"] == second["steps"] == len(first["rates"]) < MOST_STEPS
     assert first["rates"] == second["rates"]
@@ -90,7 +90,7 @@ def test_training_ends_early_alike(ranks):
 
 
 def test_training_goes_on_exactly(ranks):
-    """From a model with other parameters, or by itself after a process failed."""
+    """Resumes into a model with other parameters, or automatically after a process failed."""
     for rank in ranks:
         whole, again = rank["early"], rank["again"]
         assert again["steps"] == whole["steps"]
@@ -101,7 +101,7 @@ def test_training_goes_on_exactly(ranks):
 
 
 def test_label_smoothing_shifts_labels(ranks):
-    """As of the model that is in no engine."""
+    """Equal to those without an engine."""
     batch = tiny.pad(engine_worker.texts())
     labels = batch.pop("labels")
     smoother = LabelSmoother(engine_worker.SMOOTHING)

@@ -61,7 +61,7 @@ def test_uniform_metric_is_trainer_under(tmp_path, settings):
 )
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
 def test_learning_rate_of_the_uniform_metric_is_that_of_trainer(tmp_path, settings, sampling):
-    """A step counts as one where nothing is preferred, so that none is left out; to the bit."""
+    """With equal importances, a step counts as one and none is skipped, bit for bit."""
     model, data = tiny.opinionated_bert(), tiny.texts(60)
     plain = tiny.trained(tmp_path, model, data, tiny.Plain, logging_steps=1, **settings)
     importance = {"metric": "uniform", "sampling": sampling}
@@ -88,7 +88,7 @@ def test_control_the_schedule_of_other_metrics_runs_ahead(tmp_path, sampling):
 @pytest.mark.parametrize("make", [TASKS["image"], lambda: (tiny.bert(), tiny.texts())], ids=["vit", "bert"])
 @pytest.mark.parametrize("budget", [1.0, "auto"])
 def test_batch_and_accumulation_are_interchangeable(tmp_path, monkeypatch, make, budget):
-    """16 × 1 and 4 × 4 take the same steps, also where the weights differ from 1, and count them alike."""
+    """16 × 1 and 4 × 4 make the same steps, with weights other than 1, and count them equally."""
     model, data = make()
     rates = torch.linspace(0.4, 1.6, len(data))
     monkeypatch.setattr(SegmentedVisits, "_unnormalised", lambda self, part: rates[part])
@@ -128,7 +128,7 @@ def test_batch_and_accumulation_are_interchangeable(tmp_path, monkeypatch, make,
 
 @pytest.mark.parametrize("importance", [{}, tiny.FIXED], ids=["auto", "fixed"])
 def test_first_segment_is_the_one_of_trainer(tmp_path, importance):
-    """Nothing is known in the first eighth of a pass, so that it is plain reshuffling: no warm-up is needed."""
+    """The first eighth of a pass is plain reshuffling, because nothing is known: no warm-up is needed."""
     model, data = tiny.opinionated_bert(dropout=0.1), tiny.texts()
 
     def both(steps):

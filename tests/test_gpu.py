@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: `pytest -m gpu` where there is one."""
+"""Tests that need a CUDA device: `pytest -m gpu`."""
 
 import warnings
 
@@ -40,7 +40,7 @@ def test_uniform_metric_is_trainer(tmp_path):
 
 
 class Overflowing(Recorder):
-    """Its gradient scaler starts much too high."""
+    """With a gradient scaler that starts much too high."""
 
     def train(self, *args, **kwargs):
         self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
@@ -60,7 +60,7 @@ def test_float16_with_skipped_steps(tmp_path):
     "importance", [{}, {"sampling": "replacement"}, tiny.FIXED], ids=["reshuffled", "replacement", "fixed budget"]
 )
 def test_resumed_is_straight(tmp_path, settings, importance):
-    """With importances that are on their way when the checkpoint is written."""
+    """With a pending transfer of importances when the checkpoint is saved."""
     model = {"dropout": 0.1}
     settings = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, **GPU, **settings}
     whole = tiny.trained(tmp_path, tiny.bert(**model), tiny.texts(), Recorder, importance, **settings)
@@ -77,7 +77,7 @@ def test_resumed_is_straight(tmp_path, settings, importance):
 
 
 class Watch(TrainerCallback):
-    """Lets CUDA tell of synchronisations, from the third step on."""
+    """Reports CUDA synchronisations from the third step on."""
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 2:

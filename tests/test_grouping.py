@@ -1,4 +1,4 @@
-"""`group_by_length`: what is drawn stays, its order has little padding, and it goes on exactly."""
+"""`group_by_length`: the drawn examples are unchanged, batches have little padding, and it resumes exactly."""
 
 from collections import Counter
 
@@ -41,13 +41,13 @@ def drawn(sampler, epochs):
 
 
 def real_tokens(batches, length):
-    """The share of them in batches that are padded to their longest."""
+    """Share of padding in batches padded to their longest text."""
     real = sum(int(length[index].sum()) for index in batches)
     return real / sum(len(index) * int(length[index].max()) for index in batches)
 
 
 def of_transformers(length, batch, batches, epochs):
-    """Batches of `Trainer`, of all processes."""
+    """Batches of `Trainer` on all processes."""
     g, found = torch.Generator().manual_seed(0), []
     for _ in range(epochs):
         order = get_length_grouped_indices(length.tolist(), batch * batches, generator=g)
@@ -60,7 +60,7 @@ def of_transformers(length, batch, batches, epochs):
 
 @pytest.mark.parametrize(("n", "batch", "size"), [(96, 3, 24), (2400, 4, 200), (1000, 5, 250)])
 def test_mega_batches_are_those_of_transformers(n, batch, size):
-    """Of a permutation; theirs that had the longest of all is not sorted again."""
+    """For a permutation; the mega-batch of transformers with the longest text is not sorted again."""
     length, permutation = lengths_of(n), torch.randperm(n, generator=torch.Generator().manual_seed(5))
     theirs = get_length_grouped_indices(length.tolist(), batch, generator=torch.Generator().manual_seed(5))
     groups = LengthGroups(length, batch, 1, n)
@@ -96,7 +96,7 @@ def test_rates_stay_with_their_visits():
 
 
 def test_what_fills_no_batch_comes_first_in_the_next_group():
-    """Nobody waits for long, not even the shortest."""
+    """No visit waits long, not even the shortest."""
     length = torch.arange(1, 61)
     groups = LengthGroups(length, 4, 1, 16)
     for part in range(10):
@@ -115,7 +115,7 @@ def test_what_fills_no_batch_comes_first_in_the_next_group():
 
 @pytest.mark.parametrize(("n", "batch"), [(100, 4), (403, 5), (30, 8), (5, 8)])
 def test_what_is_drawn_is_what_was_planned(n, batch):
-    """With its rate and weight: only the order is another one."""
+    """With the same rates and weights; only the order differs."""
     length = lengths_of(n)
     sampler = sampler_of(length, batch, guard=False, weight_exponent=0.5)
     draws = drawn(sampler, 6)
@@ -143,7 +143,7 @@ def test_an_epoch_has_its_batches(sampling):
 
 
 def test_visits_are_as_even_as_without_groups():
-    """Equal rates: every example once a pass, but those that wait for a batch to be full."""
+    """With equal rates, every example is visited once per pass, except those waiting for a full batch."""
     n = 203
     memory, length = ImportanceMemory(n), lengths_of(n)
     sampler = ImportanceBatchSampler(memory, 8, groups=LengthGroups(length, 8, 1, n))
@@ -169,7 +169,7 @@ def test_padding_is_no_worse_than_that_of_trainer(n, batch, batches):
 
 @pytest.mark.parametrize(("n", "ranks"), [(4003, 2), (2003, 4)])
 def test_padding_of_ranks_is_no_worse_either(n, ranks):
-    """Each groups its own part of the data, as closely as `Trainer` does all of it."""
+    """Each process groups its own part of the data, as tightly as `Trainer` groups all of it."""
     length, found = lengths_of(n), []
     for rank in range(ranks):
         shard = Shard.of(n, rank, ranks, seed=0)
@@ -181,7 +181,7 @@ def test_padding_of_ranks_is_no_worse_either(n, ranks):
 
 @pytest.mark.parametrize(("n", "segments"), [(400, 4), (4800, 8), (1200, 6)])
 def test_rates_are_never_older_than_a_segment(n, segments):
-    """Which is as long as a mega-batch, where that is more than an eighth of a pass."""
+    """A segment is at least as long as a mega-batch."""
     sampler = sampler_of(lengths_of(n), 4)
     assert sampler.visits._segments == segments
     read = 0

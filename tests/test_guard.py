@@ -21,7 +21,7 @@ PASSES = 12
 
 
 def ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_exponent=1.0):
-    """Second moment over that of uniform sampling in each epoch, with weights of 1/r; and the sampler at the end."""
+    """Variance ratio in each epoch with weights 1/r, and the sampler at the end."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(size, scale):
@@ -60,7 +60,7 @@ def test_never_worse_than_uniform(case):
 
 
 def test_soon():
-    """Also the second pass."""
+    """Including the second pass."""
     second = [ratios("shuffled", seed=seed)[0][1] for seed in range(3)]
     assert sum(second) / 3 <= 1.05
     careless = [ratios("shuffled", seed=seed, guard=False)[0][1] for seed in range(3)]
@@ -76,14 +76,14 @@ def test_a_good_case_loses_nothing(case):
 
 @pytest.mark.parametrize("weight_exponent", [0.0, 0.5, 1.0])
 def test_it_matters(weight_exponent):
-    """The control of all of this: without the guard, importances that tell nothing are worse than none."""
+    """Control: without the guard, uninformative importances are worse than none."""
     assert mean_ratio("shuffled", guard=False, weight_exponent=weight_exponent) > 1.1
     assert ratios("shuffled", weight_exponent=weight_exponent)[1].visits.floor > 0.6
     assert ratios("constant", weight_exponent=weight_exponent)[1].visits.floor == pytest.approx(0.3)
 
 
 def test_the_evidence_does_not_depend_on_the_weights(monkeypatch):
-    """It goes by the rate that was drawn with, to the bit."""
+    """It depends on the drawn rate only, bit for bit."""
 
     def evidence(weight_exponent):
         visits = ratios("noisy", examples=500, weight_exponent=weight_exponent)[1].visits
@@ -99,7 +99,7 @@ def test_the_evidence_does_not_depend_on_the_weights(monkeypatch):
 
 
 def test_the_floor_returns():
-    """Importances that tell nothing for four passes, and everything from then on."""
+    """Importances that are uninformative for four passes, and exact afterwards."""
     sampler = ImportanceBatchSampler(ImportanceMemory(1000, momentum=0.0), 25, uniform_fraction=0.3)
     norm, floors = torch.linspace(0.1, 3.0, 1000), []
     for epoch in range(16):
@@ -126,7 +126,7 @@ def test_equal_importances_are_visited_alike(measured):
 
 
 def evidence(n=400, seed=0, noise=0.0):
-    """Visits as often as the rates say: what was remembered of them, their mean, what was measured, and the rates."""
+    """Visits in proportion to the rates: remembered importances, their mean, measurements and rates."""
     g = torch.Generator().manual_seed(seed)
     q = torch.exp(torch.randn(n, generator=g))
     measured = q * torch.exp(noise * torch.randn(n, generator=g))
@@ -182,7 +182,7 @@ def test_evidence_is_forgotten():
 
 @pytest.mark.parametrize("size", [1, 7, 399])
 def test_evidence_is_the_same_in_any_division(size):
-    """To the bit; also if some of it tells nothing."""
+    """Bit for bit, also with uninformative visits."""
     remembered, mean, measured, rate = evidence(noise=1.0)
     remembered[::7], measured[::11] = math.nan, math.nan
     rate = rate + torch.rand(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -211,7 +211,7 @@ def test_state():
 
 
 def test_a_rate_of_full_weight_has_the_ratio_that_the_guard_reckons_with():
-    """The second moment of a floor over that of floor 1 is the variance ratio of draws with that floor."""
+    """The second moment of a floor relative to that of floor 1 is the variance ratio of draws with that floor."""
     q, mean, measured, _ = evidence(noise=0.5)
     rate = 0.7 * q.double() / mean + 0.3
     visits = torch.repeat_interleave((1000 * rate).round().long())

@@ -1,4 +1,4 @@
-"""Pushing to the Hub, with its real client over HTTP to a stand-in on loopback."""
+"""Pushing to the Hub, with its real client over HTTP to a local stand-in."""
 
 import csv
 import json
@@ -103,7 +103,7 @@ def test_examples_arrive_if_asked_for(pushed):
 
 
 def test_wrong_token(pushed):
-    """Is found before anything is trained."""
+    """The error is raised before training."""
     _, folder = pushed
     message = outcome(folder, "wrong")
     assert message.startswith("error: The repository wrong cannot be created or written to")

@@ -1,4 +1,4 @@
-"""Killed at random moments, saving included, and restarted: always from a usable checkpoint, as if nothing had been."""
+"""Training that is killed at random moments, also while saving, resumes exactly from a complete checkpoint."""
 
 import json
 import os

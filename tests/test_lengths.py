@@ -1,4 +1,4 @@
-"""Texts of different length in real trainings: where they are costs, what is grouped, told, pruned and refused."""
+"""Texts of different length in real trainings: costs, grouping, logs, pruning and unsupported settings."""
 
 import datasets
 import pytest
@@ -16,7 +16,7 @@ WORDS = 40
 
 
 class Bag(nn.Module):
-    """Of words: a class per text, or per word."""
+    """Texts of words, with a class per text or per word."""
 
     def __init__(self, of_tokens):
         super().__init__()
@@ -72,7 +72,7 @@ def lengths(rows):
 
 
 class Padding:
-    """Collates, and counts real tokens and those that batches have in all."""
+    """Collates, and counts tokens without and with padding."""
 
     def __init__(self):
         self.real, self.all = 0, 0
@@ -113,7 +113,7 @@ def test_where_lengths_are_costs(tmp_path, of_tokens, settings, config, costs):
 
 
 def test_texts_of_equal_length_have_no_costs(tmp_path):
-    """To the bit as if lengths were not known."""
+    """Bit for bit as if lengths were unknown."""
     rows = rows_of(equal=True)
     run = trained(tmp_path, rows)
     assert run._sampler.memory.cost is None
@@ -126,7 +126,7 @@ def test_texts_of_equal_length_have_no_costs(tmp_path):
 
 
 def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch, small_gains):
-    """Correlation of the logarithms of importance and rate with that of the length."""
+    """Correlations of log importance and log rate with log length."""
     rows = rows_of(300)
 
     def correlations(run):
@@ -147,7 +147,7 @@ def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch, s
 
 
 def test_where_a_tenth_is_not_saved_token_losses_are_those_of_trainer(tmp_path, monkeypatch):
-    """From the second half on, when visits have shown it."""
+    """From the second half on, once visits provide evidence."""
     weights_of = {}
     for worth in (0.9, 1.0):
         monkeypatch.setattr("hf_importance.sampling.guard._MAX_RELATIVE_SPENDING", worth)
@@ -160,7 +160,7 @@ def test_where_a_tenth_is_not_saved_token_losses_are_those_of_trainer(tmp_path, 
 
 @pytest.mark.parametrize("settings", [{}, GROUPED])
 def test_equal_importances_are_the_steps_of_trainer_where_nothing_is_preferred(tmp_path, settings):
-    """Weights of 1, every example once a pass: costs and groups change nothing in that."""
+    """Weights of 1 and one visit per pass, regardless of costs and groups."""
     rows = rows_of(of_tokens=False)
     run = trained(tmp_path, rows, importance=tiny.EVEN, num_train_epochs=2, **settings)
     assert {w for draw in run.draws for w in draw.weight} == {1.0}
@@ -260,7 +260,7 @@ def test_the_variance_ratio_is_at_equal_cost(tmp_path):
 
 
 def test_pruning_does_not_leave_out_the_shortest_answers(tmp_path, monkeypatch):
-    """Behind prompts, so that the length is not that of the answer."""
+    """Answers after prompts, whose length is not that of the text."""
     rows = rows_of(200, prompt=9)
     answers = lengths(rows).double() - 9
     found = {}
@@ -336,7 +336,7 @@ def test_token_losses_are_told_by_what_an_example_collates_to(name):
 
 
 def test_counting_takes_no_random_numbers(tmp_path):
-    """Of augmentation, and of a collator that masks."""
+    """Random numbers of augmentation and of a masking collator."""
 
     class Random(torch.utils.data.Dataset):
         def __init__(self, rows):

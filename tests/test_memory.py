@@ -1,4 +1,4 @@
-"""What is remembered: updates one by one and many at once, what is unimportant, and means, also in pieces."""
+"""Updates of the memory one by one and in bulk, unimportant examples, and means in chunks."""
 
 import math
 
@@ -25,7 +25,7 @@ def random_visits(batches, examples, size, seed, bad=0.1):
 
 
 def same(a, b):
-    """To the bit; NaN is NaN."""
+    """Equal bit for bit, with NaN equal to NaN."""
     return torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
 
 
@@ -100,7 +100,7 @@ def test_updates_are_those_of_the_oracle(momentum):
 
 @pytest.mark.parametrize(("examples", "size"), [(20, 6), (5, 16), (1, 3), (2000, 50)])
 def test_many_batches_at_once_are_as_one_after_the_other(examples, size):
-    """To the bit: importances, and what each visit found. Examples come again, also within a batch."""
+    """Bit for bit: importances and updates, with repeated examples, also within a batch."""
     at_once, one_by_one = ImportanceMemory(examples, 0.3), ImportanceMemory(examples, 0.3)
     visits = list(random_visits(150, examples, size, seed=examples))
     before = []

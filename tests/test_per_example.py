@@ -130,7 +130,7 @@ def test_cross_entropy_at_large_logits(dtype):
 
 
 def test_cross_entropy_importance_does_not_cancel():
-    """1 − p_y is 0 in float32 from a margin of 17 on; the sum of the other probabilities is not."""
+    """In float32, 1 − p_y is 0 from a margin of 17 on, but the sum of the other probabilities is not."""
     z = tensor([[40.0, 0.0, 0.0]])
     other = math.exp(-40)
     assert F.cross_entropy_importance(z, tensor([0])).item() == pytest.approx(math.sqrt(6) * other, rel=1e-6)
@@ -141,7 +141,7 @@ def test_cross_entropy_importance_does_not_cancel():
 
 
 def test_cross_entropy_at_minus_infinity():
-    """A class that is masked out has probability 0; as the label it costs infinitely much."""
+    """A masked class has probability 0; as a label it has infinite loss."""
     z = tensor([[1.0, -math.inf, 0.0], [1.0, -math.inf, 0.0]])
     y = tensor([0, 1])
     losses, importance = F.cross_entropy(z, y), F.cross_entropy_importance(z, y)
@@ -244,7 +244,7 @@ WORDS, LARGE = 1000, 128
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("few", [0, 1, 20, 41, 42])
 def test_positions_without_a_loss_are_left_out_where_most_have_none(monkeypatch, few, smoothing, dtype):
-    """Of 84, to the bit: losses, gradients, importances; of masks likewise."""
+    """Losses, gradients and importances of 84 positions, and of masks, bit for bit."""
     monkeypatch.setattr(F, "_CPU_ELEMENTS", 7 * CLASSES)
     z, y = logits(BATCH, 12, CLASSES).to(dtype), torch.full((BATCH * 12,), -100)
     chosen = torch.randperm(len(y))[:few]
@@ -272,7 +272,7 @@ def test_positions_without_a_loss_are_left_out_where_most_have_none(monkeypatch,
 
 
 def test_what_is_left_out_may_be_anything():
-    """Logits of padding that overflowed; and labels of another number are refused, not picked from."""
+    """Logits of padding may overflow; labels of another size are refused."""
     z, y = logits(2, TOKENS, CLASSES), torch.full((2, TOKENS), -100)
     y[:, 1] = 2
     wanted = F.cross_entropy(z, y), F.cross_entropy_importance(z, y)
@@ -288,7 +288,7 @@ def test_what_is_left_out_may_be_anything():
 
 
 def allocated(function):
-    """Bytes that are allocated on the CPU, whether or not they are given back."""
+    """Bytes allocated on the CPU, whether or not they are freed."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         result = function()
     found = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -310,7 +310,7 @@ PIECES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", PIECES)
 def test_pieces_share_their_memory(monkeypatch, case, dtype, smoothing):
-    """What each allocates for itself leaves holes in the heap, which steps later are as large as all logits.
+    """Separate allocations fragment the heap, after some steps by as much as all logits.
 
     Here in steps as those of training: logits and their gradients come and go, what was measured stays.
     """

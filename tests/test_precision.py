@@ -1,4 +1,4 @@
-"""Half precision, a gradient scaler, compilation: the importances of float32, within what the logits allow."""
+"""Half precision, gradient scaling and compilation give the importances of float32, up to rounding of the logits."""
 
 import math
 
@@ -16,7 +16,7 @@ def exact(tmp_path, model):
 
 
 class HalfOnCpu(ImportanceTrainer):
-    """What `fp16=True` does on a GPU, on a CPU: autocast to float16, and a scaler that starts much too high."""
+    """Like `fp16=True` on a GPU, but on a CPU: autocast to float16, and a scaler that starts much too high."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,7 +59,7 @@ def test_bfloat16(tmp_path):
 
 
 def test_model_in_bfloat16(tmp_path):
-    """Parameters and logits in half precision; importances are float32 of these logits."""
+    """Parameters and logits in half precision; importances in float32 from these logits."""
     model = tiny.opinionated_bert()
     half = tiny.trained(tmp_path, model.to(torch.bfloat16), tiny.texts(), **FROZEN)
     assert half.importances.dtype == torch.float32
@@ -69,7 +69,7 @@ def test_model_in_bfloat16(tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"per_example_loss_func": None}], ids=["usual", "custom loss"])
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_compiled(tmp_path, settings):
-    """Another graph of the same computation."""
+    """A different graph of the same computation."""
 
     def loss(outputs, labels):
         return torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")

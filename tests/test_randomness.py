@@ -1,4 +1,4 @@
-"""Inside anything may be drawn; outside nothing has been."""
+"""Random numbers drawn inside do not affect the state outside."""
 
 import random
 
@@ -9,7 +9,7 @@ from hf_importance.randomness import isolated_randomness
 
 
 class Owner:
-    """As a collator with generators of its own, one of which is yet to be made, and another in an object of its own."""
+    """Like a collator with its own generators, one of them created lazily, and one in a nested object."""
 
     def __init__(self, inner=None):
         self.torch = torch.Generator().manual_seed(1)

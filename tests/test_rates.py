@@ -1,4 +1,4 @@
-"""Importance → rate → weight: hand numbers, the oracle, properties, extremes; and what visits tell about them."""
+"""Importance → rate → weight: values by hand, reference implementation, properties, extremes; statistics of visits."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_rates_by_hand():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rates_have_these_properties(seed):
-    """Of what is measured only the proportions count, larger is never drawn less, and the order does not matter."""
+    """Rates depend on proportions only, are monotonic in the importance, and independent of the order."""
     q = some(50, seed) ** 4
     found = R.rates(q, 0.3, 2.0)
     assert (found[q.argsort()].diff() >= 0).all()
@@ -98,7 +98,7 @@ def test_weights():
 
 
 def test_second_moments_by_hand():
-    """With visits as often as the rates say they are Σ q'² / r_f."""
+    """With visits in proportion to the rates, they are Σ q'² / r_f."""
     remembered, measured = [0.5, 1.0, 2.5], [1.0, 0.8, 2.0]
     rate, visits = [0.5, 1.0, 1.5], [0, 1, 1, 2, 2, 2]
     fractions = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_effective_sample_size():
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("rate", [[0.4, 0.7, 1.9], [1.0, 1.0, 1.0], [1.6, 0.9, 0.5]])
 def test_variance_ratio_is_the_ratio_of_second_moments(rate, exponent):
-    """In expectation over the draws, which visits in proportion to the rates stand for here."""
+    """In expectation over draws, represented by visits in proportion to the rates."""
     rate, q = tensor(rate, dtype=torch.float64), tensor([1.0, 2.0, 5.0], dtype=torch.float64)
     visits = torch.repeat_interleave((10 * rate).round().long())
     found = R.variance_ratio(q[visits], rate[visits], R.weights(rate, exponent)[visits])
@@ -180,7 +180,7 @@ def test_variance_ratio_is_the_ratio_of_second_moments(rate, exponent):
 
 
 def test_no_rates_are_better_than_those_of_the_importance():
-    """The least is 1/(1 + CV²)."""
+    """The minimum is 1/(1 + CV²)."""
     q = 0.1 + some(40)
     least = (q.mean().square() / q.square().mean()).item()
     expected = {}

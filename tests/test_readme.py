@@ -1,4 +1,4 @@
-"""What the README says runs, and its table of settings is that of the code."""
+"""The code blocks of the README run, and its table of settings matches the code."""
 
 import importlib
 import re

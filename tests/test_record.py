@@ -1,4 +1,4 @@
-"""The record of what was seen, against a slow and obvious one; and who is suspect."""
+"""The record of visits against a reference implementation; and suspects."""
 
 import math
 
@@ -11,7 +11,7 @@ from hf_importance.record import COLUMNS, OBSERVED, VisitRecord, distribution, j
 
 
 def batches(examples=30, batches=150, batch=8):
-    """More than are written down at once, with examples that come twice in a batch."""
+    """Many visits, with examples that occur twice in a batch."""
     g = torch.Generator().manual_seed(0)
     return [(torch.randint(examples, (batch,), generator=g), torch.rand(4, batch, generator=g)) for _ in range(batches)]
 
@@ -104,7 +104,7 @@ def test_suspect_is_whose_label_had_less_than_chance():
 
 
 def test_training_records_what_the_model_said(tmp_path):
-    """A model that does not learn says the same at each visit."""
+    """A model that does not learn gives the same result at each visit."""
     data = tiny.texts(24)
     a = tiny.trained(
         tmp_path, tiny.opinionated_bert(), data, importance=tiny.FIXED, learning_rate=0.0, num_train_epochs=4

@@ -1,4 +1,4 @@
-"""Independent draws: unbiased by enumeration, from the memory as it is, with a sum of rates that follows updates."""
+"""Independent draws: unbiased by enumeration, from the current memory, with an incremental sum of rates."""
 
 import math
 from collections import Counter
@@ -26,7 +26,7 @@ def visits_from(importance, **settings):
 
 
 def draws(visits, number, at_once=1):
-    """So many visits: examples and rates, as lists."""
+    """The next visits: examples and rates, as lists."""
     indices, rates = [], []
     while len(indices) < number:
         index, rate = visits.next(min(at_once, number - len(indices)))
@@ -75,7 +75,7 @@ def test_unbiased_at_every_draw(monkeypatch, importance):
 
 
 def test_chi_square():
-    """20 examples, 20,000 draws with one seed; a right sampler fails for one seed in 10,000."""
+    """20 examples, 20,000 draws with one seed; a correct sampler fails for one seed in 10,000."""
     n = 20
     importance = torch.linspace(0.1, 4.0, n).tolist()
     index, rate = draws(visits_from(importance, seed=5), 20_000, at_once=50)
@@ -91,7 +91,7 @@ def test_chi_square():
 
 
 def test_chi_square_after_updates():
-    """Likewise in the middle of a pass, where the sum and the largest rate come from differences."""
+    """Also in the middle of a pass, with incremental sum and maximum of the rates."""
     n = 20
     visits = visits_from(torch.linspace(0.1, 4.0, n).tolist(), seed=5)
     draws(visits, 3)
@@ -127,7 +127,7 @@ def test_every_draw_reads_the_memory():
 
 
 def test_the_sum_follows_updates():
-    """After many it is that of a fresh count, and no rate exceeds the largest."""
+    """After many updates, the sum equals a new sum, and no rate exceeds the maximum."""
     visits = visits_from(torch.rand(50, generator=torch.Generator().manual_seed(0)))
     draws(visits, 1)
     still, g = visits._total, torch.Generator().manual_seed(1)
@@ -143,7 +143,7 @@ def test_the_sum_follows_updates():
 
 
 def test_the_sum_is_the_same_in_any_division():
-    """To the bit: batches one by one, or many at once; with rates so far apart that their sum is rounded."""
+    """Bit for bit: batches one by one or in bulk, with rates so different that their sum is rounded."""
     g = torch.Generator().manual_seed(0)
 
     def importances(size):
@@ -175,7 +175,7 @@ def test_the_mean_is_that_of_the_start_of_the_pass():
 
 
 def test_extreme_rates_end():
-    """One example holds everything: 1 in 200,000 candidates is accepted."""
+    """One example has all the importance: 1 in 200,000 candidates is accepted."""
     importance = torch.zeros(200_000)
     importance[123] = 1.0
     index, rate = draws(visits_from(importance, uniform_fraction=0.0), 4)
@@ -237,7 +237,7 @@ def test_pruned_examples_come_back_when_others_have_become_less_important():
     draws(visits, 20)
     assert visits.pruned.nonzero().flatten().tolist() == [0, 1]
     observe(visits, range(2, 10), [0.05] * 8)
-    assert visits.pruned.any(), "a pass that has begun goes on"
+    assert visits.pruned.any(), "the current pass is unchanged"
     index, _ = draws(visits, 100)
     assert {0, 1} <= set(index)
     assert visits.pruned is None
@@ -251,7 +251,7 @@ def test_unknown_examples_are_never_pruned():
 
 
 def test_pruning_ends_where_it_is_switched_off():
-    """Whoever goes on without `prune_mass` has all examples again in the next pass."""
+    """Resuming without `prune_mass` restores all examples in the next pass."""
     q = [0.001, 1.0, 2.0, 0.001, 1.0, 3.0]
     for mass in (0.0, 0.01):
         visits_before = visits_from(q, prune_mass=0.01)
@@ -274,7 +274,7 @@ def test_increment_brings_forgotten_examples_back():
 
 
 def test_seeds():
-    """Of the pass, so that it is the same whatever went before; and of no global generator."""
+    """Draws depend on the seed of the pass only, not on previous draws or a global generator."""
     before = torch.get_rng_state()
 
     def run(seed, stride=1, passes=0):

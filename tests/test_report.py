@@ -1,4 +1,4 @@
-"""The report: its figures by hand, its files read back, its page as a browser would take it."""
+"""The report: figures by hand, files read back, and the parsed page."""
 
 import csv
 import math

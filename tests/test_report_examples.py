@@ -1,4 +1,4 @@
-"""What a report shows of examples of any kind: pictures, texts, tokens, duplicates; and what it cannot show."""
+"""How a report shows examples of any kind: images, texts, tokens, duplicates; and examples that cannot be shown."""
 
 import csv
 import io
@@ -98,7 +98,7 @@ def test_pixel_values_that_are_no_numbers():
 
 
 class Broken:
-    """A data set some of whose examples cannot be read."""
+    """A dataset with some unreadable examples."""
 
     def __len__(self):
         return 4
@@ -127,7 +127,7 @@ def test_some_have_pictures_some_have_texts_and_some_cannot_be_shown(tmp_path):
 
 
 def test_the_page_stays_small(tmp_path):
-    """Noise is what compresses worst."""
+    """Noise compresses worst."""
     noise = np.random.default_rng(0).integers(0, 255, (4, 400, 400, 3), dtype=np.uint8)
     columns = {name: column.repeat(8) for name, column in findings().columns.items() if name != "suspect"}
     many = findings(**columns | {"mean_loss": torch.full((32,), 2.0), "importance": torch.rand(32)})
@@ -257,7 +257,7 @@ def as_dataset(rows):
         as_dataset([{"text": text, "id": f"no {i}", "label": i} for i, text in enumerate(TEXTS)]),
         as_dataset([{"a": text[:4], "b": text[4:]} for text in TEXTS]).with_format("torch"),
     ],
-    ids=["texts", "rows", "data set", "two columns"],
+    ids=["texts", "rows", "dataset", "two columns"],
 )
 def test_equal_texts_with_different_labels(examples):
     (found,) = conflicts(examples, LABELS)

@@ -1,4 +1,4 @@
-"""Interrupted and resumed is as good as never interrupted; and checkpoints that are not as expected."""
+"""Resumed training equals uninterrupted training; and checkpoints that do not match."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 
 
 def record_of(run):
-    """All that was taken down, NaN as −1."""
+    """All recorded columns, with NaN as −1."""
     record = run._sampler.record
     return {name: column.nan_to_num(-1) for name, column in record.columns().items()}, record.distributions
 
@@ -38,7 +38,7 @@ def same_record(a, b):
 
 
 def same_progress(a, b):
-    """As much was learnt, and is thought to be learnt by the next step; or both do not count it."""
+    """Equal effective steps and gain; or both do not count them."""
     if a._effective is None:
         return b._effective is None
     mine, other = (run._effective.progress.state_dict() for run in (a, b))
@@ -46,7 +46,7 @@ def same_progress(a, b):
 
 
 def same_training(again, whole):
-    """Of a resumed run and one that was not interrupted: all that there is to be compared."""
+    """Compare a resumed run with an uninterrupted one."""
     assert again.state.global_step == whole.state.global_step
     assert again.state.epoch == whole.state.epoch
     assert tiny.difference(again, whole) == 0.0
@@ -66,7 +66,7 @@ def straight(tmp_path, importance=None, data=None, **settings):
 
 
 def resumed(tmp_path, step, importance=None, data=None, **settings):
-    """Into fresh objects, from the checkpoint of that step."""
+    """Resume into new objects from the checkpoint of a step."""
     checkpoint = tmp_path / f"checkpoint-{step}"
     elsewhere = tmp_path / "resumed"
     shutil.rmtree(elsewhere, ignore_errors=True)
@@ -132,7 +132,7 @@ QUICK = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epo
 
 @pytest.mark.parametrize("case", EARLY)
 def test_a_training_that_ends_early_resumes_to_the_same_end(tmp_path, case):
-    """From steps in the middle, from the last but one, and from the end, where nothing is left to train."""
+    """From steps in the middle, the last but one, and the end, where nothing is left to train."""
     settings = {**QUICK, **EARLY[case]}
     whole = straight(tmp_path, **settings)
     steps, progress = whole.state.global_step, whole._effective.progress
@@ -158,7 +158,7 @@ def test_control_without_what_was_learnt_it_does_not_end(tmp_path):
 
 @pytest.mark.parametrize("part", ["progress", "gradients", "measured_until", "pending"])
 def test_control_all_parts_of_what_was_learnt_are_needed(tmp_path, part):
-    """Set back to its start, each leads to another count."""
+    """Resetting any of them changes the count."""
     settings = {**QUICK, "num_train_epochs": 3, "logging_steps": 1000}
     whole = straight(tmp_path, **settings)
     (fresh,), (state,) = (load_states(tmp_path / f"checkpoint-{step}") for step in (1, 12))
@@ -184,7 +184,7 @@ def large():
 
 
 def both(tmp_path, step, change=lambda state: state, **settings):
-    """A run that was not interrupted, and one from its checkpoint, in which something may be changed."""
+    """An uninterrupted run, and one from its checkpoint, with possible changes."""
     settings = {**SAVING, **LARGE, **settings}
     whole = tiny.trained(tmp_path, tiny.bert(**MODEL), large(), Recorder, **settings)
     (state,) = load_states(tmp_path / f"checkpoint-{step}")
@@ -196,7 +196,7 @@ def both(tmp_path, step, change=lambda state: state, **settings):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("sampling", "waiting"), [("reshuffled", 4), ("replacement", 1)])
 def test_what_was_measured_and_not_remembered_is_saved(tmp_path, sampling, waiting, workers, budget):
-    """Nobody asks for the memory but the sampler, where it reads it: once per segment, or at each draw."""
+    """Only the sampler reads the memory: once per segment, or at each draw."""
     settings = {"importance": {"sampling": sampling, "budget": budget}, "dataloader_num_workers": workers}
     whole, again, state = both(tmp_path, 84, **settings)  # 4 steps after the first pass
     measured = state["sampler"]["measured"]
@@ -220,7 +220,7 @@ def test_control_without_what_was_measured_it_differs(tmp_path, sampling):
 
 @pytest.mark.parametrize("step", [4, 14])
 def test_logs_are_those_of_a_training_that_was_not_interrupted(tmp_path, step):
-    """What is logged next is of the time since the last log, also where a checkpoint was in between."""
+    """The next log covers the time since the last log, also with a checkpoint in between."""
     settings = {"logging_steps": 10, "save_steps": 2, "num_train_epochs": 0.7}
     whole, again, _ = both(tmp_path, step, **settings)
     for name in ("variance_ratio", "mean", "effective_sample_size", "seen"):
@@ -503,7 +503,7 @@ def test_importances_are_not_given_to_other_data(tmp_path, warnings_of, kind, ch
 
 
 def test_damage_is_not_joined_either(tmp_path, whole):
-    """Where importances and record are kept although settings are others."""
+    """Importances and record are kept with changed settings."""
     shutil.copytree(Path(whole.args.output_dir) / "checkpoint-7", tmp_path / "checkpoint-7")
     (path,) = (tmp_path / "checkpoint-7").glob("importance_*.pt")
     put(torch.ones(1), "sampler", "record", "total_loss")(path)
@@ -512,14 +512,14 @@ def test_damage_is_not_joined_either(tmp_path, whole):
 
 
 class Features:
-    """A row that is an object, as some libraries have them."""
+    """A row that is an object, as in some libraries."""
 
     def __init__(self, row):
         vars(self).update(row)
 
 
 class Epochs(Rows):
-    """Its rows depend on the epoch."""
+    """A dataset whose rows depend on the epoch."""
 
     def set_epoch(self, epoch):
         self.rows = [{**row, "input_ids": (row["input_ids"] + epoch) % tiny.WORDS} for row in tiny.texts()]
@@ -569,7 +569,7 @@ def test_data_that_know_their_epoch(tmp_path, warnings_of):
 
 
 def test_another_loss_is_looked_at_again(tmp_path):
-    """What the first batch has shown holds for the loss that it was looked at with."""
+    """The checks on the first batch are valid for their loss only."""
 
     def resume_with(function):
         more = {} if function is None else {"per_example_loss_func": function}
@@ -589,7 +589,7 @@ def test_another_loss_is_looked_at_again(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_the_same_data_go_on(tmp_path, warnings_of, kind):
-    """Read anew, and by `datasets` under another fingerprint."""
+    """Loaded again, and by `datasets` with another fingerprint."""
     make = KINDS[kind]
     whole = straight(tmp_path, data=make(tiny.texts()))
     again = resumed(tmp_path, 14, data=make([dict(row) for row in tiny.texts()]))
@@ -612,7 +612,7 @@ OTHER = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_new_settings_hold(tmp_path, warnings_of, name):
-    """With the importances that there are."""
+    """With the available importances."""
     straight(tmp_path, tiny.FIXED)
     (state,) = load_states(tmp_path / "checkpoint-7")
     again = resumed(tmp_path, 7, {**tiny.FIXED, name: OTHER[name]})
@@ -664,7 +664,7 @@ def test_other_batch_size(tmp_path, warnings_of):
 
 
 def test_other_batch_size_goes_on_with_what_was_learnt(tmp_path, warnings_of):
-    """In epochs, as the steps are of another size."""
+    """In epochs, because the steps differ in size."""
     straight(tmp_path, **QUICK)
     (state,) = load_states(tmp_path / "checkpoint-30")
     again = resumed(tmp_path, 30, **{**QUICK, "per_device_train_batch_size": 2})
@@ -679,7 +679,7 @@ def test_other_batch_size_goes_on_with_what_was_learnt(tmp_path, warnings_of):
 
 
 def test_larger_batches_end_with_the_learning_rate_at_its_end(tmp_path, warnings_of):
-    """The steps made are more of the epochs then, to `Trainer`, than what was learnt: it must not end too early."""
+    """`Trainer` then counts more epochs than were effective; training must not end too early."""
     straight(tmp_path, **QUICK)
     again = resumed(tmp_path, 12, **{**QUICK, "per_device_train_batch_size": 12})
     assert again._effective.progress.finished
@@ -687,7 +687,7 @@ def test_larger_batches_end_with_the_learning_rate_at_its_end(tmp_path, warnings
 
 
 def test_from_a_fixed_budget_to_auto_and_back(tmp_path, warnings_of):
-    """Each step of a fixed budget counts as one; with one, what was learnt is left aside."""
+    """Each step of a fixed budget counts as one, and effective steps are ignored."""
     straight(tmp_path / "fixed", tiny.FIXED)
     again = resumed(tmp_path / "fixed", 7)
     assert tiny.logged(again, "importance/effective_epoch")[0] == pytest.approx(8 / 5, abs=0.1)

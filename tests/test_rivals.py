@@ -1,4 +1,4 @@
-"""The rivals against their descriptions, and the tasks: what is chosen, with what weights, at what cost."""
+"""Rival methods by their descriptions, and the tasks: chosen examples, weights and costs."""
 
 import pytest
 import tiny
@@ -24,7 +24,7 @@ from hf_importance.losses.objective import Objective
 
 @pytest.fixture
 def clusters():
-    """A task of a second."""
+    """A task that takes a second."""
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(96) % 4
     values = torch.randn(4, 8, generator=g)[labels] + 0.3 * torch.randn(96, 8, generator=g)
@@ -51,7 +51,7 @@ def seen(losses, right=True, confidence=1.0):
 
 
 def started(rival, progress):
-    """The same, that far in its training."""
+    """A rival method at this progress of the training."""
     rival.step, rival.epoch = round(progress * rival.steps), 1
     return rival
 

@@ -1,4 +1,4 @@
-"""What `DataLoader` and `Trainer` rely on: weights at the draw, lengths, shards; waiting and going on, to the bit."""
+"""What `DataLoader` and `Trainer` rely on: weights, lengths, shards; buffering and resuming, bit for bit."""
 
 import copy
 import itertools
@@ -86,7 +86,7 @@ def test_weights_are_fixed_at_the_draw(sampling):
 
 @MODES
 def test_what_was_measured_is_remembered(sampling):
-    """By the positions in the training data, and before the memory is read for the next draw."""
+    """At the positions in the training data, before the memory is read for the next draw."""
     shard = Shard(10, 2, tensor([1, 4, 5, 8, 9]))
     sampler = ImportanceBatchSampler(ImportanceMemory(5), 5, shard=shard, sampling=sampling, uniform_fraction=0.3)
     draw = next(iter(sampler))
@@ -109,7 +109,7 @@ def test_replacement_reads_the_memory_as_it_is():
 
 
 def test_segments_read_what_was_measured_before_they_are_planned():
-    """Also what waits: the rates are those of all that was measured by then, unseen ones as those seen lately."""
+    """Rates use all previous measurements, also buffered ones, and recent first visits for unvisited examples."""
     true, remembered, fresh, first, stale = torch.linspace(0.1, 2.0, 80).tolist(), [math.nan] * 80, math.nan, [], 0
     sampler = ImportanceBatchSampler(ImportanceMemory(80, 0.0), 1, uniform_fraction=0.3, budget=1.5, guard=False)
     draws, known = iter(sampler), []
@@ -158,7 +158,7 @@ def test_shards_together_are_unbiased(monkeypatch, ranks):
 @MODES
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_mean_of_the_weighted_losses_is_the_mean_loss(sampling, ranks):
-    """Over many epochs, through the sampler, with weights as drawn and an importance that is learnt."""
+    """Over many epochs of the sampler, with drawn weights and learnt importances."""
     losses, total, unweighted = torch.linspace(0.1, 4.0, 50).square(), [], []
     for rank in range(ranks):
         shard = Shard.of(50, rank, ranks, seed=1)
@@ -229,7 +229,7 @@ def test_batches_of_ranks():
 
 @MODES
 def test_ranks_shuffle_independently(sampling):
-    """Same rates at the same places of two shards: yet another order."""
+    """The same rates in two shards give different orders."""
     importance = torch.linspace(0.1, 2.0, 40).tolist()
     passes = []
     for rank in range(2):
@@ -262,7 +262,7 @@ def test_length_is_what_it_yields(sampling, drop_last, budget, length, batch):
 
 @MODES
 def test_no_visit_is_lost_between_epochs(sampling):
-    """A pass goes on in the next epoch: 0.4 of 50 examples, 5 epochs, all seen twice over 5 passes' worth of visits."""
+    """A pass continues in the next epoch: with 0.4 of 50 examples per epoch, all are visited twice in 5 epochs."""
     sampler = sampler_of([math.nan] * 50, 8, sampling=sampling, budget=0.4)
     counts = visits_of(drawn(sampler, epochs=5), 50)
     assert counts.sum() == 100
@@ -313,7 +313,7 @@ def test_own_generator(sampling, importance):
 
 
 class Training:
-    """Measures what it draws, each `delay` draws later, as a loader does that draws ahead."""
+    """Measures each draw `delay` draws later, like a prefetching dataloader."""
 
     def __init__(self, sampling, n, batch, delay=0, bad=0.02, seed=0, exponent=1.0, arrives=False):
         settings = {"prune_mass": 0.01, "increment": 1e-3, "weight_exponent": exponent, "seed": seed}
@@ -372,7 +372,7 @@ class Training:
 
 
 class Arrival:
-    """Of rows on their way from a GPU."""
+    """An event as for rows transferred from a GPU."""
 
     def synchronize(self):
         pass
@@ -390,7 +390,7 @@ class Arrival:
     ],
 )
 def test_when_it_is_remembered_has_no_effect(sampling, n, batch, delay, arrives, steps):
-    """To the bit: after every batch, or never until it is needed."""
+    """Bit for bit: updates after every batch, or only when needed."""
     at_once = Training(sampling, n, batch, delay, arrives=arrives).run(steps, flush=True)
     late = Training(sampling, n, batch, delay, arrives=arrives).run(steps)
     assert at_once.draws == late.draws
@@ -407,7 +407,7 @@ def test_when_it_is_remembered_has_no_effect(sampling, n, batch, delay, arrives,
 
 
 def test_many_updates_between_draws_have_no_effect_either():
-    """As with accumulated gradients: a few draws, then as many updates."""
+    """As with gradient accumulation: a few draws, then as many updates."""
     for sampling in ("reshuffled", "replacement"):
         found = []
         for flush in (True, False):
@@ -426,7 +426,7 @@ def test_many_updates_between_draws_have_no_effect_either():
 
 
 def test_it_waits():
-    """The control of the two above: what is measured is not remembered at once, and at most 64 batches wait."""
+    """Control: measurements are buffered, at most 64 batches."""
     training = Training("reshuffled", 5000, 2)
     training.run(63)
     assert training.sampler._memory.known == 0
@@ -439,7 +439,7 @@ def test_it_waits():
 
 
 def test_what_is_on_its_way_is_not_waited_for():
-    """The last rows from a GPU are remembered one batch later, or when everything must be."""
+    """The last rows from a GPU are remembered one batch later, or on a full flush."""
 
     class Unhurried(Arrival):
         asked = 0
@@ -512,7 +512,7 @@ def test_large_data_are_gone_through_in_pieces(monkeypatch, sampling, piece):
 
 
 def resumed(state, sampling, n, batch, delay, skip, **settings):
-    """Into fresh objects."""
+    """Resume into new objects."""
     again = Training(sampling, n, batch, delay, **settings)
     assert again.sampler.matches(state)
     again.sampler.load_state_dict(copy.deepcopy(state), skip)
@@ -520,7 +520,7 @@ def resumed(state, sampling, n, batch, delay, skip, **settings):
 
 
 def goes_on(training, again, steps=50):
-    """Whether the next draws, and all that is known after them, are the same to the bit."""
+    """Whether the next draws and the state after them are equal bit for bit."""
     used = len(training.draws) - len(training.waiting)
     again.run(steps + len(training.waiting))
     training.run(steps)
@@ -533,7 +533,7 @@ def goes_on(training, again, steps=50):
 @pytest.mark.parametrize(("delay", "arrives"), [(0, False), (3, False), (3, True)])
 @pytest.mark.parametrize(("n", "batch", "before"), [(90, 4, 7), (90, 4, 100), (700, 6, 50), (2000, 3, 700), (90, 4, 0)])
 def test_it_goes_on_exactly(sampling, n, batch, before, delay, arrives):
-    """In the middle of a segment, with draws that are not used and measurements that are not remembered."""
+    """In the middle of a segment, with outstanding draws and buffered measurements."""
     settings = {"arrives": arrives}
     training = Training(sampling, n, batch, delay, **settings).run(before)
     state = training.sampler.state_dict()
@@ -550,7 +550,7 @@ def test_it_goes_on_exactly(sampling, n, batch, before, delay, arrives):
 @MODES
 @pytest.mark.parametrize("replaced", ["measured", "outstanding", "memory", "visits", "moments"])
 def test_all_of_the_state_counts(sampling, replaced):
-    """The control of the above."""
+    """Control of the test above."""
     training = Training(sampling, 700, 6, delay=3).run(50)
     state, other = training.sampler.state_dict(), Training(sampling, 700, 6, delay=3).sampler.state_dict()
     again = resumed({**state, replaced: other[replaced]}, sampling, 700, 6, 3, skip=47)
@@ -589,7 +589,7 @@ def test_it_goes_on_only_with_the_same_examples_batches_and_sampling(other, matc
 
 @MODES
 def test_a_restart_takes_what_was_remembered_elsewhere(sampling):
-    """Of all examples; a rank takes its own, and begins a pass."""
+    """Given importances of all examples, a rank takes its own and begins a pass."""
     whole, record = torch.rand(10, generator=torch.Generator().manual_seed(0)), VisitRecord(10)
     record.update(torch.arange(10), torch.arange(40.0).view(4, 10))
     shard = Shard(10, 2, tensor([1, 2, 5, 7, 9]))

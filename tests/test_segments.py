@@ -1,4 +1,4 @@
-"""Segments and credit: by a second implementation, by enumeration of every random start, and as even as they claim."""
+"""Segments and credits: reference implementation, enumeration of all random starts, and evenness of the visits."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ def visits_from(memory, batch=1, **settings):
 
 
 def segment(visits):
-    """The next one as a whole: examples and rates, as lists."""
+    """The whole next segment: examples and rates, as lists."""
     assert not visits.planned
     index, rate = visits.next(2**62)
     assert not visits.planned
@@ -36,7 +36,7 @@ def segments(visits, number):
 
 
 def visited(visits, number):
-    """Examples of so many segments."""
+    """Examples of the next segments."""
     return [i for index, _ in segments(visits, number) for i in index]
 
 
@@ -61,7 +61,7 @@ SIZES = [(23, 5), (100, 7), (64, 8), (17, 2), (9, 1), (5, 8), (3, 2), (1, 1)]  #
 @pytest.mark.parametrize("guard", [True, False])
 @pytest.mark.parametrize(("n", "batch"), SIZES)
 def test_equal_importances_are_plain_reshuffling_in_every_pass(n, batch, known, guard):
-    """Also if what is measured makes them known only now: 4 passes."""
+    """Also if they become known only now; 4 passes."""
     memory = memory_of([known] * n, momentum=0.2)
     visits = visits_from(memory, batch, seed=3, guard=guard)
     drawn = []
@@ -77,7 +77,7 @@ def test_equal_importances_are_plain_reshuffling_in_every_pass(n, batch, known, 
 
 @pytest.mark.parametrize(("n", "batch"), SIZES[:5])
 def test_unequal_importances_are_not_plain_reshuffling(n, batch):
-    """The control of the above: one example is a little more important."""
+    """Control of the test above: one example is slightly more important."""
     visits = visits_from(memory_of([0.7] * (n - 1) + [1.4]), batch, seed=3)
     drawn, rates = [], set()
     while len(drawn) < 4 * n:
@@ -88,7 +88,7 @@ def test_unequal_importances_are_not_plain_reshuffling(n, batch):
 
 
 def test_seeds_of_ranks_do_not_meet():
-    """Rank r of R begins with seed + r, and adds R from pass to pass."""
+    """Rank r of R starts with seed + r, and adds R after each pass."""
     for rank in range(3):
         visits = visits_from(memory_of([1.0] * 16), seed=5 + rank, stride=3)
         for number in range(3):
@@ -109,7 +109,7 @@ def test_no_global_generator_is_touched():
 @pytest.mark.parametrize("equal_first", [0, 1, 3, 8, 11])
 @pytest.mark.parametrize(("n", "batch", "number"), [(40, 5, 8), (37, 4, 8), (37, 10, 3), (6, 4, 1)])
 def test_visits_are_those_of_the_oracle(n, batch, number, equal_first):
-    """The first segments have equal rates; the credits that they have come to go on to the end of the pass."""
+    """The first segments have equal rates; their credits are carried on to the end of the pass."""
     memory = memory_of([1.0] * n)
     visits = visits_from(memory, batch, seed=7)
     bounds = [n * k // number for k in range(number + 1)]
@@ -203,7 +203,7 @@ def test_unbiased_over_every_random_start(monkeypatch, case):
 
 
 class RoundsIndependently(SegmentedVisits):
-    """The control: the right rates, and a whole number of visits that is right in expectation only."""
+    """Control: correct rates with visits that are correct in expectation only."""
 
     def _plan_visits(self, visits, total):
         self._credit = torch.rand(len(self.memory))
@@ -211,7 +211,7 @@ class RoundsIndependently(SegmentedVisits):
 
 
 class DrawsIndependently(IndependentVisits):
-    """Likewise; as many draws for a segment as it has visits, with the rates of its start."""
+    """Control: independent draws for a segment with the rates at its start."""
 
     def next(self, size):
         self._measure()
@@ -223,7 +223,7 @@ class DrawsIndependently(IndependentVisits):
 
 
 def spread(make, n=200, number=160, drift=0.1):
-    """How far visits of an example are from the sum of its rates over a stretch of a pass: the worst of all.
+    """The largest difference between the visits of an example and its summed rates over an interval of a pass.
 
     Between segments, as planned; and between any two visits.
     """
@@ -274,7 +274,7 @@ def test_independent_visits_are_not(kind):
 
 
 def test_visits_within_a_segment_are_spread_over_it():
-    """An example of rate 8 in a pass of one segment: its visits are as far from each other as can be."""
+    """The visits of an example with rate 8 in a pass of one segment are evenly spaced."""
     memory = memory_of([8.0] + [56 / 63] * 63)
     visits = visits_from(memory, 64, uniform_fraction=0.0)
     index = visited(visits, 1)
@@ -312,7 +312,7 @@ def test_a_pass_has_eight_segments_or_fewer_and_none_is_smaller_than_a_batch(n, 
 
 
 def test_a_rate_is_never_older_than_a_segment():
-    """The memory changes at every visit; rates are those of the memory when the segment was planned."""
+    """The memory changes at every visit; rates are those when the segment was planned."""
     memory = memory_of([1.0] * 40)
     visits, stale, read = visits_from(memory, 5), 0, 0
     for k in range(400):
@@ -339,7 +339,7 @@ def test_no_rate_is_far_above_the_others():
 # ---- the first pass learns from itself -------------------------------------------------------------------------------
 
 
-def test_unseen_examples_have_the_mean_of_those_that_were_seen_for_the_first_time_lately():
+def test_unvisited_examples_have_the_mean_of_recent_first_visits():
     n = 80
     true = torch.linspace(0.1, 2.0, n)
     memory = ImportanceMemory(n)
@@ -402,7 +402,7 @@ def test_pruned_examples_are_not_drawn_for_a_pass():
 
 
 def test_pruned_visits_are_those_of_the_oracle():
-    """As many as in any pass: those that are left have them all."""
+    """As many visits as in any pass, distributed over the remaining examples."""
     q = [0.001] * 5 + [0.1 + q for q in random_importance(15, 0)]
     memory = memory_of(q)
     visits = visits_from(memory, 4, prune_mass=0.002, seed=3)
@@ -435,7 +435,7 @@ def test_pruned_examples_come_back_when_others_have_become_less_important():
     segment(visits)
     assert visits.pruned.nonzero().flatten().tolist() == [0, 1]
     memory.importances[2:] = 0.05
-    assert visits.pruned.any(), "a pass that has begun goes on"
+    assert visits.pruned.any(), "the current pass is unchanged"
     drawn = visited(visits, 2)
     assert visits.pruned is None or not visits.pruned[:2].any()
     assert {0, 1} <= set(drawn)
@@ -450,7 +450,7 @@ def test_unknown_examples_are_never_pruned():
 
 
 def test_pruning_ends_where_it_is_switched_off():
-    """Whoever goes on without `prune_mass` has all examples again in the next pass."""
+    """Resuming without `prune_mass` restores all examples in the next pass."""
     q = [0.001, 1.0, 2.0, 0.001, 1.0, 3.0]
     for mass in (0.0, 0.01):
         visits_before = visits_from(memory_of(q), 6, prune_mass=0.01)

@@ -1,4 +1,4 @@
-"""The trainers of sentence-transformers with the class swapped: their losses are kept, or refused with the reason."""
+"""Trainers of sentence-transformers with importance sampling: their losses are unchanged, or refused with a reason."""
 
 import gc
 import re
@@ -51,7 +51,7 @@ UNIFORM = {"metric": "uniform", **tiny.FIXED}
 
 
 class Mixed(tiny.Recording, ImportanceTrainerMixin):
-    """Keeps what was drawn, and the gradients of the steps."""
+    """Keeps the draws and the gradients of the steps."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -202,7 +202,7 @@ def difference(a, b):
 
 
 def log_of(trainer):
-    """All that is logged, but what is ours and what depends on the clock."""
+    """All logs, except ours and those that depend on time."""
     ours = ("importance/", "train_", "total_flos")
     clock = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     logs = trainer.state.log_history
@@ -320,7 +320,7 @@ BCE = ("ce", ce_losses.BinaryCrossEntropyLoss, rows(2, "yes"))
 
 @pytest.mark.parametrize("case", [COSINE, BCE])
 def test_other_draws_are_seen(case, tmp_path, folder):
-    """Control of the above."""
+    """Control of the test above."""
     ours = trained(tmp_path, folder, *case, importance=tiny.FIXED)
     assert difference(ours, trained(tmp_path, folder, *case, ours=False)) > 1e-3
 
@@ -534,7 +534,7 @@ def class_weights(model):
 
 
 class InBatch(nn.Module):
-    """As the library's, with the loss of torch that it once had."""
+    """Like that of the library, with its former torch loss."""
 
     def __init__(self, model):
         super().__init__()
@@ -546,7 +546,7 @@ class InBatch(nn.Module):
 
 
 class Regularised(nn.Module):
-    """More than the mean of a loss of torch."""
+    """More than the mean of a torch loss."""
 
     def __init__(self, model, weight=0.1):
         super().__init__()
@@ -628,7 +628,7 @@ def test_refused_before_anything_is_learnt(name, tmp_path, folder):
 
 
 def test_a_regulariser_of_no_weight_is_not_refused(tmp_path, folder):
-    """Control of the above."""
+    """Control of the test above."""
     trained(tmp_path, folder, "st", lambda model: Regularised(model, weight=0.0), rows(), num_train_epochs=1)
 
 
@@ -641,7 +641,7 @@ AT_CONSTRUCTION = {
         {},
         "loss must be a single .*one, two",
     ),
-    "data sets": (TWO, None, {}, r"train_dataset must be a single one.*one, two.*datasets.concatenate_datasets"),
+    "datasets": (TWO, None, {}, r"train_dataset must be a single one.*one, two.*datasets.concatenate_datasets"),
     "no duplicates": (None, None, {"batch_sampler": BatchSamplers.NO_DUPLICATES}, "batch_sampler must be .* Remove it"),
     "by label": (None, None, {"batch_sampler": BatchSamplers.GROUP_BY_LABEL}, "batch_sampler must be .* Remove it"),
     "by length": (None, None, {"train_sampling_strategy": "group_by_length"}, "trainers of .* ignore.* Remove it"),

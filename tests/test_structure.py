@@ -1,4 +1,4 @@
-"""The package is read upward, as its imports go: no module imports one that stands after it."""
+"""The order of the modules: each imports only modules above it."""
 
 import ast
 import importlib
@@ -77,7 +77,7 @@ MODULES = sorted(FILES.keys() - {f"{folder}.__init__" for folder in FOLDERS})  #
 
 
 def imported(source):
-    """Names of modules: our own without the package's name, of others the package."""
+    """Imported modules of hf_importance, and the packages of others."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -128,7 +128,7 @@ def test_every_module_has_its_place():
 
 @pytest.mark.parametrize("folder", [None, *FOLDERS])
 def test_the_reading_order_names_every_module_in_its_place(folder):
-    """A folder is named where the last of its modules may be imported."""
+    """A folder is listed at the place of its last module."""
     if folder is None:
         text, parts = hf_importance.__doc__, [module.split(".")[0] for module in ORDER if module != "__init__"]
     else:

@@ -1,4 +1,4 @@
-"""What users write is honoured or refused, with the way out in the message: nothing of it is silently ignored."""
+"""Code of users is supported or refused with a fix, and never silently ignored."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 9.0])
 
 
 class Weighted(hf.Trainer):
-    """The example of transformers' documentation."""
+    """The example in the documentation of transformers."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
@@ -108,7 +108,7 @@ def test_refused_at_construction(tmp_path, case):
 
 
 class ElsewhereCalled(ImportanceTrainer):
-    """What calls `super()` is found, wherever it is in the class."""
+    """Calls of `super()` are found anywhere in the class."""
 
     def compute_loss(self, *args, **kwargs):
         return self._with_penalty(*args, **kwargs)

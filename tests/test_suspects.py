@@ -1,4 +1,4 @@
-"""Examples whose label is probably wrong count for less: the objective, the rates, the way back, and the list."""
+"""Smaller weights for examples whose label is probably wrong: objective, rates, recovery, and the list."""
 
 import copy
 import math
@@ -238,7 +238,7 @@ def test_wrong_labels_are_left_out_and_not_learnt(tmp_path):
             assert run._sampler.suspects.flagged.nonzero().flatten().tolist() == found
             last = [w for draw in run.draws[-20:] for i, w in zip(draw.index, draw.weight, strict=True) if i in found]
             assert 0.0 in last, "and they are still visited"
-    assert sum(right[0.0]) > sum(right[1.0]), "which are learnt by heart where they count"
+    assert sum(right[0.0]) > sum(right[1.0]), "which are memorised if they count"
 
 
 def test_the_card_and_the_report_tell(tmp_path):

@@ -1,4 +1,4 @@
-"""Every kind of head: the steps of `Trainer` where nothing is preferred, and the importances of the oracle."""
+"""All kinds of heads: the steps of `Trainer` with equal importances, and importances by the reference."""
 
 import collections
 import copy
@@ -45,7 +45,7 @@ def llama():
 
 
 def lce_forward(self, input_ids=None, attention_mask=None, labels=None, skip_logits=None, **kwargs):
-    """As the forward that Liger gives a model: in training with labels it builds no logits, unless told to."""
+    """Like the forward of Liger: in training with labels it skips the logits, unless requested."""
     self.calls.append((self.training, labels is not None, skip_logits))
     outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
     if skip_logits and labels is None:
@@ -70,7 +70,7 @@ def lce_forward(self, input_ids=None, attention_mask=None, labels=None, skip_log
 
 
 def cce_forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-    """With labels it never builds logits, as that of cut cross-entropy."""
+    """With labels it never returns logits, like cut cross-entropy."""
     return lce_forward(self, input_ids, attention_mask, labels, None if labels is None else True, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Behaviour through the public API, on real runs."""
+"""Behaviour of the public API in real runs."""
 
 import copy
 import warnings
@@ -47,7 +47,7 @@ WORKERS = [
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
 @pytest.mark.parametrize("settings", WORKERS, ids=["in process", "prefetch", "persistent, accumulation"])
 def test_index_and_weight_are_those_of_the_draw(tmp_path, monkeypatch, sampling, settings):
-    """Though up to 12 batches are drawn ahead, and the memory moves on in the meantime."""
+    """Although up to 12 batches are prefetched, and the memory changes in the meantime."""
     drawn = {}
     draw = ImportanceBatchSampler._draw
 
@@ -91,7 +91,7 @@ class Watched(TrainerCallback):
 
 
 class Forgetful(Recorder):
-    """Something else is remembered at the time of each loss than there was at the draw."""
+    """The memory at the time of each loss differs from that at the draw."""
 
     def training_step(self, *args, **kwargs):
         generator = torch.Generator().manual_seed(len(self.steps))
@@ -162,7 +162,7 @@ def test_weight_exponent(tmp_path, sampling, exponent):
 
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
 def test_which_seed(tmp_path, sampling):
-    """That of the config, else data_seed, else seed."""
+    """The seed of the config, else data_seed, else seed."""
 
     def draws(ours, data_seed, seed):
         importance = {"metric": "uniform", "sampling": sampling, "seed": ours, **tiny.FIXED}

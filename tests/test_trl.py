@@ -1,4 +1,4 @@
-"""TRL's trainers with the class swapped: what they do is kept, and what is drawn is drawn by importance."""
+"""TRL's trainers with importance sampling: their behaviour is unchanged, except for the drawn examples."""
 
 import copy
 
@@ -140,7 +140,7 @@ def train(run):
 
 
 def log_of(run):
-    """All that is logged, but what is ours and what depends on the clock."""
+    """All logs, except ours and those that depend on time."""
     ours = ("importance/", "train_", "total_flos")
     return [{k: v for k, v in log.items() if not k.startswith(ours)} for log in run.state.log_history]
 
@@ -409,7 +409,7 @@ def test_an_older_trl_is_told_when_it_is_made(tmp_path, monkeypatch):
 
 
 def test_another_loss_of_trl_is_noticed_before_anything_is_learnt(tmp_path, monkeypatch):
-    """As if a version of TRL weighted the tokens in some new way."""
+    """Like a version of TRL that weights tokens in a new way."""
     original = trl.SFTTrainer.compute_loss
     monkeypatch.setattr(trl.SFTTrainer, "compute_loss", lambda self, *args, **kwargs: 1.5 * original(self, *args))
     run = sft(tmp_path)
@@ -482,7 +482,7 @@ def test_importances_of_reward_pairs(centering, tmp_path):
 
 
 def log_probs(model, row, answer):
-    """Of the tokens of an answer, with the logits that they come of."""
+    """Tokens of an answer with their logits."""
     ids = torch.tensor([row["prompt_ids"] + row[answer]])
     logits = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1].double()
     return logits, ids[0, len(row["prompt_ids"]) :]

@@ -29,7 +29,7 @@ if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
 
 
 def expect_small_gains():
-    """Of a process of its own what a fixture does for the others: importance sampling also where it gains little."""
+    """Does in a separate process what a fixture does in others: importance sampling even if it gains little."""
     guard._MAX_RELATIVE_SPENDING = 1.0
 
 
@@ -92,7 +92,7 @@ def vit(num_labels=CLASSES):
 
 
 def texts(n=40, task="single"):
-    """Rows for [`bert`]. The first token is the position in the data, so that a batch tells which examples it has."""
+    """Rows for [`bert`]. The first token is the position in the data, which identifies the examples of a batch."""
     g = torch.Generator().manual_seed(1)
     rows = []
     for i in range(n):
@@ -108,7 +108,7 @@ def texts(n=40, task="single"):
 
 
 def token_rows(n=40, classes=CLASSES):
-    """Of different lengths, and with positions that have no label."""
+    """Rows of different length, with positions without a label."""
     g = torch.Generator().manual_seed(3)
     rows = []
     for i in range(n):
@@ -136,7 +136,7 @@ def images(n=40):
 
 
 class Plain(Trainer):
-    """`Trainer` without its fault for heads that take `**kwargs` but average their loss over the micro-batch."""
+    """`Trainer` without its bug for heads that accept `**kwargs` but average the loss over the micro-batch."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -144,7 +144,7 @@ class Plain(Trainer):
 
 
 class Recording:
-    """Keeps what was drawn, step by step; first among the bases."""
+    """Keeps the draws of each step; must come first in the bases."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -83,9 +83,7 @@ def _of_example(model: nn.Module, batch: dict[str, Any], tokenizer: Any, shifts:
     labels, ids = batch.pop("labels", None), batch.get("input_ids")
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.dim() != 2 or len(labels) != 1:
         return None
-    is_encoder_decoder = getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False
-    )  # then labels are of other tokens
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # labels: other tokens
     if is_encoder_decoder or labels.shape != ids.shape or labels.is_floating_point():
         return None
     logits = model(**batch)["logits"][0, -labels.shape[1] :].float()
