@@ -1,0 +1,105 @@
+"""The notebook runs, shows what it says, and lies in the repository with the outputs of a whole run."""
+
+import re
+from copy import deepcopy
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from notebooks import KERNEL, NOTEBOOK, code_cells, digest, execute, read
+
+LARGEST = 500_000
+A_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|Users|var|work|usr)/|[A-Z]:\\\\")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A run of few steps."""
+    return execute(read(), tmp_path_factory.mktemp("notebook"), SEEDS=(1,), EPOCHS=6)
+
+
+@pytest.fixture(params=["few", "committed"])
+def notebook(request):
+    return request.getfixturevalue("few") if request.param == "few" else read()
+
+
+def table(notebook, column):
+    """The rows of the first table with such a column, as lists of texts, the first of which is the name of the row."""
+    texts = [out.data["text/plain"] for cell in code_cells(notebook) for out in cell.outputs if "data" in out]
+    lines = next(text.splitlines() for text in texts if column in text.splitlines()[0])
+    return [re.split(r"  +", line.strip()) for line in lines[1:] if re.search(r"  \d", line)]
+
+
+# ---- what a run shows ------------------------------------------------------------------------------------------------
+
+
+def test_training_ends_early_and_the_rival_has_as_few_steps(notebook):
+    rows = {name: int(steps.split()[0]) for name, steps, *_ in table(notebook, "steps")}
+    assert list(rows) == ["Trainer", "ImportanceTrainer", "Trainer, as few steps"]
+    assert rows["ImportanceTrainer"] == rows["Trainer, as few steps"] < rows["Trainer"]
+
+
+def test_most_wrong_labels_are_found(notebook):
+    for row in table(notebook, "suspects that were flipped"):
+        _, flipped, suspects, right = map(int, row)
+        assert flipped == 71, "5 % of 1,437"
+        assert right > flipped / 2
+        assert right > suspects / 2, "at random it would be 5 %"
+
+
+def test_a_cell_that_fails_is_seen(tmp_path):
+    broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise ValueError('as it should')")])
+    with pytest.raises(CellExecutionError, match="raise ValueError"):
+        execute(broken, tmp_path)
+
+
+# ---- what is in the repository ---------------------------------------------------------------------------------------
+
+
+def kinds(cell):
+    return [kind for out in cell.outputs for kind in sorted(out.get("data", ())) or [out.get("name")]]
+
+
+def faults(notebook, few):
+    """What is wrong with a notebook that is to be read as it is; `few` has the outputs of a run."""
+    if notebook.metadata != {"digest": digest(notebook), "kernelspec": KERNEL, "language_info": {"name": "python"}}:
+        yield "the code was changed, or there is more in the metadata: run python tests/notebooks.py"
+    for number, (cell, run) in enumerate(zip(code_cells(notebook), code_cells(few), strict=True), 1):
+        if cell.execution_count != number:
+            yield f"cell {number} was run as number {cell.execution_count}"
+        if any(out.output_type == "error" for out in cell.outputs):
+            yield f"cell {number} failed"
+        elif kinds(cell) != kinds(run):
+            yield f"cell {number} shows {kinds(cell)}, a run {kinds(run)}"
+        if any(out.get("name") == "stderr" for out in cell.outputs):
+            yield f"cell {number} warns"
+        if cell.metadata.keys() - {"tags"}:
+            yield f"cell {number} has more in its metadata than tags"
+    if found := A_PATH.search(nbformat.writes(notebook)):
+        yield f"there is a path in it: {found.group()}"
+
+
+def test_it_has_the_outputs_of_a_whole_run(few):
+    assert list(faults(read(), few)) == []
+    assert NOTEBOOK.stat().st_size < LARGEST
+    shown = [kind for cell in code_cells(read()) for kind in kinds(cell)]
+    assert shown.count("image/png") >= 6
+    assert shown.count("text/html") >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda cells: cells[3].outputs.clear(), r"shows \[\]"),
+        (lambda cells: cells[2].update(execution_count=7), "cell 3 was run as number 7"),
+        (lambda cells: cells[4].outputs.append(nbformat.v4.new_output("error", ename="E")), "failed"),
+        (lambda cells: cells[1].outputs[0].update(name="stderr"), "warns"),
+        (lambda cells: cells[1].outputs[0].update(text="/home/someone/run"), "a path in it: /home/"),
+        (lambda cells: cells[1].update(source="pass"), "the code was changed"),
+        (lambda cells: cells[1].metadata.update(execution={}), "more in its metadata"),
+    ],
+)
+def test_faults_are_found(few, change, fault):
+    notebook = deepcopy(read())
+    change(code_cells(notebook))
+    assert any(re.search(fault, found) for found in faults(notebook, few))
