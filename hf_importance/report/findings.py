@@ -164,8 +164,9 @@ class Findings:
             "visits per example": f"{self.visits / len(self):.2f}",
             "90 % of the visits went to": f"{self.share_with_most_visits:.1%} of the examples",
             "examples measured": f"{self.measured_share:.1%}",
-            "examples pruned": f"up to {self.pruned:.1%}",
         }
+        if self.pruned:
+            figures["examples pruned"] = f"up to {self.pruned:.1%}"
         if sample_size is not None:
             figures["effective sample size"] = f"{sample_size:.3f} of the visits"
         if variance_ratio is not None:
@@ -192,7 +193,7 @@ class Findings:
             f"{self.visits:,} visits of {len(self):,} examples",
             f"90 % of them on {self.share_with_most_visits:.0%} of the examples",
             *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} times that of {self._baseline}"]),
-            f"at most {self.pruned:.0%} pruned",
+            *([f"at most {self.pruned:.0%} pruned"] if self.pruned else []),
         ]
         return "Importance sampling: " + ", ".join(parts) + "."
 
