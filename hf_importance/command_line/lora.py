@@ -27,7 +27,7 @@ class LoraArguments(DataArguments):
 
 
 def refuse_flags(data: LoraArguments, model: ModelArguments, training: TrainingArguments) -> None:
-    """Of adapters where none are trained, and adapters that would be of no use.
+    """Settings of adapters where none are trained, and adapters that would be of no use.
 
     Raises:
         ValueError: which names them.
@@ -36,7 +36,7 @@ def refuse_flags(data: LoraArguments, model: ModelArguments, training: TrainingA
     if changed and not data.use_lora:
         raise ValueError(f"{' and '.join(changed)}: pass --use_lora too, without which the whole model is trained.")
     if data.use_lora and not (training.do_train and model.model_name_or_path):
-        raise ValueError("--use_lora needs --do_train and --model_name_or_path: it is saved without the model.")
+        raise ValueError("--use_lora needs --do_train and --model_name_or_path: a new model is not saved with them.")
 
 
 def _settings() -> list[Field]:
@@ -69,12 +69,11 @@ def with_adapters(network: nn.Module, task_type: str, data: LoraArguments) -> nn
         ValueError: if there is no peft, or the model cannot have them.
     """
     peft, modules = _peft("--use_lora"), data.lora_target_modules
+    if modules not in (None, "all-linear"):
+        modules = [name.strip() for name in modules.split(",")]
     settings = {"r": data.lora_r, "lora_alpha": data.lora_alpha, "lora_dropout": data.lora_dropout}
-    settings["target_modules"] = (
-        modules if modules in (None, "all-linear") else [module.strip() for module in modules.split(",")]
-    )
     try:
-        return peft.get_peft_model(network, peft.LoraConfig(task_type=task_type, **settings))
+        return peft.get_peft_model(network, peft.LoraConfig(task_type=task_type, target_modules=modules, **settings))
     except ValueError as error:
         named = " ".join(f"--{field.name} {getattr(data, field.name)}" for field in _settings())
         raise ValueError(f"No adapters could be made with --use_lora {named}: {error}") from error
