@@ -40,6 +40,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "decision": (("accuracy", "seconds"), tables.decision_table),
     "whole": (("accuracy",), tables.whole_table),
     "match": (("accuracy",), tables.match_table),
+    "same": (("accuracy",), tables.same_table),
     "figures": (("accuracy",), tables.figures_table),
     "overhead": (("overhead",), overhead.tables),
     "draws": (("draws",), draws.tables),

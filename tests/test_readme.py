@@ -177,6 +177,7 @@ FIGURES = {
     "decision": ("steps", "ours"),
     "whole": ("accuracy", "error"),
     "match": ("accuracy", "error"),
+    "same": ("accuracy", "error"),
     "figures": ("accuracy", "error"),
     "overhead": ("ratio",),
     "draws": ("batch_mean",),

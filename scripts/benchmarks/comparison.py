@@ -120,34 +120,68 @@ def share(runs: Runs, task: str, method: str, what: str = "steps") -> float | No
     return statistics.mean(run[what] for run in ours) / statistics.mean(run[what] for run in uniform)
 
 
+def budgets_of(runs: Runs, task: str, method: str) -> list[float]:
+    """Budgets at which a method has at least two seeds, ascending."""
+    budgets = sorted({run["budget"] for run in runs if (run["task"], run["method"]) == (task, method)})
+    return [budget for budget in budgets if len(of(runs, task, method, budget)) > 1]
+
+
 def share_to_match(runs: Runs, task: str, method: str) -> float:
     """Smallest share of the full budget with which a method is as good, by linear interpolation; infinity if none.
 
     It is at least the smallest budget of the grid.
     """
-    of_method = [run for run in runs if (run["task"], run["method"]) == (task, method)]
-    budgets = sorted({run["budget"] for run in of_method})
-    budgets = [budget for budget in budgets if len(of(runs, task, method, budget)) > 1]
-    curves = []
+    budgets, curves = budgets_of(runs, task, method), []
     for figure in figures(runs, task):
         found = [mean_and_error(differences(runs, task, method, figure, budget)) for budget in budgets]
         curves.append([figure.sign * mean + error for mean, error in found])
     for at in (k / 100 for k in range(101)):
-        if (
-            budgets
-            and budgets[0] <= at <= budgets[-1]
-            and all(_at(at, budgets, curve) >= -_ROUNDING for curve in curves)
-        ):
+        values = [_interpolated(at, budgets, curve) for curve in curves]
+        if all(value is not None and value >= -_ROUNDING for value in values):
             return at
     return math.inf
 
 
-def _at(place: float, places: list[float], values: list[float]) -> float:
-    """Linear interpolation between points."""
+def difference_at(runs: Runs, task: str, method: str, figure: Figure, at: float) -> float | None:
+    """Mean difference to uniform sampling with the full budget, at a share of it; None outside of the budgets run."""
+    budgets = budgets_of(runs, task, method)
+    values = [statistics.mean(differences(runs, task, method, figure, budget)) for budget in budgets]
+    return _interpolated(at, budgets, values)
+
+
+def compared_rivals(runs: Runs) -> list[str]:
+    """Rivals that sample differently; not those that only arrange batches."""
+    return [name for name in rivals(runs) if not METHODS[name].by_length]
+
+
+def has_rivals(runs: Runs, task: str) -> bool:
+    """Whether at least one of them was run on the task, with several seeds."""
+    return any(budgets_of(runs, task, name) for name in compared_rivals(runs))
+
+
+def at_same_steps(runs: Runs, task: str) -> dict[str, float]:
+    """Mean difference to uniform sampling with the full budget, by method, at the share of the steps that ours took.
+
+    In the first metric of the task, for ours, uniform sampling and rivals with budgets around that share.
+    """
+    figure, at = figures(runs, task)[0], share(runs, task, OURS)
+    found = {OURS: statistics.mean(differences(runs, task, OURS, figure))}
+    found |= {name: difference_at(runs, task, name, figure, at) for name in (UNIFORM, *compared_rivals(runs))}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def best_at_same_steps(runs: Runs, task: str) -> str:
+    """The method with the best of these means."""
+    found, sign = at_same_steps(runs, task), figures(runs, task)[0].sign
+    return max(found, key=lambda name: sign * found[name])
+
+
+def _interpolated(place: float, places: list[float], values: list[float]) -> float | None:
+    """Linear interpolation between points; None outside of them."""
     for (low, before), (high, after) in itertools.pairwise(zip(places, values, strict=True)):
         if low <= place <= high:
             return before + (after - before) * (place - low) / (high - low)
-    return values[places.index(place)]
+    return values[places.index(place)] if place in places else None
 
 
 def rivals(runs: Runs) -> list[str]:

@@ -44,16 +44,15 @@ def plot_savings(runs: Runs, path: Path) -> None:
         "Fine-tuning": [task for task in tasks(runs) if TASKS[task].fine_tuning],
     }
     kinds = {kind: sorted(names, key=lambda task: share(runs, task, OURS)) for kind, names in kinds.items() if names}
-    sizes = {"height_ratios": [len(names) for names in kinds.values()]}
-    number = sum(map(len, kinds.values()))
-    figure, panels = plt.subplots(len(kinds), 1, figsize=(11, 1.2 + 0.36 * number), squeeze=False, gridspec_kw=sizes)
+    grid = {"gridspec_kw": {"height_ratios": [len(names) for names in kinds.values()]}, "layout": "constrained"}
+    size = (11, 1.2 + 0.36 * sum(map(len, kinds.values())) + 0.4 * len(kinds))
+    figure, panels = plt.subplots(len(kinds), 1, figsize=size, squeeze=False, **grid)
     for panel, (kind, names) in zip(panels[:, 0], kinds.items(), strict=True):
         _bars(panel, runs, names)
         panel.set_title(kind, loc="left", fontsize=10, weight="bold")
     head = {"fontsize": 9, "color": _DARK, "va": "bottom", "weight": "bold"}
     panels[0, 0].text(_METRIC, -0.75, "test metric, compared\nwith all steps of Trainer", **head)
     panels[-1, 0].set_xlabel("steps, in % of those of Trainer")
-    figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Source": digest(runs)})
     plt.close(figure)
 

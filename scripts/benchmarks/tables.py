@@ -13,9 +13,13 @@ from benchmarks.comparison import (
     UNIFORM,
     Figure,
     Runs,
+    at_same_steps,
+    best_at_same_steps,
     best_rival,
+    compared_rivals,
     differences,
     figures,
+    has_rivals,
     is_ahead_of,
     is_as_good,
     is_worse,
@@ -64,6 +68,14 @@ def claims(runs: Runs) -> str:
         lines.append(
             "- **Control**: `Trainer` given only that reduced number of steps, with its schedule shortened to match, "
             f"was worse in every metric on {ahead} of the {_number(judged)} where steps were saved."
+        )
+    met = [task for task in names if has_rivals(runs, task)]
+    if met:
+        first = sum(best_at_same_steps(runs, task) == OURS for task in met)
+        others = ", ".join(compared_rivals(runs))
+        lines.append(
+            f"- **Competing methods** ({others}), given as many steps as it took, all had a worse accuracy or error on "
+            f"{first} of the {_number(met)} where they were run."
         )
     return "\n".join(lines)
 
@@ -184,8 +196,31 @@ def match_table(runs: Runs) -> str:
         lines.append(f"| {task} | " + " | ".join(_share(found[-1]) for found in columns.values()) + " |")
     if not columns[OURS]:
         return "\n".join(lines)
-    means = [statistics.mean(min(x, 1.0) for x in found if not math.isnan(x)) for found in columns.values()]
-    lines.append("| mean | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    compared = [name for name in columns if name not in METHODS or not METHODS[name].by_length]
+    common = [k for k in range(len(columns[OURS])) if not any(math.isnan(columns[name][k]) for name in compared)]
+    if common:
+        means = {name: statistics.mean(min(columns[name][k], 1.0) for k in common) for name in compared}
+        cells = [f"{means[name]:.2f}" if name in means else "" for name in columns]
+        lines.append(_row([f"mean of the {len(common)} with all", *cells]))
+    return "\n".join(lines)
+
+
+def same_table(runs: Runs) -> str:
+    """Table of the differences to uniform sampling with the full budget, at the share of the steps that ours took.
+
+    In points of accuracy or percent of the error; the best of each task is in bold.
+    """
+    names = [OURS, UNIFORM, *compared_rivals(runs)]
+    lines = [_row(["task", "steps", *names]), _rule(["task", "steps", *names])]
+    for task in tasks(runs):
+        if not has_rivals(runs, task):
+            continue
+        figure = figures(runs, task)[0]
+        values, best = at_same_steps(runs, task), best_at_same_steps(runs, task)
+        whole = 1.0 if figure.name == "accuracy" else statistics.mean(map(figure.of, of(runs, task, UNIFORM))) / 100
+        cells = [f"{values[name] / whole:+.1f}".translate(_MINUS) if name in values else "" for name in names]
+        cells = [f"**{cell}**" if name == best else cell for name, cell in zip(names, cells, strict=True)]
+        lines.append(_row([task, _percent(share(runs, task, OURS)), *cells]))
     return "\n".join(lines)
 
 
