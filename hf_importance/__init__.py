@@ -18,8 +18,10 @@ The modules, in the order of their imports (each imports only those above it):
 - `loader`: the dataloader of the training loop, and one for previews.
 - `schedule`: learning rate and end of training by effective epochs.
 - `support`: checks for unsupported settings, with the fix.
+- `overrides`: checks for overrides by users, with the fix.
 - `report`: findings about the data as table, plots, page and model card.
-- `trainer`: the hooks into `Trainer`.
+- `hooks`: what changes in `Trainer`: data, training step, checkpoints, logs and reports.
+- `trainer`: `ImportanceTrainer`, its construction and results.
 - `command_line`: code shared by the fine-tuning scripts.
 """
 

@@ -137,7 +137,7 @@ def one_step(folder, batch, accumulation, task, ranks=1, rank=0):
         "classes": (tiny.bert(), tiny.texts(24), {}),
         "tokens": (tiny.token_bert(), tiny.token_rows(24), {"data_collator": tiny.pad}),
     }[task]
-    import hf_importance.trainer as module
+    import hf_importance.hooks.data as module
 
     original, module.ImportanceBatchSampler = module.ImportanceBatchSampler, given(index, weight, ranks, rank)
     try:

@@ -206,7 +206,7 @@ def test_from_two_processes_to_one(alone, ranks_of, monkeypatch):
     for state in load_states(folder):
         known[state["sampler"]["shard"]] = state["sampler"]["memory"]["importance"]
     warned = []
-    monkeypatch.setattr("hf_importance.trainer.logger.warning", warned.append)
+    monkeypatch.setattr("hf_importance.hooks.checkpoints.logger.warning", warned.append)
     settings = {"learning_rate": 0.0, "per_device_train_batch_size": 20}
     run = distributed_worker.trainer(alone / "one again", importance=tiny.FIXED, **settings)
     run.train(resume_from_checkpoint=str(folder))

@@ -275,7 +275,7 @@ def test_state_is_plain_and_small(tmp_path):
 @pytest.fixture
 def warnings_of(monkeypatch):
     found = []
-    monkeypatch.setattr("hf_importance.trainer.logger.warning", lambda text: found.append(text))
+    monkeypatch.setattr("hf_importance.hooks.checkpoints.logger.warning", lambda text: found.append(text))
     return found
 
 

@@ -45,6 +45,7 @@ ORDER = [
     "loader",
     "schedule",
     "support",
+    "overrides",
     "report.texts",
     "report.tokens",
     "report.findings",
@@ -55,7 +56,10 @@ ORDER = [
     "report.hub",
     "report.logs",
     "report.training",
-    "report.hooks",
+    "hooks.data",
+    "hooks.step",
+    "hooks.checkpoints",
+    "hooks.report",
     "trainer",
     "__init__",
     "command_line.arguments",
@@ -67,7 +71,7 @@ ORDER = [
     "command_line.fine_tuning",
     "command_line.lora",
 ]
-FOLDERS = ("losses", "sampling", "adapters", "report", "command_line")
+FOLDERS = ("losses", "sampling", "adapters", "report", "hooks", "command_line")
 ONLY_TORCH = {"state", "randomness", "record", "fingerprint", "checkpoint", "data", "report.findings"}
 ONLY_TORCH |= {module for module in ORDER if module.startswith(("losses.", "sampling."))}
 TORCH = ("torch", "numpy")

@@ -10,5 +10,4 @@
 - `hub`: the section of the model card, and errors of pushing.
 - `logs`: what the console shows.
 - `training`: the figures of a training run for logs and report.
-- `hooks`: the hooks into `Trainer`.
 """
