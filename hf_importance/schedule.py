@@ -95,7 +95,7 @@ class EffectiveEpochs(TrainerCallback):
             self._say(self.forecast(step))
         if self.progress.finished:
             state.max_steps = step
-        _set_rates_again(kwargs.get("lr_scheduler"))
+        _recompute_learning_rates(kwargs.get("lr_scheduler"))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,7 +177,7 @@ def unwrapped(scheduler: Any) -> Any:
     return scheduler.scheduler if isinstance(scheduler, DeepSpeedSchedulerWrapper) else scheduler
 
 
-def _set_rates_again(scheduler: Any) -> None:
+def _recompute_learning_rates(scheduler: Any) -> None:
     """Recompute the learning rates, because DeepSpeed steps the schedule before the step is counted."""
     inner = unwrapped(scheduler)
     if inner is scheduler:

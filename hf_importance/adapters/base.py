@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_importance.losses.first_batch import same
+from hf_importance.losses.first_batch import losses_agree
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
 
@@ -82,7 +82,7 @@ class LossAdapter(ABC):
         return measured.weighted_mean(torch.ones_like(measured.losses))
 
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
-        if not same(theirs, ours):
+        if not losses_agree(theirs, ours):
             raise ValueError(
                 f"The loss of {self.name} on the first batch is {theirs.item():.5g}, but the mean of its "
                 f"per-example losses is {ours.item():.5g}. {UNKNOWN}"

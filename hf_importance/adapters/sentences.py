@@ -16,7 +16,7 @@ from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter
-from hf_importance.losses.first_batch import copies_of_the_first, same, without_side_effects
+from hf_importance.losses.first_batch import copies_of_the_first, losses_agree, without_side_effects
 from hf_importance.losses.objective import Measured, observed_of
 from hf_importance.sampling.draw import Draw
 
@@ -116,7 +116,7 @@ class SentenceLoss(LossAdapter):
         )
 
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
-        if not same(theirs, ours):
+        if not losses_agree(theirs, ours):
             raise ValueError(
                 f"{self._loss_name} is {theirs.item():.5g} on the first batch, but the mean of the torch losses in it "
                 f"is {ours.item():.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
@@ -151,7 +151,7 @@ class SentenceLoss(LossAdapter):
                 f"with each other (in-batch negatives): such losses have no per-example loss to weight. {_TRAINER}"
             )
         precisely = trainer.accelerator.mixed_precision == "no"
-        if len(losses) != len(alone) or not all(map(partial(same, precisely=precisely), losses, alone)):
+        if len(losses) != len(alone) or not all(map(partial(losses_agree, precisely=precisely), losses, alone)):
             raise ValueError(
                 f"{self._loss_name} compares the examples of a batch with each other (in-batch negatives): the loss "
                 f"of the first one changes with the others, so it cannot be weighted on its own. {_TRAINER}"

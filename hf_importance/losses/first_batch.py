@@ -37,7 +37,7 @@ def refuse_another_loss(theirs: Tensor, ours: Tensor) -> None:
     Raises:
         ValueError: if they differ.
     """
-    if not same(theirs, ours):
+    if not losses_agree(theirs, ours):
         raise ValueError(
             f"The model's loss on the first batch is {theirs.mean().item():.5g}, but the mean of the usual "
             f"per-example losses is {ours.item():.5g}: the model has its own loss (class weights, another reduction, "
@@ -45,7 +45,7 @@ def refuse_another_loss(theirs: Tensor, ours: Tensor) -> None:
         )
 
 
-def same(theirs: Tensor, ours: Tensor, precisely: bool = False) -> bool:
+def losses_agree(theirs: Tensor, ours: Tensor, precisely: bool = False) -> bool:
     """Whether mean losses agree to the precision of their type; `precisely` if both are computed the same way."""
     tolerance = (1e-4 if precisely else 1e-3) if theirs.dtype == torch.float32 else 3e-2
     return torch.allclose(theirs.float().mean(), ours.float(), rtol=tolerance, atol=1e-5, equal_nan=True)
@@ -82,7 +82,7 @@ def refuse_coupled_by_model(losses: Tensor, alone: Tensor) -> None:
     Raises:
         ValueError: if the loss of the first example differs by more than numerical errors.
     """
-    if not same(losses[0], alone[0]):
+    if not losses_agree(losses[0], alone[0]):
         raise _coupled("changes with the other examples")
 
 

@@ -14,12 +14,12 @@ from hf_importance.losses import heads, per_example
 from hf_importance.losses.first_batch import (
     accepts,
     copies_of_the_first,
+    losses_agree,
     may_skip_logits,
     refuse_another_loss,
     refuse_coupled,
     refuse_coupled_by_model,
     requires,
-    same,
     without_side_effects,
 )
 from hf_importance.losses.heads import Labels, PerExampleLoss, Terms
@@ -324,7 +324,7 @@ class Objective:
             )
         if self._has_auxiliary_loss:  # an auxiliary loss makes them differ
             return
-        if by_rule.are_sums and not same(theirs, by_rule.mean()):
+        if by_rule.are_sums and not losses_agree(theirs, by_rule.mean()):
             self._shifts = not self._shifts
         refuse_another_loss(theirs, self._terms(*made_of, inputs, labels, batch).mean())
 
