@@ -1,5 +1,5 @@
-# Sourced by the other scripts: a virtual environment in .venv (or $VENV) with this project and the tested versions.
-# Usage: make_environment EXTRA
+# Sourced by the other scripts. Defines make_environment EXTRA, which creates a virtual environment in .venv (or $VENV)
+# and installs the project with this extra and the tested versions of its dependencies.
 
 make_environment() {
   local python candidate
@@ -10,15 +10,15 @@ make_environment() {
     fi
   done
   if [ -z "${python:-}" ]; then
-    echo "error: Python 3.10 or newer with its venv module is needed (on Debian: apt-get install python3-venv)." >&2
-    echo "If it has another name, set it: PYTHON=/path/to/python bash $0" >&2
+    echo "error: Python 3.10 or newer with its venv module is required, but was not found (on Debian: apt-get install python3-venv)." >&2
+    echo "If it is installed under another name, pass its path: PYTHON=/path/to/python bash $0" >&2
     exit 1
   fi
   VENV=${VENV:-.venv}
   if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-    echo "Making the virtual environment $VENV with $("$python" --version)"
+    echo "Creating the virtual environment $VENV with $("$python" --version)"
     "$python" -m venv --clear "$VENV"
   fi
-  echo "Installing hf_importance[$1] and what it needs; the first time this takes a few minutes"
+  echo "Installing hf_importance[$1] and its dependencies; the first time, this takes a few minutes"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".[$1]"
 }

@@ -4,7 +4,7 @@
     python scripts/run_image_classification.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --do_train --do_eval --train_dir flowers/train --validation_dir flowers/test
 
-Without data it reads scanned digits, with a small vision transformer of its own; nothing is downloaded.
+Without arguments, it trains a small vision transformer from scratch on scanned digits; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from hf_importance.command_line.arguments import LabelArguments, ModelArguments, flag, parse
-from hf_importance.command_line.data_sets import choose_splits, load, require_column
+from hf_importance.command_line.data_files import choose_splits, load, require_column
 from hf_importance.command_line.embedded_data import digits
-from hf_importance.command_line.fine_tuning import make_model, pretrained, run, script, start
+from hf_importance.command_line.fine_tuning import make_model, pretrained, run, script, set_seed_and_logging
 from hf_importance.command_line.labels import (
     drop_missing_labels,
     head_settings,
@@ -61,28 +61,32 @@ EMBEDDED = {
 
 @dataclass
 class ImageArguments(LabelArguments):
-    """Images: where they are, and what is done to them."""
+    """Flags of the image data, their preprocessing and augmentation."""
 
-    train_dir: str | None = flag(None, "Folder with one folder of training images per class.")
-    validation_dir: str | None = flag(None, "Likewise for the evaluation.")
-    train_val_split: float = flag(0.15, "Share of the training data to evaluate on, if there is no other.")
-    image_column_name: str | None = flag(None, "Column with the images (image, or img).")
-    image_processor_name: str | None = flag(None, "Image processor, if it is not the one of the model.")
-    random_crop: bool = flag(False, "Train on random parts of at least 60 % of each image.")
-    random_flip: bool = flag(False, "Mirror every other image in training.")
-    image_size: int = flag(64, "Pixels per side, for a model from scratch.")
-    patch_size: int = flag(8, "Pixels per side of its patches.")
+    train_dir: str | None = flag(None, "Folder of the training images, with one subfolder per class.")
+    validation_dir: str | None = flag(None, "Folder of the evaluation images, with one subfolder per class.")
+    train_val_split: float = flag(
+        0.15, "Share of the training data held out for evaluation if there is no evaluation data."
+    )
+    image_column_name: str | None = flag(None, "Column with the images. Defaults to image or img.")
+    image_processor_name: str | None = flag(
+        None, "Image processor, on the Hub or in a folder. Defaults to the image processor of the model."
+    )
+    random_crop: bool = flag(False, "Crop training images at random, to at least 60 % of their area.")
+    random_flip: bool = flag(False, "Mirror training images horizontally with probability 0.5.")
+    image_size: int = flag(64, "Height and width of images in pixels, for a model trained from scratch.")
+    patch_size: int = flag(8, "Height and width of patches in pixels, for a model trained from scratch.")
 
     @property
     def embedded(self) -> bool:
-        """Whether no data was named, so that the script runs on its own."""
+        """Whether no data was given, so that the script uses its embedded data."""
         return super().embedded and self.train_dir is None and self.validation_dir is None
 
 
 def main(argv: list[str] | None = None) -> Trainer:
-    """Run as the flags say; returns the trainer."""
+    """Run with the flags `argv`, by default `sys.argv[1:]`, and return the trainer."""
     model_arguments, data, training, importance = parse(argv, ImageArguments, EMBEDDED)
-    start(training)
+    set_seed_and_logging(training)
     splits = digits() if data.embedded else _load(data, model_arguments)
     if training.do_train and training.do_eval and not {"validation", "test"} & set(splits):
         held_out = splits["train"].train_test_split(test_size=data.train_val_split, seed=data.shuffle_seed)
@@ -92,7 +96,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         image = require_column(rows, data.image_column_name, ("image", "img"), "--image_column_name")
     label = label_column(chosen, data)
     chosen = drop_missing_labels(chosen, label)
-    head = {}  # without training it is the one that the model was saved with
+    head = {}  # without training, the labels are those of the saved model
     if training.do_train:
         head = head_settings(label_names(chosen, label), PROBLEM)
     config = _config(model_arguments, data, head)
@@ -106,14 +110,16 @@ def main(argv: list[str] | None = None) -> Trainer:
         read = label_reader(rows, label, config.label2id) if label in columns else None
         transform = _transform(processor, image, label, read, augment if use == "train" else None)
         prepared[use] = rows.select_columns(columns).cast_column(image, datasets.Image()).with_transform(transform)
-    training.remove_unused_columns = False  # they are the ones that the transform starts from
-    to_show = chosen["train"].select_columns(image).cast_column(image, datasets.Image()) if training.do_train else None
+    training.remove_unused_columns = False  # the transform reads them
+    report_examples = None
+    if training.do_train:
+        report_examples = chosen["train"].select_columns(image).cast_column(image, datasets.Image())
     return run(
         model_arguments,
         training,
         importance,
         prepared,
-        to_show,
+        report_examples,
         **settings_for_labels(PROBLEM, data.metric_name),
         model=model,
         processing_class=processor,
@@ -125,7 +131,9 @@ def _load(data: ImageArguments, model: ModelArguments) -> datasets.DatasetDict:
     folders = {split: folder for split, folder in folders.items() if folder is not None}
     for split, folder in folders.items():
         if not Path(folder).is_dir():
-            raise ValueError(f"--{split}_dir must be a folder with one folder per class, but {folder!r} is none.")
+            raise ValueError(
+                f"--{split}_dir must be a folder with one subfolder per class, but {folder!r} is not a folder."
+            )
     if not folders:
         return load(data, model)
     files = {split: str(Path(folder) / "**") for split, folder in folders.items()}
@@ -144,7 +152,7 @@ def _transform(
         if augment is not None:
             images = [augment(picture) for picture in images]
         pixels = processor(images, return_tensors="pt")["pixel_values"]
-        if read_label is None:  # to predict
+        if read_label is None:  # prediction without labels
             return {"pixel_values": list(pixels)}
         return {"pixel_values": list(pixels), "labels": [read_label(value) for value in rows[label]]}
 
@@ -152,7 +160,7 @@ def _transform(
 
 
 def _augmentation(data: ImageArguments) -> Callable[[Image.Image], Image.Image]:
-    """Random parts and mirror images, by torch's generator, so that --seed repeats them."""
+    """Random crops and flips, with the generator of torch, so that `--seed` makes them reproducible."""
 
     def augment(picture: Image.Image) -> Image.Image:
         if data.random_crop:

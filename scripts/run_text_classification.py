@@ -1,10 +1,10 @@
-"""Fine-tune a text classifier: one label, several labels, or a number.
+"""Fine-tune a text model for classification, with one or several labels, or for regression.
 
     python scripts/run_text_classification.py
     python scripts/run_text_classification.py --model_name_or_path bert-base-uncased --do_train --do_eval \
         --train_file train.csv --validation_file test.csv --text_column_names text --label_column_name category
 
-Without data it tells docstrings of installed packages apart, with a small BERT of its own; nothing is downloaded.
+Without arguments, it trains a small BERT from scratch to classify docstrings by package; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from hf_importance.command_line.arguments import LabelArguments, ModelArguments, flag, parse
-from hf_importance.command_line.data_sets import choose_splits, load, require_column
+from hf_importance.command_line.data_files import choose_splits, load, require_column
 from hf_importance.command_line.embedded_data import docstrings
-from hf_importance.command_line.fine_tuning import make_model, pretrained, run, script, start
+from hf_importance.command_line.fine_tuning import make_model, pretrained, run, script, set_seed_and_logging
 from hf_importance.command_line.labels import (
     drop_missing_labels,
     head_settings,
@@ -59,20 +59,24 @@ EMBEDDED = {
 
 @dataclass
 class TextArguments(LabelArguments):
-    """Texts: which columns, and how long."""
+    """Flags of the text data and their tokenization."""
 
-    text_column_names: str | None = flag(None, "Columns with the text, separated by commas (text, or sentence).")
-    text_column_delimiter: str = flag(" ", "Put between the texts of several columns.")
-    tokenizer_name: str | None = flag(None, "Tokenizer, if it is not the one of the model.")
-    do_regression: bool = flag(None, "The labels are numbers to predict (by default: if they are floats).")
-    max_seq_length: int = flag(128, "Longer texts are cut, in tokens.")
-    pad_to_max_length: bool = flag(False, "Pad to --max_seq_length rather than to the longest text of a batch.")
+    text_column_names: str | None = flag(
+        None, "Columns with the texts, separated by commas. Defaults to text or sentence."
+    )
+    text_column_delimiter: str = flag(" ", "Separator with which the texts of several columns are joined.")
+    tokenizer_name: str | None = flag(
+        None, "Tokenizer, on the Hub or in a folder. Defaults to the tokenizer of the model."
+    )
+    do_regression: bool = flag(None, "Predict the labels as numbers (regression). Defaults to true if they are floats.")
+    max_seq_length: int = flag(128, "Maximum length of a text in tokens; longer texts are truncated.")
+    pad_to_max_length: bool = flag(False, "Pad texts to --max_seq_length instead of to the longest text of a batch.")
 
 
 def main(argv: list[str] | None = None) -> Trainer:
-    """Run as the flags say; returns the trainer."""
+    """Run with the flags `argv`, by default `sys.argv[1:]`, and return the trainer."""
     model_arguments, data, training, importance = parse(argv, TextArguments, EMBEDDED)
-    start(training)
+    set_seed_and_logging(training)
     chosen = choose_splits(docstrings() if data.embedded else load(data, model_arguments), data, training)
     texts = _text_columns(chosen, data)
     label = label_column(chosen, data)
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         return [data.text_column_delimiter.join(map(str, row)) for row in parts]
 
     tokenizer = _tokenizer(model_arguments, data, joined(chosen["train"]) if training.do_train else None)
-    head = {}  # without training it is the one that the model was saved with
+    head = {}  # without training, the labels are those of the saved model
     if training.do_train:
         names = ["value"] if problem_type == "regression" else label_names(chosen, label)
         head = head_settings(names, problem_type)
@@ -107,13 +111,13 @@ def main(argv: list[str] | None = None) -> Trainer:
         use: rows.map(preparation(rows), batched=True, remove_columns=rows.column_names, desc=f"Tokenizing ({use})")
         for use, rows in chosen.items()
     }
-    to_show = chosen["train"].select_columns(texts) if training.do_train else None
+    report_examples = chosen["train"].select_columns(texts) if training.do_train else None
     return run(
         model_arguments,
         training,
         importance,
         prepared,
-        to_show,
+        report_examples,
         **settings_for_labels(problem_type, data.metric_name),
         model=model,
         processing_class=tokenizer,
@@ -129,18 +133,18 @@ def _problem_type(chosen: dict[str, datasets.Dataset], label: str | None, do_reg
 
 
 def _target(
-    rows: datasets.Dataset, label: str, problem_type: str, numbers: dict[str, int]
+    rows: datasets.Dataset, label: str, problem_type: str, label2id: dict[str, int]
 ) -> Callable[[Any], float | int | list[float]]:
-    """From a label to what the model wants: a number, a class, or 0.0 or 1.0 for each label."""
+    """A function from a label to the target of the model: a number, a class id, or 0.0 or 1.0 for each label."""
     if problem_type == "regression":
         return float
-    read = label_reader(rows, label, numbers)
+    read = label_reader(rows, label, label2id)
     if problem_type == "single_label_classification":
         return read
 
     def present(values: list[Any]) -> list[float]:
         found = {read(value) for value in values}
-        return [float(number in found) for number in range(len(numbers))]
+        return [float(number in found) for number in range(len(label2id))]
 
     return present
 
@@ -158,22 +162,22 @@ def _tokenizer(model: ModelArguments, data: TextArguments, texts: list[str] | No
         return pretrained(AutoTokenizer, model, name, "--tokenizer_name or --model_name_or_path")
     if texts is None:
         raise ValueError(
-            "Without --do_train there must be a --model_name_or_path: there is no text to learn words from."
+            "--model_name_or_path is required without --do_train: a tokenizer can only be trained on training data."
         )
     return learn_words(texts, data)
 
 
 def learn_words(texts: list[str], data: TextArguments) -> PreTrainedTokenizerBase:
-    """A tokenizer of 4,000 pieces of the words in these texts."""
+    """Train a WordPiece tokenizer with at most 4,000 tokens on these texts."""
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    words.normalizer = normalizers.BertNormalizer()
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=list(special.values()), show_progress=False)
-    words.train_from_iterator(texts, trainer)
-    ids = [(token, words.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=data.max_seq_length, **special)
+    tokenizer.train_from_iterator(texts, trainer)
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=data.max_seq_length, **special)
 
 
 def _config(

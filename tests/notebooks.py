@@ -1,4 +1,4 @@
-"""Runs notebooks. `python tests/notebooks.py` runs that of the scripts, and writes its outputs into it."""
+"""Runs notebooks. `python tests/notebooks.py` runs the notebook of the scripts, and saves it with its outputs."""
 
 import hashlib
 import os
@@ -22,20 +22,20 @@ def code_cells(notebook):
 
 
 def digest(notebook):
-    """Of all code, so that it is seen whether outputs are of an older one."""
+    """Digest of the code; a different one in the metadata means that the outputs are outdated."""
     return hashlib.sha256("\n".join(cell.source for cell in code_cells(notebook)).encode()).hexdigest()[:16]
 
 
 def execute(notebook, folder, **parameters):
-    """A copy with the outputs of a run in a folder, where its temporary files are, too.
+    """Run a copy of a notebook in a folder, which also holds temporary files, and return it with its outputs.
 
-    Parameters are assigned after the cell with that tag, in a cell that the copy does not have.
+    Parameters are assigned in a cell that is inserted after the one tagged `parameters`, and removed after the run.
     """
     notebook = deepcopy(notebook)
-    given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
+    assignments = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
     tagged = [place for place, cell in enumerate(notebook.cells, 1) if "parameters" in cell.metadata.get("tags", ())]
     if parameters:
-        notebook.cells.insert(*tagged, given)
+        notebook.cells.insert(*tagged, assignments)
     client = NotebookClient(
         notebook,
         kernel_name=KERNEL["name"],
@@ -43,9 +43,9 @@ def execute(notebook, folder, **parameters):
         record_timing=False,
         coalesce_streams=True,
     )
-    ours = {"TMPDIR": str(folder), "IPYTHONDIR": str(folder), "PYTHONWARNINGS": "ignore:IProgress not found"}
-    client.execute(env={**os.environ, **ours})
-    notebook.cells = [cell for cell in notebook.cells if cell is not given]
+    variables = {"TMPDIR": str(folder), "IPYTHONDIR": str(folder), "PYTHONWARNINGS": "ignore:IProgress not found"}
+    client.execute(env={**os.environ, **variables})
+    notebook.cells = [cell for cell in notebook.cells if cell is not assignments]
     notebook.metadata = {"digest": digest(notebook), "kernelspec": KERNEL, "language_info": {"name": "python"}}
     return notebook
 

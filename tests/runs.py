@@ -1,4 +1,4 @@
-"""Short runs of the fine-tuning scripts, and what they leave."""
+"""Short runs of the fine-tuning scripts, and their output files."""
 
 import json
 
@@ -30,7 +30,7 @@ def write(path, rows):
 
 
 def data_arguments(script):
-    """The flags of its own: the dataclass that a script makes of `DataArguments`."""
-    kinds = [value for value in vars(script).values() if isinstance(value, type) and issubclass(value, DataArguments)]
-    (found,) = [kind for kind in kinds if kind.__module__ == script.__name__]
+    """The dataclass of flags that a script derives from `DataArguments`."""
+    classes = [value for value in vars(script).values() if isinstance(value, type) and issubclass(value, DataArguments)]
+    (found,) = [cls for cls in classes if cls.__module__ == script.__name__]
     return found

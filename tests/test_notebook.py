@@ -1,4 +1,4 @@
-"""The notebook runs, shows what it says, and lies in the repository with the outputs of a whole run."""
+"""The notebook runs and shows what its text says, and its committed outputs are complete and up to date."""
 
 import re
 from copy import deepcopy
@@ -14,7 +14,7 @@ A_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|Users|var|work|usr)/|[A-Z]:\\\\"
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """A run of few steps."""
+    """The notebook after a short run."""
     return execute(read(), tmp_path_factory.mktemp("notebook"), SEEDS=(1,), EPOCHS=6)
 
 
@@ -24,36 +24,36 @@ def notebook(request):
 
 
 def table(notebook, column):
-    """The rows of the first table with such a column, as lists of texts, the first of which is the name of the row."""
+    """Rows of the first table with this column, as lists of texts that start with the name of the row."""
     texts = [out.data["text/plain"] for cell in code_cells(notebook) for out in cell.outputs if "data" in out]
     lines = next(text.splitlines() for text in texts if column in text.splitlines()[0])
     return [re.split(r"  +", line.strip()) for line in lines[1:] if re.search(r"  \d", line)]
 
 
-# ---- what a run shows ------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def test_training_ends_early_and_the_rival_has_as_few_steps(notebook):
+def test_training_ends_early_and_the_short_baseline_has_equally_many_steps(notebook):
     rows = {name: int(steps.split()[0]) for name, steps, *_ in table(notebook, "steps")}
     assert list(rows) == ["Trainer", "ImportanceTrainer", "Trainer, as few steps"]
     assert rows["ImportanceTrainer"] == rows["Trainer, as few steps"] < rows["Trainer"]
 
 
-def test_most_wrong_labels_are_found(notebook):
+def test_most_flipped_labels_are_found(notebook):
     for row in table(notebook, "suspects that were flipped"):
         _, flipped, suspects, right = map(int, row)
         assert flipped == 71, "5 % of 1,437"
         assert right > flipped / 2
-        assert right > suspects / 2, "at random it would be 5 %"
+        assert right > suspects / 2, "5 % by chance"
 
 
-def test_a_cell_that_fails_is_seen(tmp_path):
+def test_a_failing_cell_raises(tmp_path):
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise ValueError('as it should')")])
     with pytest.raises(CellExecutionError, match="raise ValueError"):
         execute(broken, tmp_path)
 
 
-# ---- what is in the repository ---------------------------------------------------------------------------------------
+# ---- committed outputs -----------------------------------------------------------------------------------------------
 
 
 def kinds(cell):
@@ -61,25 +61,25 @@ def kinds(cell):
 
 
 def faults(notebook, few):
-    """What is wrong with a notebook that is to be read as it is; `few` has the outputs of a run."""
+    """Faults of a notebook with its outputs, compared with a short run `few`."""
     if notebook.metadata != {"digest": digest(notebook), "kernelspec": KERNEL, "language_info": {"name": "python"}}:
-        yield "the code was changed, or there is more in the metadata: run python tests/notebooks.py"
+        yield "the code was changed, or the metadata has further entries: run python tests/notebooks.py"
     for number, (cell, run) in enumerate(zip(code_cells(notebook), code_cells(few), strict=True), 1):
         if cell.execution_count != number:
             yield f"cell {number} was run as number {cell.execution_count}"
         if any(out.output_type == "error" for out in cell.outputs):
             yield f"cell {number} failed"
         elif kinds(cell) != kinds(run):
-            yield f"cell {number} shows {kinds(cell)}, a run {kinds(run)}"
+            yield f"cell {number} shows {kinds(cell)}, but a run shows {kinds(run)}"
         if any(out.get("name") == "stderr" for out in cell.outputs):
             yield f"cell {number} warns"
         if cell.metadata.keys() - {"tags"}:
-            yield f"cell {number} has more in its metadata than tags"
+            yield f"cell {number} has metadata other than tags"
     if found := A_PATH.search(nbformat.writes(notebook)):
-        yield f"there is a path in it: {found.group()}"
+        yield f"contains a path: {found.group()}"
 
 
-def test_it_has_the_outputs_of_a_whole_run(few):
+def test_committed_outputs_are_complete(few):
     assert list(faults(read(), few)) == []
     assert NOTEBOOK.stat().st_size < LARGEST
     shown = [kind for cell in code_cells(read()) for kind in kinds(cell)]
@@ -94,9 +94,9 @@ def test_it_has_the_outputs_of_a_whole_run(few):
         (lambda cells: cells[2].update(execution_count=7), "cell 3 was run as number 7"),
         (lambda cells: cells[4].outputs.append(nbformat.v4.new_output("error", ename="E")), "failed"),
         (lambda cells: cells[1].outputs[0].update(name="stderr"), "warns"),
-        (lambda cells: cells[1].outputs[0].update(text="/home/someone/run"), "a path in it: /home/"),
+        (lambda cells: cells[1].outputs[0].update(text="/home/someone/run"), "contains a path: /home/"),
         (lambda cells: cells[1].update(source="pass"), "the code was changed"),
-        (lambda cells: cells[1].metadata.update(execution={}), "more in its metadata"),
+        (lambda cells: cells[1].metadata.update(execution={}), "metadata other than tags"),
     ],
 )
 def test_faults_are_found(few, change, fault):

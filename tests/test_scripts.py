@@ -1,4 +1,4 @@
-"""The scripts through their `main`, a few steps each, offline."""
+"""The classification scripts and `compare_runs` run offline, a few steps each, called through their `main`."""
 
 import csv
 import dataclasses
@@ -37,7 +37,7 @@ def reviews(n=12):
     return [{"text": f"{ANGRY if i % 3 else CALM} Table {i}.", "label": "bad" if i % 3 else "good"} for i in range(n)]
 
 
-# ---- without data ----------------------------------------------------------------------------------------------------
+# ---- embedded data and settings --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "cls"), [("importance", ImportanceTrainer), ("uniform", Trainer)])
@@ -63,7 +63,7 @@ def test_embedded_data(tmp_path, capsys, module, name, cls):
         assert torch.equal(mine, theirs)
 
 
-def test_settings_of_importance_are_flags(tmp_path):
+def test_flags_set_the_importance_config(tmp_path):
     more = {"budget": 0.5, "sampling": "replacement", "uniform_fraction": 0.4, "seed": 5, "max_train_samples": 40}
     trainer = run_image_classification.main(flags(tmp_path, max_eval_samples=10, **more))
     config = trainer.importance_config
@@ -72,8 +72,8 @@ def test_settings_of_importance_are_flags(tmp_path):
     assert results(tmp_path)["examples_processed"] == 12
 
 
-def test_settings_from_a_file(tmp_path):
-    """Flags go before the file, the file before the defaults."""
+def test_importance_config_from_a_file(tmp_path):
+    """Flags take precedence over the file, and the file over the defaults."""
     ImportanceConfig(budget=0.5, uniform_fraction=0.6, metric="loss", seed=7).save_pretrained(tmp_path)
     more = {"importance_config": tmp_path, "metric": "logit_gradient", "max_train_samples": 40, "max_eval_samples": 10}
     trainer = run_image_classification.main(flags(tmp_path, **more))
@@ -83,7 +83,7 @@ def test_settings_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("module", [run_text_classification, run_image_classification], ids=["text", "image"])
 def test_report(tmp_path, capsys, module):
-    """It shows the data as they were before they were made ready for the model."""
+    """The report shows the original texts and images, not the inputs of the model."""
     module.main([*flags(tmp_path, max_train_samples=40, max_eval_samples=10), "--report"])
     folder = tmp_path / "run" / "_importance_report"
     assert f"The report was saved as {folder / 'report.html'}" in capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_report(tmp_path, capsys, module):
         with (folder / "hardest.csv").open(encoding="utf-8", newline="") as file:
             shown = list(csv.DictReader(file))
         texts = docstrings()["train"]["text"]
-        assert len(shown) == 12, "what was visited in three steps"
+        assert len(shown) == 12, "the examples visited in three steps"
         assert all(row["text"] == texts[int(row["index"])] or len(row["text"]) == 500 for row in shown)
     else:
         assert (folder / "hardest.png").exists()
@@ -143,8 +143,8 @@ def test_prediction_without_labels(tmp_path):
     assert set(together) <= {"bad", "good"}
 
 
-def test_labels_are_those_that_the_model_was_trained_with(tmp_path):
-    """Also where the data at hand has only one of them, and where their names are numbers in another order."""
+def test_labels_keep_the_ids_of_the_trained_model(tmp_path):
+    """Also if the data only has one of the labels, or class labels in another order."""
     train = write(tmp_path / "train.json", [{"text": f"{CALM} {i}", "label": [7, 12, 3][i % 3]} for i in range(12)])
     run_text_classification.main([*flags(tmp_path, train_file=train), "--do_train"])
     saved = {"model_name_or_path": tmp_path / "run"}
@@ -159,7 +159,7 @@ def test_labels_are_those_that_the_model_was_trained_with(tmp_path):
     )
     assert trainer.eval_dataset["labels"][:] == [2]
     unknown = write(tmp_path / "unknown.json", [{"text": CALM, "label": 9}])
-    with pytest.raises(ValueError, match="has the label '9', but the model only knows"):
+    with pytest.raises(ValueError, match="has the label '9', but the model only has"):
         run_text_classification.main([*flags(tmp_path, **saved, validation_file=unknown), "--do_eval"])
 
 
@@ -174,14 +174,14 @@ def test_regression(tmp_path):
     assert all(isinstance(p, float) for p in predictions(tmp_path))
 
 
-def test_whole_numbers_as_regression(tmp_path):
+def test_regression_with_integer_labels(tmp_path):
     train = write(tmp_path / "train.csv", [{"text": CALM, "label": i} for i in range(12)])
     arguments = [*flags(tmp_path, train_file=train), "--do_train"]
     assert run_text_classification.main(arguments).model.config.num_labels == 12
     assert run_text_classification.main([*arguments, "--do_regression"]).model.config.num_labels == 1
 
 
-def test_several_labels(tmp_path):
+def test_multi_label_classification(tmp_path):
     rows = [{"text": f"{CALM} {i}", "labels": [t for t in ("soup", "staff") if len(t) % (i + 1)]} for i in range(12)]
     train = write(tmp_path / "train.json", rows)
     files = {"train_file": train, "validation_file": train, "test_file": train}
@@ -220,7 +220,7 @@ def test_image_folder(tmp_path):
     assert trainer.model.config.id2label == {0: "cat", 1: "dog"}
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (9, 3)
     augmented = [trainer.train_dataset[0]["pixel_values"] for _ in range(5)]
-    assert any(not torch.equal(augmented[0], other) for other in augmented), "asked anew at every visit"
+    assert any(not torch.equal(augmented[0], other) for other in augmented), "augmented anew at every visit"
     assert torch.equal(trainer.eval_dataset[0]["pixel_values"], trainer.eval_dataset[0]["pixel_values"]), "control"
 
 
@@ -235,10 +235,10 @@ def test_images_in_parquet(tmp_path):
     assert set(predictions(tmp_path)) <= {"cat", "dog"}
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- invalid flags and data ------------------------------------------------------------------------------------------
 
 
-def mistaken(tmp_path, case):
+def invalid(tmp_path, case):
     good = write(tmp_path / "good.csv", reviews())
     other = write(tmp_path / "other.csv", [{"text": CALM, "label": "new"}, {"text": CALM, "label": "bad"}])
     empty = write(tmp_path / "empty.json", [*reviews(), {"text": CALM, "label": None}])
@@ -246,25 +246,25 @@ def mistaken(tmp_path, case):
     return {
         "nothing to do": (flags(tmp_path, train_file=good), "Nothing to do: pass --do_train"),
         "no file": ([*flags(tmp_path, train_file="none.csv"), "--do_train"], "'none.csv' does not exist"),
-        "no csv": ([*flags(tmp_path, train_file=tmp_path / "notes.txt"), "--do_train"], "must be csv, json, jsonl"),
+        "no csv": ([*flags(tmp_path, train_file=tmp_path / "notes.txt"), "--do_train"], "must be a csv, json, jsonl"),
         "two kinds": (
-            [*flags(tmp_path, train_file=good, validation_file=empty), "--do_train"], "must be of one kind"
+            [*flags(tmp_path, train_file=good, validation_file=empty), "--do_train"], "must have the same format"
         ),
-        "no split": ([*flags(tmp_path, train_file=good), "--do_eval"], "--do_eval needs the split 'test'"),
+        "no split": ([*flags(tmp_path, train_file=good), "--do_eval"], "--do_eval needs the split 'validation'"),
         "no text": (
             [*flags(tmp_path, train_file=good, text_column_names="body"), "--do_train"],
-            r"--text_column_names: no column 'body' in the data, which has \['text', 'label'\]",
+            r"--text_column_names must be one of the columns \['text', 'label'\], but is 'body'",
         ),
         "no label": (
             [*flags(tmp_path, train_file=good, label_column_name="kind"), "--do_train"],
-            "--label_column_name: no column 'kind'",
+            "--label_column_name must be one of the columns .*, but is 'kind'",
         ),
         "unknown label": (
             [*flags(tmp_path, train_file=good, validation_file=other), "--do_train", "--do_eval"],
-            r"has the label 'new', but the model only knows \['bad', 'good'\]",
+            r"has the label 'new', but the model only has the labels \['bad', 'good'\]",
         ),
         "empty label": ([*flags(tmp_path, train_file=empty), "--do_train"], "rows without a label"),
-        "no words": ([*flags(tmp_path, test_file=good), "--do_predict"], "there must be a --model_name_or_path"),
+        "no words": ([*flags(tmp_path, test_file=good), "--do_predict"], "--model_name_or_path is required"),
         "range": (
             [*flags(tmp_path, train_file=good, uniform_fraction=2), "--do_train"],
             r"uniform_fraction must be in \[0, 1\], but is 2.0",
@@ -288,19 +288,19 @@ def mistaken(tmp_path, case):
         "range",
     ],
 )
-def test_mistakes_in_texts(tmp_path, case):
-    arguments, message = mistaken(tmp_path, case)
+def test_invalid_text_arguments(tmp_path, case):
+    arguments, message = invalid(tmp_path, case)
     with pytest.raises(ValueError, match=message):
         run_text_classification.main(arguments)
     assert not (tmp_path / "run" / "all_results.json").exists()
 
 
-def test_mistakes_in_images(tmp_path):
-    with pytest.raises(ValueError, match="--train_dir must be a folder with one folder per class"):
+def test_invalid_image_arguments(tmp_path):
+    with pytest.raises(ValueError, match="--train_dir must be a folder with one subfolder per class"):
         run_image_classification.main([*flags(tmp_path, train_dir="nowhere"), "--do_train"])
 
 
-def test_mistakes_are_told_without_a_traceback(tmp_path, monkeypatch):
+def test_errors_are_shown_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_text_classification.py", *flags(tmp_path, train_file="none.csv")])
     with pytest.raises(SystemExit, match=r"^error: Nothing to do"):
         script(run_text_classification.main)
@@ -310,7 +310,7 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, monkeypatch):
 
 
 def test_comparison(tmp_path, capsys):
-    """Four real runs of a few steps; the table has their mean, the plot is a picture."""
+    """The table has the means of four short runs, and the plot is a valid image."""
     expected = {}
     for trainer in ("importance", "uniform"):
         for seed in (1, 2):
@@ -332,7 +332,7 @@ def test_comparison(tmp_path, capsys):
         assert picture.width > 400
 
 
-def test_comparison_of_runs_that_end_at_different_steps():
+def test_comparison_of_runs_of_different_length():
     curves = [[(10, 0.2), (20, 0.4), (30, 0.6)], [(10, 0.4), (14, 0.8)]]
     for found, point in zip(compare_runs.mean_curve(curves), [(10, 0.3), (22, 0.7)], strict=True):
         assert found == pytest.approx(point)
@@ -343,12 +343,12 @@ def test_comparison_of_runs_that_end_at_different_steps():
     assert re.split(r"  +", compare_runs.table(runs[1:]).splitlines()[2])[5] == "9", "nothing to compare with"
 
 
-def test_comparison_of_nothing(tmp_path):
-    with pytest.raises(SystemExit, match="no finished run"):
+def test_comparison_without_runs(tmp_path):
+    with pytest.raises(SystemExit, match="must contain finished runs"):
         compare_runs.main([str(tmp_path)])
 
 
-# ---- each script by itself -------------------------------------------------------------------------------------------
+# ---- help and copies -------------------------------------------------------------------------------------------------
 
 SCRIPTS = sorted(Path(compare_runs.__file__).parent.glob("*.py"))
 PARTS = next(iter(benchmark.new_parser()._subparsers._group_actions)).choices
@@ -357,12 +357,12 @@ FINE_TUNING = [path for path in SCRIPTS if path.stem.startswith("run_")]
 
 
 def flags_of(name, part=None):
-    """Of which the help of a script is to speak."""
+    """Flags that the help of a script must list."""
     if part is not None:
         return [flag for action in PARTS[part]._actions for flag in action.option_strings]
     if name.startswith("run_"):
-        kinds = (ModelArguments, data_arguments(importlib.import_module(name)), TrainingArguments, ImportanceConfig)
-        return [f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.init]
+        classes = (ModelArguments, data_arguments(importlib.import_module(name)), TrainingArguments, ImportanceConfig)
+        return [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls) if field.init]
     return {"benchmark": list(PARTS), "compare_runs": ["folder"]}.get(name, ["--help"])
 
 
@@ -371,24 +371,24 @@ def test_help(words, capsys):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(words[0]).main([*words[1:], "--help"])
     assert stop.value.code == 0
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     for flag in flags_of(*words):
-        assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", said), flag
-    assert not re.search(r"(?<![\w-])--unknown(?![\w-])", said), "control"
+        assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), flag
+    assert not re.search(r"(?<![\w-])--unknown(?![\w-])", text), "control"
 
 
-def alone(script, *more):
-    """A script where the package is found, and no other script."""
+def run_alone(script, *more):
+    """Run a script with only the package on the path, not the other scripts."""
     paths = {"PYTHONPATH": str(Path(hf_importance.__file__).parent.parent)}
     command = [sys.executable, script, *more]
     return subprocess.run(command, cwd=script.parent, env={**os.environ, **paths}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("path", FINE_TUNING, ids=lambda path: path.stem)
-def test_a_script_can_be_copied_alone(tmp_path, path):
-    done = alone(Path(shutil.copy(path, tmp_path)), "--help")
+def test_a_copied_script_runs_alone(tmp_path, path):
+    done = run_alone(Path(shutil.copy(path, tmp_path)), "--help")
     assert done.returncode == 0, done.stderr
     assert "--do_train" in done.stdout
     other = tmp_path / "other.py"
     other.write_text("import compare_runs")
-    assert "No module named 'compare_runs'" in alone(other).stderr, "control"
+    assert "No module named 'compare_runs'" in run_alone(other).stderr, "control"

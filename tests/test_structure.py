@@ -65,7 +65,7 @@ ORDER = [
     "command_line.arguments",
     "command_line.metrics",
     "command_line.embedded_data",
-    "command_line.data_sets",
+    "command_line.data_files",
     "command_line.completions",
     "command_line.labels",
     "command_line.fine_tuning",

@@ -1,4 +1,4 @@
-"""The flags that the fine-tuning scripts share."""
+"""Flags shared by the fine-tuning scripts."""
 
 from __future__ import annotations
 
@@ -14,34 +14,43 @@ from hf_importance.config import ImportanceConfig
 
 
 def flag(default: Any, text: str) -> Any:
-    """A field of a dataclass of flags."""
+    """Define a flag: a dataclass field with a default value and a help text."""
     return field(default=default, metadata={"help": text.replace("%", "%%")})
 
 
 @dataclass
 class ModelArguments:
-    """Arguments of the model and the trainer."""
+    """Flags of the model, the trainer and the report."""
 
     trainer: Literal["importance", "uniform"] = flag(
-        "importance", "importance: online importance sampling; uniform: transformers' own Trainer."
+        "importance",
+        "importance: ImportanceTrainer, with online importance sampling; uniform: Trainer of transformers.",
     )
     model_name_or_path: str | None = flag(
-        None, "Model to fine-tune, on the Hub or in a folder; by default a small untrained one."
+        None, "Model to fine-tune, on the Hub or in a folder. By default, a small untrained model is created."
     )
-    config_name: str | None = flag(None, "Config, if different from that of the model.")
+    config_name: str | None = flag(
+        None, "Model config, on the Hub or in a folder. Defaults to the config of the model."
+    )
     cache_dir: str | None = flag(None, "Cache folder for downloads from the Hub.")
     model_revision: str = flag("main", "Branch, tag or commit of the model.")
-    token: str | None = flag(None, "Access token for the Hub; by default that of `hf auth login`.")
-    trust_remote_code: bool = flag(False, "Run code that comes with a model or dataset.")
-    ignore_mismatched_sizes: bool = flag(False, "Replace a head whose number of labels does not match.")
+    token: str | None = flag(None, "Access token for the Hub. Defaults to the token of `hf auth login`.")
+    trust_remote_code: bool = flag(False, "Allow code from the repository of the model to run on this machine.")
+    ignore_mismatched_sizes: bool = flag(
+        False, "Replace the head of the model if its number of labels differs from the data."
+    )
     importance_config: str | None = flag(
-        None, "importance_config.json to start from: the file, a folder that contains it, or a model on the Hub."
+        None,
+        "Settings of importance sampling: an importance_config.json, a folder that contains it, or a model on the Hub. "
+        "Flags for single settings take precedence.",
     )
     report: bool = flag(
-        False, "Write a report of the training data: the hardest examples, suspected label errors, plots, a table."
+        False,
+        "After training, write a report of the training data: the hardest examples, suspected label errors, plots and "
+        "a table of all examples.",
     )
     report_examples_to_hub: bool = flag(
-        False, "Let --push_to_hub upload the full report, which shows training examples."
+        False, "Upload the full report, which contains training examples, if --push_to_hub is set."
     )
 
     def hub(self) -> dict[str, Any]:
@@ -52,43 +61,49 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Arguments of the data."""
+    """Flags of the data."""
 
     dataset_name: str | None = flag(None, "Dataset on the Hub or in a folder.")
-    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
-    train_file: str | None = flag(None, "Training data as csv, json, jsonl or parquet.")
-    validation_file: str | None = flag(None, "Evaluation data as csv, json, jsonl or parquet.")
-    test_file: str | None = flag(None, "Test data as csv, json, jsonl or parquet.")
-    train_split_name: str | None = flag(None, "Split to train on (default: train).")
-    validation_split_name: str | None = flag(None, "Split to evaluate on (default: validation, else test).")
-    test_split_name: str | None = flag(None, "Split to predict (default: test).")
+    dataset_config_name: str | None = flag(None, "Configuration (subset) of the dataset.")
+    train_file: str | None = flag(None, "Training data: a csv, json, jsonl or parquet file.")
+    validation_file: str | None = flag(None, "Evaluation data: a csv, json, jsonl or parquet file.")
+    test_file: str | None = flag(None, "Test data for --do_predict: a csv, json, jsonl or parquet file.")
+    train_split_name: str | None = flag(None, "Split of the dataset to train on. Defaults to train.")
+    validation_split_name: str | None = flag(
+        None, "Split of the dataset to evaluate on. Defaults to validation, or to test if there is none."
+    )
+    test_split_name: str | None = flag(None, "Split of the dataset to predict. Defaults to test.")
     max_train_samples: int | None = flag(None, "Maximum number of training examples.")
     max_eval_samples: int | None = flag(None, "Maximum number of evaluation examples.")
     max_predict_samples: int | None = flag(None, "Maximum number of examples to predict.")
-    shuffle_train_dataset: bool = flag(False, "Shuffle the training data before --max_train_samples truncates it.")
-    shuffle_seed: int = flag(42, "Seed of --shuffle_train_dataset.")
+    shuffle_train_dataset: bool = flag(False, "Shuffle the training data before --max_train_samples is applied.")
+    shuffle_seed: int = flag(42, "Seed of --shuffle_train_dataset, and of a random split of the data.")
 
     def files(self) -> dict[str, str]:
-        """The given data files, by split."""
+        """Paths of the given data files, by split."""
         named = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
         return {split: path for split, path in named.items() if path is not None}
 
     @property
     def embedded(self) -> bool:
-        """Whether no data was given, so the script uses its embedded data."""
+        """Whether no data was given, so that the script uses its embedded data."""
         return self.dataset_name is None and not self.files()
 
 
 @dataclass
 class LabelArguments(DataArguments):
-    """Arguments of labelled data."""
+    """Flags of labelled data."""
 
-    label_column_name: str | None = flag(None, "Column with the labels (default: label or labels).")
-    metric_name: str | None = flag(None, "Metric of `evaluate` (from the Hub, or a local script).")
+    label_column_name: str | None = flag(None, "Column with the labels. Defaults to label or labels.")
+    metric_name: str | None = flag(
+        None,
+        "Metric of `evaluate`, from the Hub or a local script. Defaults to accuracy and F1, or in regression to mean "
+        "squared error and Pearson correlation.",
+    )
 
 
 def _importance_flags() -> type:
-    """`ImportanceConfig` without its seed, which is set by --seed or --data_seed of `TrainingArguments`."""
+    """Dataclass of the fields of `ImportanceConfig` except the seed, which `--seed` or `--data_seed` sets."""
     types = get_type_hints(ImportanceConfig)
     settings = [f for f in dataclasses.fields(ImportanceConfig) if f.name != "seed"]
     copies = [(f.name, types[f.name], field(default=f.default, metadata=f.metadata)) for f in settings]
@@ -96,16 +111,28 @@ def _importance_flags() -> type:
 
 
 def parse(argv: list[str] | None, data_type: type[DataArguments], embedded: dict[str, Any]) -> tuple[Any, ...]:
-    """Parse flags into model, data, training and importance settings. `embedded`: defaults for embedded data."""
-    first_look = HfArgumentParser((ModelArguments, data_type), add_help=False, allow_abbrev=False)
-    model, data, *_ = first_look.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    start = ImportanceConfig()
+    """Parse flags into settings of the model, the data, training and importance sampling.
+
+    Args:
+        argv: the flags; None for `sys.argv[1:]`.
+        data_type: dataclass of the data flags.
+        embedded: default values of flags if the embedded data are used, and `run_name`, the name of the output folder.
+
+    Returns:
+        A `ModelArguments`, a `data_type`, a `TrainingArguments` and an `ImportanceConfig`.
+
+    Raises:
+        ValueError: for unknown, missing or contradictory flags, or a value out of range.
+    """
+    first_parser = HfArgumentParser((ModelArguments, data_type), add_help=False, allow_abbrev=False)
+    model, data, *_ = first_parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    base = ImportanceConfig()
     if model.importance_config is not None:
         hub = {"cache_dir": model.cache_dir, "token": model.token}
-        start = ImportanceConfig.from_pretrained(model.importance_config, **hub)
+        base = ImportanceConfig.from_pretrained(model.importance_config, **hub)
     parser = HfArgumentParser((ModelArguments, data_type, TrainingArguments, _importance_flags()), allow_abbrev=False)
     parser.set_defaults(report_to=["none"], dataloader_pin_memory=torch.accelerator.is_available())
-    parser.set_defaults(**{name: value for name, value in dataclasses.asdict(start).items() if name != "seed"})
+    parser.set_defaults(**{name: value for name, value in dataclasses.asdict(base).items() if name != "seed"})
     if data.embedded:
         parser.set_defaults(**embedded)
     model, data, training, importance = parser.parse_args_into_dataclasses(argv)
@@ -115,4 +142,4 @@ def parse(argv: list[str] | None, data_type: type[DataArguments], embedded: dict
         raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
     if model.report and not (training.do_train and model.trainer == "importance" and importance.record):
         raise ValueError("--report needs --do_train, --trainer importance and --record: pass them, or remove --report.")
-    return model, data, training, dataclasses.replace(start, **dataclasses.asdict(importance))
+    return model, data, training, dataclasses.replace(base, **dataclasses.asdict(importance))

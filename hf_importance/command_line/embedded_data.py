@@ -1,4 +1,4 @@
-"""Real data from installed packages, without network: scanned digits, and docstrings."""
+"""Real data from installed packages, without network access: scanned digits, docstrings and signatures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import datasets
 from PIL import Image
 from sklearn.datasets import load_digits
 
-PACKAGES = {  # module → distribution
+PACKAGES = {  # import name → distribution name
     "torch": "torch",
     "transformers": "transformers",
     "numpy": "numpy",
@@ -33,7 +33,7 @@ _MIN_WORDS = 6
 
 
 def digits() -> datasets.DatasetDict:
-    """1,797 scanned digits of 8 × 8 pixels in 10 classes (UCI, from scikit-learn), with a fifth as test split."""
+    """1,797 scanned digits of 8 × 8 pixels in 10 classes (UCI, from scikit-learn); a fifth is the test split."""
     scans = load_digits()
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(10))
     rows = {
@@ -45,11 +45,15 @@ def digits() -> datasets.DatasetDict:
 
 
 def docstrings(per_package: int = 1000, whole: bool = False) -> datasets.DatasetDict:
-    """First paragraphs of docstrings of installed packages, or `whole` docstrings, labelled with the package.
+    """Docstrings in installed packages, labelled with the package; a fifth is the test split.
 
-    A fifth is the test split. Of texts that start or end with the same six words only one is kept, so that no near
-    duplicates cross the split. The first call reads source files (some seconds); `datasets` caches the result for these
-    versions of the packages.
+    If several texts start or end with the same six words, only one is kept, so that the splits share no near
+    duplicates. The first call reads source files, which takes some seconds; `datasets` caches the result for the
+    installed versions of the packages.
+
+    Args:
+        per_package: maximum number of texts per package.
+        whole: whether to use whole docstrings instead of their first paragraphs.
     """
     versions = {module: version(name) for module, name in PACKAGES.items()}
     names = [*versions, STANDARD_LIBRARY]
@@ -62,7 +66,13 @@ def docstrings(per_package: int = 1000, whole: bool = False) -> datasets.Dataset
 
 
 def signatures(per_package: int = 1000) -> datasets.DatasetDict:
-    """Signatures of functions in installed packages with the first sentence of their docstring; a tenth for testing."""
+    """Signatures of functions in installed packages as prompts, and the first sentences of docstrings as completions.
+
+    A tenth is the test split; see [`docstrings`] on duplicates and caching.
+
+    Args:
+        per_package: maximum number of functions per package.
+    """
     versions = {module: version(name) for module, name in PACKAGES.items()}
     data = datasets.Dataset.from_generator(
         _signatures,
@@ -77,12 +87,12 @@ def _signatures(versions: dict[str, str], per_package: int) -> Iterator[dict[str
     for folder in _folders(versions):
         found = 0
         for node, text in _documented(folder):
-            ends = _ends(text)
-            if found < per_package and isinstance(node, ast.FunctionDef) and seen.isdisjoint(ends):
+            words = _first_and_last_words(text)
+            if found < per_package and isinstance(node, ast.FunctionDef) and seen.isdisjoint(words):
                 sentence = re.split(r"(?<=[.:])\s", text)[0]
                 yield {"prompt": f"{node.name}({ast.unparse(node.args)})", "completion": sentence}
                 found += 1
-            seen.update(ends)
+            seen.update(words)
 
 
 def _folders(versions: dict[str, str]) -> list[Path]:
@@ -95,22 +105,25 @@ def _texts(versions: dict[str, str], per_package: int, whole: bool) -> Iterator[
     for label, folder in enumerate(_folders(versions)):
         found = 0
         for _, text in _documented(folder, whole):
-            ends = _ends(text)
-            if seen.isdisjoint(ends):
+            words = _first_and_last_words(text)
+            if seen.isdisjoint(words):
                 yield {"text": text, "label": label}
                 found += 1
-            seen.update(ends)
+            seen.update(words)
             if found == per_package:
                 break
 
 
-def _ends(text: str) -> tuple[str, str]:
+def _first_and_last_words(text: str) -> tuple[str, str]:
     words = re.findall(r"[a-z]+", text.lower())
     return "^" + " ".join(words[:_MIN_WORDS]), "$" + " ".join(words[-_MIN_WORDS:])
 
 
 def _documented(folder: Path, whole: bool = False) -> Iterator[tuple[ast.AST, str]]:
-    """Docstrings or their first paragraphs, of at least six words, with files in an order that mixes subpackages."""
+    """Definitions with a docstring, and its text, if it has at least six words.
+
+    Files are read in a fixed order that mixes subpackages.
+    """
     relative = [path.relative_to(folder) for path in folder.rglob("*.py")]
     files = [path for path in relative if {"site-packages", "tests", "test"}.isdisjoint(path.parts)]
     for path in sorted(files, key=lambda path: zlib.crc32(path.as_posix().encode())):
@@ -118,7 +131,7 @@ def _documented(folder: Path, whole: bool = False) -> Iterator[tuple[ast.AST, st
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)
                 tree = ast.parse((folder / path).read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # templates and test files of other packages
+        except (SyntaxError, UnicodeDecodeError):  # templates, or files in other encodings
             continue
         for node in _definitions(tree):
             text = ast.get_docstring(node) or ""

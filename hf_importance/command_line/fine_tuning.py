@@ -1,4 +1,4 @@
-"""What the fine-tuning scripts do: load the model, train, evaluate, predict, report, push."""
+"""Steps of the fine-tuning scripts: load the model, train, evaluate, predict, report, push to the Hub."""
 
 from __future__ import annotations
 
@@ -22,20 +22,33 @@ from hf_importance.trainer import ImportanceTrainer
 Metrics = dict[str, float]
 
 
-def pretrained(auto_class: Any, model: ModelArguments, name: str, name_of_flag: str, **settings: Any) -> Any:
-    """What `auto_class` makes of a name on the Hub, or of a folder.
+def pretrained(auto_class: Any, model: ModelArguments, name: str, flag: str, **settings: Any) -> Any:
+    """Load a model, config, tokenizer or image processor from the Hub or a folder.
+
+    Args:
+        auto_class: class whose `from_pretrained` loads it.
+        model: settings of the Hub.
+        name: name on the Hub, or path of a folder.
+        flag: flag that sets the name, for the error message.
+        **settings: further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: if it is not there.
+        ValueError: if it cannot be loaded.
     """
     try:
         return auto_class.from_pretrained(name, **settings, **model.hub())
     except OSError as error:
-        raise ValueError(f"{name_of_flag}: {name!r} could not be loaded, from a folder or the Hub: {error}") from error
+        raise ValueError(f"{flag} must be on the Hub or a folder, but {name!r} could not be loaded: {error}") from error
 
 
 def make_model(auto_class: type, model: ModelArguments, config: PreTrainedConfig | None) -> PreTrainedModel:
-    """The named model in float32, by default with the config it was saved with; or a new one."""
+    """Load `--model_name_or_path` in float32, or create an untrained model without it.
+
+    Args:
+        auto_class: class of the model, such as `AutoModelForCausalLM`.
+        model: flags of the model.
+        config: config of the model; None for the one that the model was saved with.
+    """
     if model.model_name_or_path is None:
         return auto_class.from_config(config)
     settings = {"ignore_mismatched_sizes": model.ignore_mismatched_sizes, "config": config, "dtype": "float32"}
@@ -43,7 +56,7 @@ def make_model(auto_class: type, model: ModelArguments, config: PreTrainedConfig
 
 
 class _Clock(TrainerCallback):
-    """Seconds of training without the evaluations in between."""
+    """Measures the seconds of training, without evaluations."""
 
     def __init__(self) -> None:
         self.seconds, self._since = 0.0, 0.0
@@ -62,46 +75,47 @@ def run(
     model_arguments: ModelArguments,
     training: TrainingArguments,
     importance: ImportanceConfig,
-    chosen: dict[str, datasets.Dataset],
-    to_show: datasets.Dataset | None,
+    prepared: dict[str, datasets.Dataset],
+    report_examples: datasets.Dataset | None,
     predict: Callable[[Trainer, datasets.Dataset], tuple[list[Any], Metrics]],
     evaluate: Callable[[Trainer], Metrics] = methodcaller("evaluate"),
     loss_is_scaled_for_ga: bool | None = None,
     **more: Any,
 ) -> Trainer:
-    """Train, evaluate, predict, report and push as asked; print and save the metrics.
+    """Train, evaluate, predict, report and push to the Hub, as the flags say; print and save the metrics.
 
     Args:
-        model_arguments: which trainer, and whether to report.
-        training: what is to be done, and where it is saved.
-        importance: the settings of `ImportanceTrainer`.
-        chosen: the data, ready for the model, for `train`, `eval` and `predict`.
-        to_show: the training data as people want to see them.
-        predict: one prediction, as JSON can hold it, for each row of the data to predict; and metrics of them.
-        evaluate: the metrics of an evaluation.
-        loss_is_scaled_for_ga: of the plain `Trainer`, where it takes it for something else; ours knows by itself.
-        **more: arguments of the trainer.
+        model_arguments: which trainer to use, and whether to write a report.
+        training: which steps to run, and where to save the results.
+        importance: settings of `ImportanceTrainer`.
+        prepared: inputs of the model for `train`, `eval` and `predict`.
+        report_examples: the training examples as the report shows them.
+        predict: returns the predictions for a dataset, one JSON value per example, and their metrics.
+        evaluate: evaluates and returns the metrics.
+        loss_is_scaled_for_ga: attribute of the plain `Trainer`, None for automatic detection. `ImportanceTrainer`
+            does not need it.
+        **more: further arguments of the trainer.
     """
-    sampled, upload = model_arguments.trainer == "importance", model_arguments.report_examples_to_hub
-    trainer = (ImportanceTrainer if sampled else Trainer)(
+    is_importance, upload = model_arguments.trainer == "importance", model_arguments.report_examples_to_hub
+    trainer = (ImportanceTrainer if is_importance else Trainer)(
         args=training,
-        train_dataset=chosen.get("train"),
-        eval_dataset=chosen.get("eval"),
-        **({"importance": importance, "report_examples_to_hub": upload} if sampled else {}),
+        train_dataset=prepared.get("train"),
+        eval_dataset=prepared.get("eval"),
+        **({"importance": importance, "report_examples_to_hub": upload} if is_importance else {}),
         **more,
     )
-    if not sampled:
+    if not is_importance:
         trainer.loss_is_scaled_for_ga = loss_is_scaled_for_ga
     if training.do_train:
         _train(trainer, model_arguments.trainer)
     if training.do_eval:
-        _report(trainer, "eval", evaluate(trainer))
+        _log_and_save(trainer, "eval", evaluate(trainer))
     if training.do_predict:
-        predictions, metrics = predict(trainer, chosen["predict"])
-        _report(trainer, "predict", metrics)
+        predictions, metrics = predict(trainer, prepared["predict"])
+        _log_and_save(trainer, "predict", metrics)
         _save_predictions(trainer, predictions)
     if model_arguments.report:
-        page = trainer.importance_report(examples=to_show)
+        page = trainer.importance_report(examples=report_examples)
         if page is not None:
             print(f"\nThe report was saved as {page}")
     if training.push_to_hub:
@@ -125,10 +139,10 @@ def _train(trainer: Trainer, name: str) -> None:
     metrics["seconds_of_training"] = round(clock.seconds, 3)
     trainer.save_model()
     trainer.save_state()
-    _report(trainer, "train", metrics)
+    _log_and_save(trainer, "train", metrics)
 
 
-def _report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
+def _log_and_save(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
 
@@ -142,14 +156,14 @@ def _save_predictions(trainer: Trainer, predictions: list[Any]) -> None:
         print(f"\nThe predictions were saved in {path}")
 
 
-def start(training: TrainingArguments) -> None:
-    """Seed, and logging at the level that was asked for."""
+def set_seed_and_logging(training: TrainingArguments) -> None:
+    """Set the seed and the log level."""
     transformers.logging.set_verbosity(training.get_process_log_level())
     set_seed(training.seed)
 
 
 def script(main: Callable[[], Any]) -> None:
-    """Run `main`; of a mistake in the flags or the data show what it says, not where in our code it was found."""
+    """Run `main`; errors in the flags, the data or an upload are printed without a traceback."""
     try:
         main()
     except (ValueError, PushError) as error:

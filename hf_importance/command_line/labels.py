@@ -1,4 +1,4 @@
-"""Labels of classification and regression: their column, names and numbers, and what the model makes of them."""
+"""Labels of classification and regression: columns, names and ids, and predictions."""
 
 from __future__ import annotations
 
@@ -10,39 +10,43 @@ import datasets
 from transformers import Trainer
 
 from hf_importance.command_line.arguments import LabelArguments
-from hf_importance.command_line.data_sets import require_column
+from hf_importance.command_line.data_files import require_column
 from hf_importance.command_line.metrics import decide, metric_for
 
 
 def label_column(chosen: dict[str, datasets.Dataset], data: LabelArguments) -> str | None:
-    """The column with the labels. The data for --do_predict need not have one: None if there is no other data."""
-    usual, name_of_flag = ("label", "labels"), "--label_column_name"
+    """The column with the labels; None if there is only data for `--do_predict`, which does not need labels.
+
+    Raises:
+        ValueError: if there is no such column.
+    """
+    defaults, flag = ("label", "labels"), "--label_column_name"
     found = [
-        require_column(rows, data.label_column_name, usual, name_of_flag)
+        require_column(rows, data.label_column_name, defaults, flag)
         for use, rows in chosen.items()
-        if use != "predict" or data.label_column_name in rows.column_names or {*usual} & {*rows.column_names}
+        if use != "predict" or data.label_column_name in rows.column_names or {*defaults} & {*rows.column_names}
     ]
     return found[0] if found else None
 
 
 def drop_missing_labels(chosen: dict[str, datasets.Dataset], label: str | None) -> dict[str, datasets.Dataset]:
-    """Without the labels of the data to predict, if some are missing there (empty, or −1 as in many test sets).
+    """Remove the labels of the data for `--do_predict` if any is missing (empty, or −1 as in many test sets).
 
     Raises:
-        ValueError: if a label is missing elsewhere.
+        ValueError: if a label is missing in the data for training or evaluation.
     """
     kept = {}
     for use, rows in chosen.items():
         if label in rows.column_names and any(value in (None, -1) for value in _labels_of(rows, label)):
             if use != "predict":
-                raise ValueError(f"The {use} data has rows without a label in the column {label!r}: remove them.")
+                raise ValueError(f"The {use} data has rows without a label in the column {label!r}: remove these rows.")
             rows = rows.remove_columns(label)
         kept[use] = rows
     return kept
 
 
 def _labels_of(rows: datasets.Dataset, label: str) -> set[Any]:
-    """All different ones. Class labels are numbers here; a number that is no class may be −1."""
+    """The distinct labels, None for a missing one; classes as ids. −1 is only a missing label for classes."""
     values, feature = rows.with_format(None)[label], rows.features[label]
     if isinstance(feature, datasets.List):
         return {value for row in values for value in (row if row is not None else [None])}
@@ -51,7 +55,7 @@ def _labels_of(rows: datasets.Dataset, label: str) -> set[Any]:
 
 
 def label_names(chosen: dict[str, datasets.Dataset], label: str) -> list[str]:
-    """The labels, in the order of their numbers: those of the data set if it knows them, else of the training data."""
+    """Names of the labels in the order of their ids, from the features of the dataset, or else sorted."""
     feature = chosen["train"].features[label]
     feature = feature.feature if isinstance(feature, datasets.List) else feature
     if isinstance(feature, datasets.ClassLabel):
@@ -59,11 +63,19 @@ def label_names(chosen: dict[str, datasets.Dataset], label: str) -> list[str]:
     return [str(value) for value in sorted(_labels_of(chosen["train"], label))]
 
 
-def label_reader(rows: datasets.Dataset, label: str, numbers: dict[str, int]) -> Callable[[Any], int]:
-    """From a label as the data has it to its number in the model, whose `label2id` is `numbers`.
+def label_reader(rows: datasets.Dataset, label: str, label2id: dict[str, int]) -> Callable[[Any], int]:
+    """A function from a label in the data to its id in the model.
 
-    Labels are known by their names. Whole numbers are also taken as they are, for models whose labels have no names of
-    their own (LABEL_0, …).
+    Labels are identified by name. An integer that is not a name is used as the id, for models whose labels are unnamed
+    (LABEL_0, …).
+
+    Args:
+        rows: the data.
+        label: the column with the labels.
+        label2id: ids of the labels by name, from the config of the model.
+
+    Returns:
+        The function. It raises a ValueError for a label that the model does not have.
     """
     feature = rows.features[label]
     feature = feature.feature if isinstance(feature, datasets.List) else feature
@@ -71,39 +83,41 @@ def label_reader(rows: datasets.Dataset, label: str, numbers: dict[str, int]) ->
 
     def read(value: Any) -> int:
         name = str(value) if names is None else names[value]
-        if name in numbers:
-            return numbers[name]
-        if isinstance(value, int) and 0 <= value < len(numbers):
+        if name in label2id:
+            return label2id[name]
+        if isinstance(value, int) and 0 <= value < len(label2id):
             return value
-        raise ValueError(f"The column {label!r} has the label {name!r}, but the model only knows {list(numbers)[:20]}.")
+        raise ValueError(
+            f"The column {label!r} has the label {name!r}, but the model only has the labels {list(label2id)[:20]}: "
+            "remove these rows, or train on data with this label."
+        )
 
     return read
 
 
 def head_settings(names: list[str], problem_type: str) -> dict[str, Any]:
-    """What the config of a model says of its labels."""
-    numbers = {name: number for number, name in enumerate(names)}
+    """Settings of the labels in the config of a model."""
     return {
         "num_labels": len(names),
-        "label2id": numbers,
+        "label2id": {name: number for number, name in enumerate(names)},
         "id2label": dict(enumerate(names)),
         "problem_type": problem_type,
     }
 
 
 def settings_for_labels(problem_type: str, metric_name: str | None) -> dict[str, Any]:
-    """How labels are trained, evaluated and predicted: arguments of `run`."""
+    """Arguments of [`fine_tuning.run`] for data with labels."""
     return {
         "predict": functools.partial(_predict, problem_type=problem_type),
         "compute_metrics": metric_for(problem_type, metric_name),
-        "loss_is_scaled_for_ga": False,  # transformers issue 47688: else accumulation multiplies the step
+        "loss_is_scaled_for_ga": False,  # else accumulation multiplies the gradient (transformers issue 47688)
     }
 
 
 def _predict(
     trainer: Trainer, rows: datasets.Dataset, problem_type: str
 ) -> tuple[list[str | list[str] | float], dict[str, float]]:
-    """For each row the name of its class, those of the labels it has, or its number; and the metrics."""
+    """Predict the class, the list of labels, or the number of each example, and compute the metrics."""
     output = trainer.predict(rows, metric_key_prefix="predict")
     names, decisions = trainer.model.config.id2label, decide(output.predictions, problem_type).tolist()
     if problem_type == "single_label_classification":

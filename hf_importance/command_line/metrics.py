@@ -1,4 +1,4 @@
-"""`evaluate` metrics computed by scikit-learn, because `evaluate.load` would fetch code from the Hub."""
+"""Metrics of `evaluate`, computed with scikit-learn, because `evaluate.load` would download code from the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SingleLabel(evaluate.Metric):
 
 
 class MultiLabel(evaluate.Metric):
-    """Accuracy (all labels of an example are correct) and micro F1."""
+    """Accuracy (share of examples with all labels correct) and micro F1."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(datasets.Sequence(datasets.Value("int64")))
@@ -52,13 +52,13 @@ class Regression(evaluate.Metric):
 
 
 def metric_for(problem_type: str, name: str | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` for `Trainer`: by problem type, or `evaluate.load(name)` (from the Hub, or a local script)."""
-    ours = {
+    """`compute_metrics` of `Trainer`: the metric `name` of `evaluate`, or else one for the `problem_type`."""
+    default = {
         "single_label_classification": SingleLabel,
         "multi_label_classification": MultiLabel,
         "regression": Regression,
     }[problem_type]
-    metric = ours() if name is None else evaluate.load(name)
+    metric = default() if name is None else evaluate.load(name)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=decide(prediction.predictions, problem_type), references=prediction.label_ids)
@@ -67,7 +67,7 @@ def metric_for(problem_type: str, name: str | None = None) -> Callable[[EvalPred
 
 
 def decide(logits: np.ndarray | tuple[np.ndarray, ...], problem_type: str) -> np.ndarray:
-    """Convert logits to classes, 0/1 per label, or numbers."""
+    """Convert logits to classes, to 0 or 1 for each label, or to numbers, by `problem_type`."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     if problem_type == "single_label_classification":
         return logits.argmax(-1)
