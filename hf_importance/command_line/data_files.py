@@ -51,7 +51,7 @@ def _load_files(files: dict[str, str], model: ModelArguments) -> datasets.Datase
 
 def _format_of(files: dict[str, str]) -> str:
     """The loader of `datasets` for all files."""
-    formats = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+    formats = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
     for split, path in files.items():
         if not Path(path).is_file():
             raise ValueError(f"--{split}_file must be a file, but {path!r} does not exist: check the path.")
