@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from hf_importance.report.duplicates import Conflict, conflicts
 from hf_importance.report.examples import ShownExample, Token, png_url, show
 from hf_importance.report.findings import ClassFindings, Findings
-from hf_importance.report.plots import plots
+from hf_importance.report.plots import THEMES, plots
 from hf_importance.report.texts import cut, readable
 
 _PER_ROW = 6  # images per row of a contact sheet
@@ -104,7 +104,7 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_table(findings, folder / "examples.parquet")
-    write_plots(findings, folder)
+    drawn = _draw_plots(findings, folder)
     raw = examples.with_format(None) if hasattr(examples, "with_format") else examples
     lists = {
         "suspects": [show(findings, raw, tokenizer, i, {}) for i in findings.most_suspect(number)],
@@ -121,10 +121,6 @@ def write_report(
         resources.files("hf_importance.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
     page = folder / "report.html"
-    drawn = [
-        {"title": plot.title, "text": plot.text, "light": png_url(plot.png("light")), "dark": png_url(plot.png("dark"))}
-        for plot in plots(findings)
-    ]
     more = {
         "classes": classes[:_CLASSES],
         "more_classes": len(classes[_CLASSES:]),
@@ -134,6 +130,16 @@ def write_report(
     text = template.render(title=title, findings=findings, plots=drawn, lists=lists, settings=findings.settings, **more)
     page.write_text(text, encoding="utf-8", errors="replace")
     return page
+
+
+def _draw_plots(findings: Findings, folder: Path) -> list[dict[str, str]]:
+    """Write the plots like [`write_plots`]; return title, description and images of both themes, each rendered once."""
+    drawn = []
+    for plot in plots(findings):
+        images = {theme: plot.png(theme) for theme in THEMES}
+        (folder / f"{plot.name}.png").write_bytes(images["light"])
+        drawn.append({"title": plot.title, "text": plot.text} | {theme: png_url(png) for theme, png in images.items()})
+    return drawn
 
 
 def _conflict_row(findings: Findings, conflict: Conflict) -> dict[str, Any]:
