@@ -72,9 +72,9 @@ def claims(runs: Runs) -> str:
     met = [task for task in names if has_rivals(runs, task)]
     if met:
         first = sum(best_at_same_steps(runs, task) == OURS for task in met)
-        others = ", ".join(compared_rivals(runs))
+        others = ", ".join("the sampler of the paper" if name == "paper" else name for name in compared_rivals(runs))
         lines.append(
-            f"- **Competing methods** ({others}), given as many steps as it took, all had a worse accuracy or error on "
+            f"- **Competing methods** ({others}) with as many steps as ours all had a worse accuracy or error on "
             f"{first} of the {_number(met)} where they were run."
         )
     return "\n".join(lines)
