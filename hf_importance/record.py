@@ -143,7 +143,7 @@ def suspects(columns: Mapping[str, Tensor], classes: int | None = None) -> Tenso
 
     A label is suspect if its mean probability over the visits is below chance: the mean loss is above the logarithm of
     the number of classes. The mean over the visits is more informative than the final loss, because wrong labels are
-    learnt late but may be memorised in the end (Pleiss et al. 2020, arXiv 2001.10528). No example is suspect if
+    learned late but may be memorised in the end (Pleiss et al. 2020, arXiv 2001.10528). No example is suspect if
     examples have no single label.
 
     Args:

@@ -14,6 +14,7 @@ from pages import HOSTILE, findings, page_of
 from PIL import Image
 
 from hf_importance.record import Distribution, suspects
+from hf_importance.report.examples import png_url
 from hf_importance.report.page import write_report
 from hf_importance.report.plots import THEMES, plots
 
@@ -39,6 +40,13 @@ def test_figures_by_hand():
     )
     found.history.append({"step": 15, "importance/pruned": 0.5})
     assert found.pruned == 0.5, "they came back since"
+    assert found.figures()["examples pruned"] == "up to 50.0%"
+
+
+def test_nothing_is_said_of_pruning_where_none_was():
+    found = findings(pruned=torch.zeros(4, dtype=torch.bool))
+    assert "examples pruned" not in found.figures()
+    assert "pruned" not in found.summary()
 
 
 def test_busy_of_equal_visits():
@@ -68,6 +76,14 @@ def test_page_is_safe_and_stands_alone(tmp_path):
     policy = next(attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
     assert "default-src 'none'" in policy
     assert ("html", {"lang": "en"}) in page.tags
+
+
+def test_plots_in_files_are_those_of_the_light_page(tmp_path):
+    page = page_of(write_report(tmp_path, findings(), [{"text": "t"}] * 4, None, 1, "t"))
+    shown = {tag: [a.get("src", a.get("srcset")) for name, a in page.tags if name == tag] for tag in ("img", "source")}
+    files = [png_url((tmp_path / f"{plot.name}.png").read_bytes()) for plot in plots(findings())]
+    assert files == shown["img"]
+    assert set(files).isdisjoint(shown["source"]), "control: the dark ones"
 
 
 def test_table_of_all_examples(tmp_path):

@@ -243,10 +243,12 @@ def invalid(tmp_path, case):
     other = write(tmp_path / "other.csv", [{"text": CALM, "label": "new"}, {"text": CALM, "label": "bad"}])
     empty = write(tmp_path / "empty.json", [*reviews(), {"text": CALM, "label": None}])
     (tmp_path / "notes.txt").write_text("a")
+    (tmp_path / "notes.tsv").write_text("text\tlabel\na\tb")
     return {
         "nothing to do": (flags(tmp_path, train_file=good), "Nothing to do: pass --do_train"),
         "no file": ([*flags(tmp_path, train_file="none.csv"), "--do_train"], "'none.csv' does not exist"),
         "no csv": ([*flags(tmp_path, train_file=tmp_path / "notes.txt"), "--do_train"], "must be a csv, json, jsonl"),
+        "tabs": ([*flags(tmp_path, train_file=tmp_path / "notes.tsv"), "--do_train"], "must be a csv, json, jsonl"),
         "two kinds": (
             [*flags(tmp_path, train_file=good, validation_file=empty), "--do_train"], "must have the same format"
         ),
@@ -278,6 +280,7 @@ def invalid(tmp_path, case):
         "nothing to do",
         "no file",
         "no csv",
+        "tabs",
         "two kinds",
         "no split",
         "no text",
