@@ -4,20 +4,16 @@ They are not part of the usual run: `EXTRA=dev,engines bash scripts/test.sh -m e
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import engine_worker
 import pytest
 import tiny
 import torch
+import workers
 from transformers.trainer_pt_utils import LabelSmoother
 
 pytestmark = pytest.mark.engines
 
-HERE = Path(__file__).parent
 PACKAGES = {"zero2": "deepspeed", "zero3": "deepspeed", "ray": "ray"}
 WRAPPED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPQwen2ForCausalLM", "zero2": "DeepSpeedEngine2"}
 WRAPPED |= {"zero3": "DeepSpeedEngine3", "ray": "DistributedDataParallel"}
@@ -25,12 +21,8 @@ MOST_STEPS = engine_worker.LONG["max_steps"]
 
 
 def launch(name, folder):
-    launcher = [] if name == "ray" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(HERE / "engine_worker.py"), str(folder), name]
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-8000:]
+    launcher = () if name == "ray" else ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    workers.run("processes/engine_worker.py", folder, name, launcher=launcher, timeout=600)
     return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
 
 

@@ -1,6 +1,6 @@
 """Run by several processes: trains in several ways, and writes the results to one file per rank.
 
-torchrun --nproc_per_node 2 tests/distributed_worker.py FOLDER
+torchrun --nproc_per_node 2 tests/processes/distributed_worker.py FOLDER
 """
 
 import os

@@ -1,7 +1,7 @@
 """Run by two processes: the same trainings under one engine; results are written to one file per rank.
 
-torchrun --nproc_per_node 2 tests/engine_worker.py FOLDER ENGINE
-python tests/engine_worker.py FOLDER ray
+torchrun --nproc_per_node 2 tests/processes/engine_worker.py FOLDER ENGINE
+python tests/processes/engine_worker.py FOLDER ray
 """
 
 import copy
@@ -200,7 +200,7 @@ def lines_of_readme(folder):
             found = torch.load(folder / f"rank{rank}.pt")
             torch.save({**found, "again": trained(self, resume_from_checkpoint)}, folder / f"rank{rank}.pt")
 
-    text = (Path(__file__).parent.parent / "scripts" / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "scripts" / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names = {
         "ImportanceTrainer": Mine,

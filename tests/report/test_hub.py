@@ -2,20 +2,16 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import hub_server
 import pytest
 import torch
+import workers
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_importance import ImportanceConfig
 
-TESTS = Path(__file__).parent
 TEXTS = [
     f"the {colour} {animal} sleeps in house {i}"
     for i, colour in enumerate(("red", "blue"))
@@ -40,17 +36,13 @@ def pushed(tmp_path_factory):
     }
     with hub_server.running() as (hub, address):
         environment = {
-            **os.environ,
             "HF_ENDPOINT": address,
             "HF_HUB_DISABLE_XET": "1",  # the stand-in takes large files by LFS
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(folder / "home"),
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
-        command = [sys.executable, str(TESTS / "hub_worker.py"), str(folder), json.dumps(runs)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        workers.run("report/hub_worker.py", folder, json.dumps(runs), **environment)
         yield hub, folder
 
 

@@ -63,7 +63,7 @@ def kinds(cell):
 def faults(notebook, few):
     """Faults of a notebook with its outputs, compared with a short run `few`."""
     if notebook.metadata != {"digest": digest(notebook), "kernelspec": KERNEL, "language_info": {"name": "python"}}:
-        yield "the code was changed, or the metadata has further entries: run python tests/notebooks.py"
+        yield "the code was changed, or the metadata has further entries: run python tests/command_line/notebooks.py"
     for number, (cell, run) in enumerate(zip(code_cells(notebook), code_cells(few), strict=True), 1):
         if cell.execution_count != number:
             yield f"cell {number} was run as number {cell.execution_count}"

@@ -1,8 +1,5 @@
 """Tests with several processes, which run `distributed_worker` and write their results to files."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,11 +7,11 @@ import distributed_worker
 import pytest
 import tiny
 import torch
+import workers
 
 from hf_importance.checkpoint import load_states
 from hf_importance.sampling.rates import rates
 
-HERE = Path(__file__).parent
 EXAMPLES = distributed_worker.EXAMPLES
 LAUNCHERS = {
     "1": ["torch.distributed.run", "--nproc_per_node=1", "--master_port=29601"],
@@ -33,12 +30,7 @@ LAUNCHERS = {
 
 
 def launch(name, folder):
-    command = [sys.executable, "-m", *LAUNCHERS[name]]
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    script = str(HERE / "distributed_worker.py")
-    done = subprocess.run([*command, script, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
+    workers.run("processes/distributed_worker.py", folder, launcher=("-m", *LAUNCHERS[name]))
     return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
 
 

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 import hf_importance
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 

@@ -1,6 +1,6 @@
 """Trains in child processes that are killed at random moments and restarted; prints the results as JSON.
 
-python tests/kill_worker.py FOLDER KILLS IMPORTANCE
+python tests/checkpoints/kill_worker.py FOLDER KILLS IMPORTANCE
 """
 
 import json

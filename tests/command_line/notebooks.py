@@ -1,4 +1,7 @@
-"""Runs notebooks. `python tests/notebooks.py` runs the notebook of the scripts, and saves it with its outputs."""
+"""Runs notebooks.
+
+`python tests/command_line/notebooks.py` runs the notebook of the scripts, and saves it with its outputs.
+"""
 
 import hashlib
 import os
@@ -9,7 +12,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parent.parent / "scripts" / "importance_sampling.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "scripts" / "importance_sampling.ipynb"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
