@@ -168,12 +168,15 @@ def _tokenizer(model: ModelArguments, data: TextArguments, texts: list[str] | No
 
 
 def learn_words(texts: list[str], data: TextArguments) -> PreTrainedTokenizerBase:
-    """Train a WordPiece tokenizer with at most 4,000 tokens on these texts."""
+    """Train a tokenizer with at most 4,000 tokens on these texts, the same in every process.
+
+    Byte-pair encoding, because the order of the tokens that WordPiece learns is random; a resumed run would differ.
+    """
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=list(special.values()), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=list(special.values()), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)

@@ -330,7 +330,8 @@ def read_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -> Ten
 
 def count(labels: Tensor) -> Tensor:
     """Number of positions with a loss per example, float32 `[batch]`."""
-    return (labels != per_example.IGNORE_INDEX).view(len(labels), -1).sum(1).float()
+    counted = labels != per_example.IGNORE_INDEX
+    return counted.float() if counted.dim() == 1 else counted.view(len(labels), -1).sum(1).float()
 
 
 def refuse_out_of_range(logits: Tensor, labels: Tensor) -> None:

@@ -344,22 +344,17 @@ def observed_of(losses: Tensor, logits: Tensor | None = None, target: Any = None
         logits: predictions of the model, class logits or a number per example.
         target: labels of the examples.
     """
-    observed = losses.new_full((len(OBSERVED), len(losses)), torch.nan, dtype=torch.float32)
-    label, loss, prediction, probability = observed  # views
-    loss.copy_(losses)
-    if not isinstance(target, Tensor) or logits is None or target.numel() != len(losses):
-        return observed
-    target = target.flatten()
-    if logits.numel() == len(losses):
-        label.copy_(target)
-        prediction.copy_(logits.flatten())
-    elif logits.dim() == 2 and not target.is_floating_point():
-        ignored = target == per_example.IGNORE_INDEX
-        highest, number = logits.float().softmax(-1).max(-1)
-        label.copy_(target).masked_fill_(ignored, torch.nan)
-        prediction.copy_(number)
-        probability.copy_(highest).masked_fill_(ignored, torch.nan)
-    return observed
+    label = prediction = probability = torch.full_like(losses, torch.nan)
+    if isinstance(target, Tensor) and logits is not None and target.numel() == len(losses):
+        if logits.numel() == len(losses):
+            label, prediction = target.flatten(), logits.flatten()
+        elif logits.dim() == 2 and not target.is_floating_point():
+            label = target.flatten()
+            ignored = label == per_example.IGNORE_INDEX
+            probability, prediction = logits.float().softmax(-1).max(-1)
+            label, probability = (row.float().masked_fill(ignored, torch.nan) for row in (label, probability))
+    observed = {"label": label, "loss": losses, "prediction": prediction, "probability": probability}
+    return torch.stack([observed[name].float() for name in OBSERVED])
 
 
 def _as_arguments(inputs: dict[str, Any], labels: Labels) -> tuple[Any, dict[str, Any]]:

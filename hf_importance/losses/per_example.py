@@ -46,7 +46,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     else:
         rows = logits.flatten(0, -2)
         targets = labels.reshape(len(rows))
-        few = _few_with_loss(targets)
+        few = _few_with_loss(targets) if labels.dim() > 1 else None
         if few is not None:
             rows, targets = rows.index_select(0, few), targets[few]
         losses = F.cross_entropy(
@@ -59,7 +59,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         if few is not None:
             losses = losses.new_zeros(labels.numel()).index_copy(0, few, losses)
         losses = losses.view(labels.shape)
-    return _per_example(losses).sum(1)
+    return _sum_per_example(losses)
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -83,7 +83,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    return _per_example(losses).sum(1)
+    return _sum_per_example(losses)
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -141,8 +141,9 @@ def cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothing: fl
     """
     rows = logits.flatten(0, -2)
     targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.reshape(len(rows))
-    squares = _squared_distances(rows, targets, label_smoothing, _memory(logits, *rows.shape))
-    return _per_example(squares.view(logits.shape[:-1])).sum(1).sqrt()
+    few = _few_with_loss(targets) if labels.dim() > 1 else None
+    squares = _squared_distances(rows, targets, label_smoothing, _memory(logits, *rows.shape), few)
+    return _sum_per_example(squares.view(logits.shape[:-1])).sqrt()
 
 
 @torch.no_grad()
@@ -181,7 +182,7 @@ def pixel_cross_entropy_importance(logits: Tensor, labels: Tensor, label_smoothi
     memory = _memory(logits, images.shape[2], images.shape[1])
     squares = memory.new_zeros(len(logits))
     for i, (image, label) in enumerate(zip(images, labels.flatten(1), strict=True)):
-        squares[i] = _squared_distances(image.T, label, label_smoothing, memory).sum()
+        squares[i] = _squared_distances(image.T, label, label_smoothing, memory, _few_with_loss(label)).sum()
     return squares.sqrt()
 
 
@@ -196,17 +197,22 @@ def _memory(logits: Tensor, positions: int, classes: int) -> Tensor:
     return torch.empty(2, min(size, positions), classes, dtype=dtype, device=logits.device)
 
 
-def _squared_distances(rows: Tensor, targets: Tensor, label_smoothing: float, memory: Tensor) -> Tensor:
-    """‖p − t‖² of each position `[positions]`, in pieces; see [`cross_entropy`] for positions that are skipped.
+def _squared_distances(
+    rows: Tensor, targets: Tensor, label_smoothing: float, memory: Tensor, few: Tensor | None
+) -> Tensor:
+    """‖p − t‖² of each position `[positions]`, in pieces.
 
     Args:
         rows: logits `[positions, classes]`.
         targets: `[positions]` or `[positions, classes]`.
         label_smoothing: as for [`cross_entropy`].
         memory: work buffer of [`_memory`].
+        few: the only positions to compute, see [`_few_with_loss`]; the others are 0. None for all.
     """
-    squares, size = memory.new_zeros(len(rows)), max(1, memory.shape[1])
-    few = _few_with_loss(targets)
+    size = max(1, memory.shape[1])
+    if few is None and len(rows) <= size:
+        return _squared_distance(rows, targets, label_smoothing, memory)
+    squares = memory.new_zeros(len(rows))
     picked = None if few is None else rows.new_empty(memory.shape[1:])
     for start in range(0, len(rows if few is None else few), size):
         piece: slice | Tensor = slice(start, start + size)
@@ -324,6 +330,11 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _per_example(x: Tensor) -> Tensor:
     """`[batch, …]` → `[batch, elements]`, also for an empty batch or a single axis."""
     return x.unsqueeze(-1).flatten(1)
+
+
+def _sum_per_example(x: Tensor) -> Tensor:
+    """`[batch, …]` → `[batch]`."""
+    return x if x.dim() == 1 else x.flatten(1).sum(1)
 
 
 def _smooth(target: Tensor, label_smoothing: float) -> Tensor:

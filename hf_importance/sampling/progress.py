@@ -142,6 +142,7 @@ class GradientSample:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._chosen: list[tuple[nn.Parameter, int]] | None = None  # parameters and strides of their rows
         self._last: Tensor | None = None
+        self._last_square: Tensor | None = None
         self._sums: Tensor | None = None
 
     @torch.no_grad()
@@ -154,12 +155,12 @@ class GradientSample:
             self._last = None
             return
         sample, last = torch.cat(rows).float(), self._last
-        self._last = sample
+        square, last_square = sample.dot(sample), self._last_square
+        self._last, self._last_square = sample, square
         if last is None or len(last) != len(sample):
             return
-        last = last.to(sample.device)
-        pair = torch.stack([sample.dot(last), (sample.dot(sample) + last.dot(last)) / 2])
-        pair = pair.where(pair.isfinite().all(), 0.0)  # gradients overflowed: fp16 skips this step
+        pair = torch.stack([sample.dot(last.to(sample.device)), (square + last_square.to(sample.device)) / 2])
+        pair = pair.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # gradients overflowed: fp16 skips this step
         self._sums = pair if self._sums is None else self._sums + pair
 
     def take(self, device: torch.device) -> Tensor:
@@ -179,6 +180,7 @@ class GradientSample:
         for name, size in (("last", None), ("sums", 2)):
             value = read_tensor(state, name, [size], torch.float32, optional=True)
             setattr(self, f"_{name}", None if value is None else value.to(device))
+        self._last_square = None if self._last is None else self._last.dot(self._last)
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -190,11 +191,9 @@ class ImportanceBatchSampler(Sampler[Draw]):
             if measured.arrived is not None:
                 measured.arrived.synchronize()
         draws, rows = [measured.draw for measured in taken], torch.cat([measured.rows for measured in taken], 1)
-        index = self.shard.local(torch.tensor(list(chain.from_iterable(draw.index for draw in draws))))
-        rate, weight = (
-            torch.tensor(list(chain.from_iterable(values)), dtype=torch.float64)
-            for values in ([draw.rate for draw in draws], [draw.weight for draw in draws])
-        )
+        index = self.shard.local(_joined((draw.index for draw in draws), np.int64))
+        rate = _joined((draw.rate for draw in draws), np.float64)
+        weight = _joined((draw.weight for draw in draws), np.float64)
         importance, weight = rows[0], weight / self.shard.weight
         drawn = importance.double()
         if self._suspects is not None:  # the loss is the mean of s·ℓ, with s as of the draw
@@ -337,3 +336,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         if self._record is not None and record is not None:
             self._record.load_state_dict(part(record, mine))
         self._skip = skip
+
+
+def _joined(lists: Iterable[Sequence[float]], kind: type) -> Tensor:
+    """Concatenate lists of numbers: several times faster than `torch.tensor`."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), kind))
