@@ -1,6 +1,8 @@
+"""Settings and fixtures of all tests: offline, quiet, one thread, a fixed seed."""
+
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may need a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest

@@ -1,15 +1,15 @@
-"""Reference implementations: one example at a time in float64 by autograd, and one visit at a time."""
+"""Reference implementations: float64 autograd one example at a time, and Python loops one visit at a time."""
 
 import itertools
 import math
 
 import torch
 
-# ---- losses of one example: logits [..., classes] or [outputs], and its label ----------------------------------------
+# ---- loss of one example from its logits, [..., classes] or [outputs], and its label ---------------------------------
 
 
 def cross_entropy(z, y, label_smoothing=0.0):
-    """The label is a class, a class per position (-100: none), or a distribution per position."""
+    """The label is a class, one class per position (-100: ignored), or one distribution per position."""
     y = torch.as_tensor(y)
     if y.is_floating_point():
         rows, targets = z.reshape(-1, z.shape[-1]), y.double().reshape(-1, z.shape[-1])
@@ -45,11 +45,11 @@ def gradient_norm(loss, z, y, *more):
     return gradient.norm()
 
 
-# ---- importance → rate -----------------------------------------------------------------------------------------------
+# ---- rates and their moments -----------------------------------------------------------------------------------------
 
 
 def rates(importance, uniform_fraction, max_rate=math.inf, fresh=math.nan):
-    """Rates by definition, in floats, one example at a time."""
+    """Rates by definition, as Python floats, one example at a time."""
     importance = [fresh if math.isnan(q) else q for q in importance]
     known = [q for q in importance if not math.isnan(q)]
     mean = sum(known) / len(known) if known else 0.0
@@ -64,7 +64,7 @@ def unnormalised_rate(q, mean, uniform_fraction, max_rate=math.inf):
 
 
 def second_moments(remembered, mean, measured, rate, fractions, max_rate=math.inf):
-    """Σ (1/r) q'² / r_f over the informative visits."""
+    """Σ (1/r) q'² / r_f over the visits whose remembered and measured importances are finite."""
     found = [0.0] * len(fractions)
     for before, now, r in zip(remembered, measured, rate, strict=True):
         if math.isfinite(before) and math.isfinite(now):
@@ -74,7 +74,7 @@ def second_moments(remembered, mean, measured, rate, fractions, max_rate=math.in
 
 
 def expected_costs(remembered, mean, measured, rate, cost, fractions, max_rate=math.inf):
-    """Σ (1/r) c r_f over the informative visits."""
+    """Σ (1/r) c r_f over the visits whose remembered and measured importances are finite."""
     found = [0.0] * len(fractions)
     for before, now, r, c in zip(remembered, measured, rate, cost, strict=True):
         if math.isfinite(before) and math.isfinite(now):
@@ -84,10 +84,10 @@ def expected_costs(remembered, mean, measured, rate, cost, fractions, max_rate=m
 
 
 def moments_of_batches(gradients, cost, rate, batch):
-    """Moments over all possible batches, with examples drawn independently with p = r / N.
+    """Moments by enumeration of all batches, with examples drawn independently with p = r / N.
 
     Returns:
-        The expected gradient estimate, the variance of it, and the expected cost of a batch.
+        The expected gradient estimate, its variance, and the expected cost of a batch.
     """
     n, mean, square, spent = len(rate), torch.zeros_like(gradients[0]), 0.0, 0.0
     for drawn in itertools.product(range(n), repeat=batch):
@@ -103,7 +103,7 @@ def moments_of_batches(gradients, cost, rate, batch):
 
 
 def remember(importance, index, measured, momentum):
-    """Update a list with one batch; returns the previous importances per visit."""
+    """Update a list of importances with one batch; return the importance before the update for each visit."""
     before = [importance[i] for i in index]
     for i in set(index):
         seen = [m for j, m in zip(index, measured, strict=True) if i == j]
@@ -114,7 +114,7 @@ def remember(importance, index, measured, momentum):
 
 
 def first_credits(permutation):
-    """Initial credits of all examples by their place in the permutation."""
+    """Credits of all examples at the start of a pass, by their position in its permutation."""
     credit = [0.0] * len(permutation)
     for place, i in enumerate(permutation):
         credit[i] = 1 - (place + 0.5) / len(permutation)
@@ -122,7 +122,7 @@ def first_credits(permutation):
 
 
 def spend(credit, rate, visits):
-    """Visits of a segment in the order in which credits cross 1, and the credits after it. Rate 0 means pruned."""
+    """Visits of a segment, in the order in which credits cross 1, and the credits after it. Rate 0 means pruned."""
     drawable = sum(r > 0 for r in rate)
     passed, left = [], []
     for i, (c, r) in enumerate(zip(credit, rate, strict=True)):

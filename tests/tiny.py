@@ -1,4 +1,4 @@
-"""Tiny models from configs, tiny data, and real trainers on them."""
+"""Tiny models, datasets and trainers."""
 
 import copy
 
@@ -17,24 +17,25 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.sampling import guard
+from hf_importance.schedule import EffectiveEpochs
 
 WORDS, LENGTH, CLASSES = 60, 8, 4
 FIXED = {"budget": 1.0}
-"""Settings with which all steps are made."""
+"""Settings that make all steps; training does not end early."""
 EVEN = {"uniform_fraction": 1.0, **FIXED}
-"""Settings with which each pass visits every example once; importances are measured all the same."""
+"""Settings that visit every example once per pass; importances are still measured."""
 CHECKPOINTING = "activation_checkpointing"  # its name from transformers 5.23 on
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
 
 
 def expect_small_gains():
-    """Does in a separate process what a fixture does in others: importance sampling even if it gains little."""
+    """The fixture `small_gains`, for a separate process."""
     guard._MAX_RELATIVE_SPENDING = 1.0
 
 
 class WithoutConfig(nn.Module):
-    """A module of the user's own, with the usual loss."""
+    """A custom module without a config, whose loss is `scale` times the cross-entropy."""
 
     def __init__(self, scale=1.0):
         super().__init__()
@@ -69,7 +70,7 @@ def token_bert(**config):
 
 
 def opinionated_bert(**config):
-    """Its outputs differ between examples from the start."""
+    """A model whose outputs differ between examples before training."""
     return bert(initializer_range=0.7, **config)
 
 
@@ -108,7 +109,7 @@ def texts(n=40, task="single"):
 
 
 def token_rows(n=40, classes=CLASSES):
-    """Rows of different length, with positions without a label."""
+    """Rows of different lengths for [`token_bert`]; some tokens have no label."""
     g = torch.Generator().manual_seed(3)
     rows = []
     for i in range(n):
@@ -122,7 +123,7 @@ def token_rows(n=40, classes=CLASSES):
 
 
 def pad(rows):
-    """Collates rows of different lengths."""
+    """Collate rows of different lengths."""
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {
         key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill[key])
@@ -144,7 +145,7 @@ class Plain(Trainer):
 
 
 class Recording:
-    """Keeps the draws of each step; must come first in the bases."""
+    """Records the draw of each micro-batch; must be the first base class."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -176,7 +177,17 @@ def arguments(tmp_path, cls=TrainingArguments, **changes):
 
 
 def trainer(tmp_path, model, data, cls=ImportanceTrainer, importance=None, more=None, **changes):
-    """A trainer on a copy of `model`. `importance`: settings of `ImportanceConfig`, `more`: arguments of its own."""
+    """A trainer of a copy of `model`.
+
+    Args:
+        tmp_path: output folder.
+        model: the model.
+        data: training dataset.
+        cls: class of the trainer.
+        importance: settings of `ImportanceConfig`.
+        more: further arguments of the trainer.
+        **changes: training arguments.
+    """
     more = dict(more or {})
     if importance is not None:
         more["importance"] = ImportanceConfig(**importance)
@@ -184,16 +195,24 @@ def trainer(tmp_path, model, data, cls=ImportanceTrainer, importance=None, more=
 
 
 def trained(*args, **kwargs):
+    """Like [`trainer`], after training."""
     result = trainer(*args, **kwargs)
     result.train()
     return result
 
 
 def difference(a, b):
-    """Largest difference between the parameters of two trainers' models."""
+    """Largest absolute difference between the parameters of the models of two trainers."""
     pairs = zip(a.model.parameters(), b.model.parameters(), strict=True)
     return max((p - q).abs().max().item() for p, q in pairs)
 
 
 def logged(a, key):
+    """All logged values of a key."""
     return [log[key] for log in a.state.log_history if key in log]
+
+
+def progress_of(trainer):
+    """The `EffectiveVisits` of a trainer; None for `Trainer`, and without `budget="auto"`."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback.progress for callback in callbacks if isinstance(callback, EffectiveEpochs)), None)

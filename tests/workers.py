@@ -1,4 +1,4 @@
-"""Runs scripts of the tests in processes of their own."""
+"""Runs test scripts in separate processes."""
 
 import os
 import subprocess
@@ -9,7 +9,15 @@ TESTS = Path(__file__).parent
 
 
 def run(script, *arguments, launcher=(), timeout=300, **environment):
-    """Run a script of this folder and return its output; `launcher` are flags of Python, such as `-m torchrun`."""
+    """Run a script and return its output.
+
+    Args:
+        script: path relative to `tests`.
+        *arguments: arguments of the script.
+        launcher: flags of Python, such as `-m torchrun`.
+        timeout: seconds.
+        **environment: additional environment variables.
+    """
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, *launcher, str(TESTS / script), *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""Trains in child processes that are killed at random moments and restarted; prints the results as JSON.
+"""Trains in child processes that are killed at random times and restarted; prints the results as JSON.
 
 python tests/checkpoints/kill_worker.py FOLDER KILLS IMPORTANCE
 """
@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,22 +22,23 @@ import transformers
 from hf_importance import ImportanceTrainer
 from hf_importance.checkpoint import newest_complete
 
-MOMENTS = 0.15, 0.9
-"""Seconds until the kill: between the first steps and the end of a training, on a machine of today."""
+KILL_AFTER = 0.1, 0.8
+"""Time until the kill, relative to an uninterrupted training: from the first steps to the end."""
 
 
 def train(folder, importance, resume):
-    """A trainer with up to 15 steps, each of which is saved."""
+    """Train up to 15 steps, each of which is saved; return what must be identical."""
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "dataloader_num_workers": 0}
     run = tiny.trainer(folder, tiny.bert(dropout=0.1), tiny.texts(), ImportanceTrainer, importance, **settings)
     run.train(resume_from_checkpoint=resume)
     parameters = torch.cat([p.detach().flatten() for p in run.model.parameters()])
-    learnt = 0.0 if run._effective is None else run._effective.progress.value
-    return {"parameters": parameters, "importances": run.importances.nan_to_num(-1), "learnt": torch.tensor(learnt)}
+    progress = tiny.progress_of(run)
+    steps = torch.tensor(0.0 if progress is None else progress.value)
+    return {"parameters": parameters, "importances": run.importances.nan_to_num(-1), "effective steps": steps}
 
 
-def in_child(function):
-    """The child process, which ends with this one."""
+def run_in_child(function):
+    """Run a function in a child process without output; return its id."""
     child = os.fork()
     if child == 0:
         with open(os.devnull, "w") as nowhere:
@@ -47,26 +49,26 @@ def in_child(function):
     return child
 
 
-def attempt(folder, importance, moment):
-    """Start or resume, and kill after some seconds; returns whether it was killed, and its result."""
-    begun = folder.exists() and any(folder.glob("checkpoint-*"))
+def train_until_killed(folder, importance, seconds):
+    """Start or resume, and kill after some seconds; return a description of the kill, None if training finished."""
+    resumed = folder.exists() and any(folder.glob("checkpoint-*"))
     result = folder.with_suffix(".pt")
-    child = in_child(lambda: torch.save(train(folder, importance, resume=begun), result))
-    timer = threading.Timer(moment, os.kill, (child, signal.SIGKILL))
+    child = run_in_child(lambda: torch.save(train(folder, importance, resume=resumed), result))
+    timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
     timer.start()
     _, status = os.waitpid(child, 0)
     timer.cancel()
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
         return None
-    assert os.WIFSIGNALED(status), "it failed by itself"
+    assert os.WIFSIGNALED(status), "training failed without being killed"
     assert os.WTERMSIG(status) == signal.SIGKILL
-    left = [path.name for path in folder.glob("checkpoint-*")] if folder.exists() else []
-    newest = newest_complete(folder)
+    checkpoints = [path.name for path in folder.glob("checkpoint-*")] if folder.exists() else []
+    complete = newest_complete(folder)
     return {
-        "after": round(moment, 3),
-        "resumed": begun,
-        "newest": max(left, key=lambda name: int(name.split("-")[1]), default=None),
-        "newest complete": newest and newest.name,
+        "seconds": round(seconds, 3),
+        "resumed": resumed,
+        "newest": max(checkpoints, key=lambda name: int(name.split("-")[1]), default=None),
+        "newest complete": complete and complete.name,
     }
 
 
@@ -75,19 +77,23 @@ def main(folder, kills, importance):
     torch.set_num_threads(1)
     random.seed(1)
     folder.mkdir(exist_ok=True)
-    child = in_child(lambda: torch.save(train(folder / "whole", importance, False), folder / "whole.pt"))
+    result = folder / "uninterrupted.pt"
+    start = time.monotonic()
+    child = run_in_child(lambda: torch.save(train(folder / "uninterrupted", importance, False), result))
     assert os.waitpid(child, 0)[1] == 0
-    whole = torch.load(folder / "whole.pt")
-    outcomes, differences, run = [], [], folder / "run"
-    while len(outcomes) < kills or run.exists():
-        outcome = attempt(run, importance, random.uniform(*MOMENTS) if len(outcomes) < kills else 600.0)
-        if outcome is not None:
-            outcomes.append(outcome)
+    duration = time.monotonic() - start
+    uninterrupted = torch.load(result)
+    killed, differences, run = [], [], folder / "run"
+    while len(killed) < kills or run.exists():
+        seconds = duration * random.uniform(*KILL_AFTER) if len(killed) < kills else 600.0
+        kill = train_until_killed(run, importance, seconds)
+        if kill is not None:
+            killed.append(kill)
             continue
-        result = torch.load(run.with_suffix(".pt"))
-        differences.append(max((result[key] - whole[key]).abs().max().item() for key in whole))
+        finished = torch.load(run.with_suffix(".pt"))
+        differences.append(max((finished[key] - uninterrupted[key]).abs().max().item() for key in uninterrupted))
         shutil.rmtree(run)
-    print(json.dumps({"outcomes": outcomes, "differences": differences}))
+    print(json.dumps({"kills": killed, "differences": differences}))
 
 
 if __name__ == "__main__":

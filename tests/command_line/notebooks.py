@@ -1,6 +1,6 @@
 """Runs notebooks.
 
-`python tests/command_line/notebooks.py` runs the notebook of the scripts, and saves it with its outputs.
+`python tests/command_line/notebooks.py` runs the notebook in `scripts` and saves it with its outputs.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def code_cells(notebook):
 
 
 def digest(notebook):
-    """Digest of the code; a different one in the metadata means that the outputs are outdated."""
+    """Digest of the code. Outputs are outdated if the digest in the metadata differs."""
     return hashlib.sha256("\n".join(cell.source for cell in code_cells(notebook)).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Run by several processes: trains in several ways, and writes the results to one file per rank.
+"""Trains in several ways in one of several processes, and writes the results of each rank to a file.
 
 torchrun --nproc_per_node 2 tests/processes/distributed_worker.py FOLDER
 """
@@ -25,7 +25,7 @@ from hf_importance.sampling.segments import SEGMENTS
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 BACKEND = "gloo" if "RANK" in os.environ else None
 EXAMPLES = 41  # 21 + 20, or 11 + 10 + 10 + 10
-EARLY = {"per_device_train_batch_size": 2, "learning_rate": 2e-2, "num_train_epochs": 10}
+EARLY_END = {"per_device_train_batch_size": 2, "learning_rate": 2e-2, "num_train_epochs": 10}
 REPLACEMENT = {"sampling": "replacement"}
 GROUPED = {
     "train_sampling_strategy": "group_by_length",
@@ -37,86 +37,82 @@ def parameters(run):
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
-def report(run):
+def results_of(run):
     return {
         "draws": [(draw.index, draw.weight) for draw in run.draws],
         "batches": len(run.get_train_dataloader()),
         "parameters": parameters(run),
         "importances": run.importances,
         "steps": run.state.global_step,
-        "weight": run._sampler.shard.weight,
-        "learnt": None if run._effective is None else run._effective.progress.state_dict(),
+        "progress": tiny.progress_of(run).state_dict(),
     }
 
 
-def trainer(folder, cls=Recorder, model=None, data=None, importance=None, **settings):
+def new_trainer(folder, cls=Recorder, model=None, data=None, importance=None, **settings):
     model = tiny.bert(dropout=0.1) if model is None else model
     settings = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "ddp_backend": BACKEND, **settings}
     return tiny.trainer(folder, model, data or tiny.texts(EXAMPLES), cls, importance, **settings)
 
 
 def trained(*args, **kwargs):
-    run = trainer(*args, **kwargs)
+    run = new_trainer(*args, **kwargs)
     run.train()
     return run
 
 
 def frozen(folder):
-    """Does not learn, so the gathered importances are those of the model."""
+    """Train with learning rate 0: importances are those of the initial model, whichever rank measures them."""
     settings = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 2}
-    return report(trained(folder, model=tiny.opinionated_bert(), **settings))
+    return results_of(trained(folder, model=tiny.opinionated_bert(), **settings))
 
 
 def resumed(folder, step, **settings):
-    """Resumes from a middle checkpoint, for comparison with the uninterrupted run."""
-    whole = trained(folder / "whole", **SAVING, **settings)
-    again = trainer(folder / "again", model=tiny.bert(dropout=0.1, initializer_range=0.5), **settings)
-    again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
-    return {"whole": report(whole), "again": report(again)}
+    """An uninterrupted run, and one resumed from its checkpoint."""
+    uninterrupted = trained(folder / "uninterrupted", **SAVING, **settings)
+    run = new_trainer(folder / "resumed", model=tiny.bert(dropout=0.1, initializer_range=0.5), **settings)
+    run.train(resume_from_checkpoint=str(folder / "uninterrupted" / f"checkpoint-{step}"))
+    return {"uninterrupted": results_of(uninterrupted), "resumed": results_of(run)}
 
 
-def early(folder):
-    """Learns quickly and ends before its last step."""
-    return report(trained(folder, **EARLY))
-
-
-def from_other_ranks(folder):
-    """Resumes from a checkpoint of the test, which is a single process."""
-    run = trainer(folder / "other", **SAVING)
-    run.train(resume_from_checkpoint=str(folder / "one" / "checkpoint-7"))
-    return report(run)
+def resumed_from_single_process(folder):
+    """Resume from a checkpoint of the test, which is a single process."""
+    run = new_trainer(folder / "from single process", **SAVING)
+    run.train(resume_from_checkpoint=str(folder / "single" / "checkpoint-7"))
+    return results_of(run)
 
 
 def collectives(folder):
-    """Communication in eight steps of `Trainer` and ours, with and without a fixed budget."""
+    """Collective operations in eight steps of `Trainer` and ours, with and without a fixed budget."""
 
-    def sent(cls, importance=None):
-        run = trainer(folder, cls, importance=importance, logging_steps=100, max_steps=8, per_device_train_batch_size=1)
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    def profiled(cls, importance=None):
+        settings = {"logging_steps": 100, "max_steps": 8, "per_device_train_batch_size": 1}
+        run = new_trainer(folder, cls, importance=importance, **settings)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
             run.train()
-        return [event.name for event in profiled.events() if event.name.startswith("gloo:")], run
+        return [event.name for event in profiler.events() if event.name.startswith("gloo:")], run
 
-    fixed, auto = (sent(ImportanceTrainer, importance) for importance in (tiny.FIXED, {}))
-    segment = max(1, auto[1]._effective.progress.steps_per_epoch // SEGMENTS)
-    return {"trainer": sent(Trainer)[0], "fixed": fixed[0], "auto": auto[0], "segments": 8 // segment}
+    trainer, _ = profiled(Trainer)
+    fixed, _ = profiled(ImportanceTrainer, tiny.FIXED)
+    auto, run = profiled(ImportanceTrainer, {})
+    steps_per_segment = max(1, tiny.progress_of(run).steps_per_epoch // SEGMENTS)
+    return {"trainer": trainer, "fixed": fixed, "auto": auto, "segments": 8 // steps_per_segment}
 
 
-def shown(folder):
-    """Report and model card, requested by the main process alone, and importances by the last one."""
+def reported(folder):
+    """The main process writes report and model card, the last one reads `kept_indices`; nobody else takes part."""
     run = trained(folder)
     first, last = run.args.process_index == 0, run.args.process_index == run.args.world_size - 1
-    page = run.importance_report() if first else None
+    page = str(run.importance_report()) if first else None
     if first:
         run.create_model_card()
     kept = run.kept_indices if last else None
-    columns = run._findings().columns if first else None
-    return {"page": None if page is None else str(page), "columns": columns, "kept": kept, **report(run)}
+    return {"page": page, "kept": kept, **results_of(run)}
 
 
-def given(index, weight, ranks=1, rank=0):
-    """A sampler that distributes given visits to the ranks, one micro-batch at a time."""
+def sampler_of_visits(index, weight, ranks=1, rank=0):
+    """A sampler class that distributes given visits over the ranks, one micro-batch at a time."""
 
-    class Given(ImportanceBatchSampler):
+    class GivenVisits(ImportanceBatchSampler):
         def _draw(self, size):
             start = (self._draws * ranks + rank) * self.batch_size
             part = slice(start, start + self.batch_size)
@@ -124,13 +120,13 @@ def given(index, weight, ranks=1, rank=0):
             return Draw(self._draws - 1, index[part], [1.0] * self.batch_size, weight[part])
 
         def update(self, *_):
-            """The visits are not from the shard of this rank."""
+            """Ignore measurements: the visits are not from the shard of this rank."""
 
-    return Given
+    return GivenVisits
 
 
 def one_step(folder, batch, accumulation, task, ranks=1, rank=0):
-    """One step of SGD on 24 given visits, however they are divided."""
+    """Parameters after one step of SGD on 24 given visits, divided into batches, micro-batches and ranks."""
     index = [(7 * i) % 24 for i in range(24)]
     weight = [0.5 + i / 12 for i in range(24)]
     model, data, more = {
@@ -139,7 +135,8 @@ def one_step(folder, batch, accumulation, task, ranks=1, rank=0):
     }[task]
     import hf_importance.hooks.data as module
 
-    original, module.ImportanceBatchSampler = module.ImportanceBatchSampler, given(index, weight, ranks, rank)
+    original = module.ImportanceBatchSampler
+    module.ImportanceBatchSampler = sampler_of_visits(index, weight, ranks, rank)
     try:
         run = tiny.trainer(
             folder,
@@ -165,24 +162,25 @@ def main(folder):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    half = {"importance": {"budget": 0.5}, "gradient_accumulation_steps": 2}
     results = {
-        "plain": report(trained(folder / "plain")),
-        "early": early(folder / "early"),
-        "fixed": report(trained(folder / "fixed", importance=tiny.FIXED)),
-        "equal": report(trained(folder / "equal", importance={"metric": "uniform"})),
+        "default": results_of(trained(folder / "default")),
+        "early end": results_of(trained(folder / "early-end", **EARLY_END)),
+        "fixed budget": results_of(trained(folder / "fixed", importance=tiny.FIXED)),
+        "uniform": results_of(trained(folder / "uniform", importance={"metric": "uniform"})),
         "frozen": frozen(folder / "frozen"),
-        "shown": shown(folder / "shown"),
-        "budget": report(trained(folder / "budget", importance={"budget": 0.5}, gradient_accumulation_steps=2)),
+        "reported": reported(folder / "reported"),
+        "half budget": results_of(trained(folder / "half", **half)),
     }
     if ranks == 2:
         results |= {
             "resumed": resumed(folder / "resumed", 7, dataloader_num_workers=2, importance=REPLACEMENT),
-            "resumed, fixed": resumed(folder / "resumed-fixed", 7, importance=tiny.FIXED),
-            "resumed, early": resumed(folder / "resumed-early", 60, **EARLY),
+            "resumed, fixed budget": resumed(folder / "resumed-fixed", 7, importance=tiny.FIXED),
+            "resumed, early end": resumed(folder / "resumed-early-end", 60, **EARLY_END),
             "resumed, grouped": resumed(folder / "resumed-grouped", 7, **GROUPED),
-            "from one": from_other_ranks(folder),
-            "classes": one_step(folder / "classes", 6, 2, "classes", ranks, rank),
-            "tokens": one_step(folder / "tokens", 6, 2, "tokens", ranks, rank),
+            "resumed from single process": resumed_from_single_process(folder),
+            "one step, classes": one_step(folder / "classes", 6, 2, "classes", ranks, rank),
+            "one step, tokens": one_step(folder / "tokens", 6, 2, "tokens", ranks, rank),
         }
     if ranks > 1:
         results["collectives"] = collectives(folder / "collectives")

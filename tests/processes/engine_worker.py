@@ -1,4 +1,4 @@
-"""Run by two processes: the same trainings under one engine; results are written to one file per rank.
+"""Trains under one engine in one of two processes, and writes the results of each rank to a file.
 
 torchrun --nproc_per_node 2 tests/processes/engine_worker.py FOLDER ENGINE
 python tests/processes/engine_worker.py FOLDER ray
@@ -25,11 +25,11 @@ from hf_importance import ImportanceConfig, ImportanceTrainer
 
 EXAMPLES = 16
 SMOOTHING = 0.3
-MIDDLE = 22  # a step within an epoch, which has four
-EVERYTHING = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
-"""Each step is of all examples, so that it does not matter which process has which."""
-LONG = {"per_device_train_batch_size": 2, "max_steps": 48, "save_strategy": "steps", "save_steps": MIDDLE}
-DROPOUT = 0.1  # makes the random state of each process matter after resuming
+MIDDLE = 22  # not at the end of an epoch, which has four steps
+ALL_EXAMPLES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
+"""Each step has all examples, so their distribution over the processes has no effect."""
+EARLY_END = {"per_device_train_batch_size": 2, "max_steps": 48, "save_strategy": "steps", "save_steps": MIDDLE}
+DROPOUT = 0.1  # a resumed run is only identical if the random state of each process is restored
 
 
 def deepspeed(stage, **more):
@@ -38,13 +38,13 @@ def deepspeed(stage, **more):
 
 
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": "Qwen2DecoderLayer"}
-OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}  # others are compiled first
+OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}  # other optimizers must be compiled
 SCHEDULE = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
 ENGINES = {
     "ddp": {},
     "fsdp2": {"fsdp": True, "fsdp_config": FSDP2},
     "zero2": deepspeed(2),
-    "zero3": deepspeed(3, optimizer=OPTIMIZER),  # with which it is DeepSpeed that steps the schedule of `Trainer`
+    "zero3": deepspeed(3, optimizer=OPTIMIZER),  # DeepSpeed steps the schedule of `Trainer`
     "ray": {},
 }
 
@@ -66,7 +66,7 @@ def language_model(seed=0, dropout=0.0):
 
 
 def texts():
-    """Texts of different length. Half of them repeat one word, which is learnt quickly."""
+    """Texts of different lengths. Half of them repeat one word, which is learned quickly."""
     rows = tiny.token_rows(EXAMPLES)
     for i, row in enumerate(rows):
         if i % 2:
@@ -75,39 +75,39 @@ def texts():
     return rows
 
 
-class Rates(TrainerCallback):
+class LearningRates(TrainerCallback):
     """Records the learning rate of each step, the effective steps before it, and its gain."""
 
     def __init__(self, run):
-        self._run, self.seen = run, []
+        self._run, self.recorded = run, []
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        learnt = getattr(getattr(self._run, "_effective", None), "progress", None)
-        value, gain = (None, None) if learnt is None else (learnt.value, learnt.gain)
-        self.seen.append((optimizer.param_groups[0]["lr"], value, gain))
+        progress = tiny.progress_of(self._run)
+        value, gain = (None, None) if progress is None else (progress.value, progress.gain)
+        self.recorded.append((optimizer.param_groups[0]["lr"], value, gain))
 
 
 def parameters(run):
     """Parameters of the whole model, gathered from all processes."""
-    found = list(run.model.parameters())
+    shards = list(run.model.parameters())
     if run.is_deepspeed_enabled:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(found):
-            return torch.cat([p.detach().flatten() for p in found])
-    return torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten() for p in found])
+        with deepspeed.zero.GatheredParameters(shards):
+            return torch.cat([p.detach().flatten() for p in shards])
+    return torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten() for p in shards])
 
 
-def trained(run, resume=None):
-    """Results of a training."""
-    rates = Rates(run)
+def train(run, resume=None):
+    """Train, and return the results."""
+    rates = LearningRates(run)
     run.add_callback(rates)
     run.train(resume_from_checkpoint=resume)
     wrapped = run.model_wrapped
     stage = wrapped.zero_optimization_stage() if run.is_deepspeed_enabled else ""
     return {
         "losses": tiny.logged(run, "loss"),
-        "rates": rates.seen,
+        "rates": rates.recorded,
         "steps": run.state.global_step,
         "parameters": parameters(run),
         "importances": getattr(run, "importances", None),
@@ -116,15 +116,15 @@ def trained(run, resume=None):
 
 
 class Engine:
-    """Train under one engine; `folder` holds the output of the trainers."""
+    """Trains under one engine; `folder` has the output of the trainers."""
 
     def __init__(self, name, folder):
         self.name, self.folder = name, folder
 
-    def trainer(self, folder, cls=ImportanceTrainer, importance=None, seed=0, dropout=0.0, **settings):
+    def new_trainer(self, folder, cls=ImportanceTrainer, importance=None, seed=0, dropout=0.0, **settings):
         settings = {"ddp_backend": "gloo", "logging_steps": 1, **copy.deepcopy(ENGINES[self.name]), **settings}
         args = tiny.arguments(self.folder / folder, **settings)
-        if args.fsdp and args.device.type == "cpu":  # where accelerate does not take FSDP, and says nothing
+        if args.fsdp and args.device.type == "cpu":  # accelerate silently ignores FSDP on CPUs
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         more = {} if importance is None else {"importance": ImportanceConfig(**importance)}
         model = language_model(seed, dropout)
@@ -132,26 +132,26 @@ class Engine:
 
     def results(self):
         def run(*args, resume=None, **settings):
-            return trained(self.trainer(*args, **settings), resume)
+            return train(self.new_trainer(*args, **settings), resume)
 
-        smoothed = {**EVERYTHING, "label_smoothing_factor": SMOOTHING, "max_steps": 1}
-        found = {
-            "trainer": run("trainer", Trainer, **EVERYTHING),
-            "uniform": run("uniform", importance={"metric": "uniform"}, **EVERYTHING),
-            "sampled": run("sampled", importance=tiny.FIXED, **EVERYTHING),
+        smoothed = {**ALL_EXAMPLES, "label_smoothing_factor": SMOOTHING, "max_steps": 1}
+        results = {
+            "trainer": run("trainer", Trainer, **ALL_EXAMPLES),
+            "uniform": run("uniform", importance={"metric": "uniform"}, **ALL_EXAMPLES),
+            "sampled": run("sampled", importance=tiny.FIXED, **ALL_EXAMPLES),
             "smoothed": run("smoothed", **smoothed),
-            "early": run("early", dropout=DROPOUT, **LONG),
+            "early end": run("early-end", dropout=DROPOUT, **EARLY_END),
         }
-        if self.name != "ray":  # which restarts by itself
-            middle = str(self.folder / "early" / f"checkpoint-{MIDDLE}")
-            found["again"] = run("again", seed=1, dropout=DROPOUT, resume=middle, **LONG)
+        if self.name != "ray":  # resumed by `run_readme_instructions`
+            middle = str(self.folder / "early-end" / f"checkpoint-{MIDDLE}")
+            results["resumed"] = run("resumed", seed=1, dropout=DROPOUT, resume=middle, **EARLY_END)
         if self.name == "zero2":
-            theirs = {**EVERYTHING, "warmup_steps": 4, **deepspeed(2, optimizer=OPTIMIZER, scheduler=SCHEDULE)}
+            own_schedule = {**ALL_EXAMPLES, "warmup_steps": 4, **deepspeed(2, optimizer=OPTIMIZER, scheduler=SCHEDULE)}
             fixed = {"metric": "uniform", "budget": 1.0}
-            found["trainer, its schedule"] = run("its trainer", Trainer, **theirs)
-            found["uniform, its schedule"] = run("its uniform", importance=fixed, **theirs)
-            found["refused"] = refusal(lambda: self.trainer("refused", **theirs))
-        return found
+            results["trainer, own schedule"] = run("own-schedule-trainer", Trainer, **own_schedule)
+            results["uniform, own schedule"] = run("own-schedule-uniform", importance=fixed, **own_schedule)
+            results["refusal"] = message_of(lambda: self.new_trainer("refused", **own_schedule))
+        return results
 
     def work(self):
         tiny.expect_small_gains()
@@ -161,7 +161,8 @@ class Engine:
         dist.barrier()
 
 
-def refusal(action):
+def message_of(action):
+    """Message of a `ValueError`; None if there is none."""
     try:
         action()
     except ValueError as error:
@@ -171,8 +172,8 @@ def refusal(action):
 # ---- Ray -------------------------------------------------------------------------------------------------------------
 
 
-class FailsOnce(TrainerCallback):
-    """The second process dies once during training."""
+class FailOnce(TrainerCallback):
+    """The second process fails once during training."""
 
     def __init__(self, folder):
         self._failed = folder / "failed"
@@ -180,53 +181,53 @@ class FailsOnce(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if args.process_index == 1 and state.global_step == MIDDLE + 2 and not self._failed.exists():
             self._failed.touch()
-            raise RuntimeError("a process is lost")
+            raise RuntimeError("a process has failed")
 
 
-def lines_of_readme(folder):
-    """Run the Ray instructions of scripts/README.md with a small model and a failing process."""
+def run_readme_instructions(folder):
+    """Run the Ray instructions of scripts/README.md with a small model and a process that fails."""
 
-    class Mine(ImportanceTrainer):
+    class FailingTrainer(ImportanceTrainer):
         def __init__(self, **kwargs):
             tiny.expect_small_gains()
             super().__init__(**kwargs, data_collator=tiny.pad)
-            self.add_callback(FailsOnce(folder))
+            self.add_callback(FailOnce(folder))
 
         def train(self, resume_from_checkpoint=None):
-            if resume_from_checkpoint is None or hasattr(self, "_reports"):
+            if resume_from_checkpoint is None or hasattr(self, "_saves_results"):  # the first run, or called below
                 return super().train(resume_from_checkpoint)
-            self._reports = True
-            rank = self.args.process_index
-            found = torch.load(folder / f"rank{rank}.pt")
-            torch.save({**found, "again": trained(self, resume_from_checkpoint)}, folder / f"rank{rank}.pt")
+            self._saves_results = True
+            path = folder / f"rank{self.args.process_index}.pt"
+            results = torch.load(path)
+            torch.save({**results, "resumed": train(self, resume_from_checkpoint)}, path)
 
     text = (Path(__file__).parents[2] / "scripts" / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names = {
-        "ImportanceTrainer": Mine,
+        "ImportanceTrainer": FailingTrainer,
         "new_model": partial(language_model, dropout=DROPOUT),
-        "new_arguments": lambda: tiny.arguments(folder / "again", logging_steps=1, **LONG),
+        "new_arguments": lambda: tiny.arguments(folder / "resumed", logging_steps=1, **EARLY_END),
         "new_data": texts,
-        "storage": str(folder / "stored"),
+        "storage": str(folder / "storage"),
     }
     exec(compile(block, "scripts/README.md", "exec"), names)
 
 
-def on_ray(folder):
+def run_on_ray(folder):
     import ray
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=100 * 2**20)
     TorchTrainer(Engine("ray", folder).work, scaling_config=ScalingConfig(num_workers=2)).fit()
-    lines_of_readme(folder)
+    run_readme_instructions(folder)
 
 
-# ---- all -------------------------------------------------------------------------------------------------------------
+# ---- all engines -----------------------------------------------------------------------------------------------------
 
 
-def without_compiler():
-    """Use DeepSpeed as between machines, with gloo; on one machine it would compile its own reduction for a minute."""
+def disable_shared_memory():
+    """Let DeepSpeed use gloo, as between machines; on one machine it would compile its own reduction for a minute."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -234,10 +235,10 @@ def without_compiler():
 
 def main(folder, name):
     if name == "ray":
-        on_ray(folder)
+        run_on_ray(folder)
         return
     if name.startswith("zero"):
-        without_compiler()
+        disable_shared_memory()
     Engine(name, folder).work()
     dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
-"""Trainings under engines with two processes, which run `engine_worker`.
+"""Training under DDP, FSDP2, DeepSpeed and Ray Train with two processes, each of which runs `engine_worker`.
 
-They are not part of the usual run: `EXTRA=dev,engines bash scripts/test.sh -m engines`.
+Not part of the usual test run: `EXTRA=dev,engines bash scripts/test.sh -m engines`.
 """
 
 import importlib.util
@@ -15,9 +15,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 pytestmark = pytest.mark.engines
 
 PACKAGES = {"zero2": "deepspeed", "zero3": "deepspeed", "ray": "ray"}
-WRAPPED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPQwen2ForCausalLM", "zero2": "DeepSpeedEngine2"}
-WRAPPED |= {"zero3": "DeepSpeedEngine3", "ray": "DistributedDataParallel"}
-MOST_STEPS = engine_worker.LONG["max_steps"]
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPQwen2ForCausalLM", "zero2": "DeepSpeedEngine2"}
+WRAPPERS |= {"zero3": "DeepSpeedEngine3", "ray": "DistributedDataParallel"}
+REQUESTED_STEPS = engine_worker.EARLY_END["max_steps"]
 
 
 def launch(name, folder):
@@ -36,21 +36,22 @@ def engine(request):
 
 @pytest.fixture(scope="module")
 def ranks(engine, tmp_path_factory):
-    """Results of both processes."""
+    """Results of both ranks."""
     return launch(engine, tmp_path_factory.mktemp(engine))
 
 
 def difference(a, b):
+    """Largest absolute difference between the parameters of two runs."""
     return (a["parameters"] - b["parameters"]).abs().max().item()
 
 
-def test_it_is_the_engine(engine, ranks):
+def test_model_is_wrapped_by_the_engine(engine, ranks):
     assert len(ranks) == 2
-    runs = [run for rank in ranks for name, run in rank.items() if name != "refused"]
-    assert {run["engine"] for run in runs} == {WRAPPED[engine]}
+    runs = [run for rank in ranks for name, run in rank.items() if name != "refusal"]
+    assert {run["engine"] for run in runs} == {WRAPPERS[engine]}
 
 
-def test_losses_are_those_of_trainer(ranks):
+def test_uniform_training_has_the_losses_of_trainer(ranks):
     for rank in ranks:
         trainer, uniform, sampled = rank["trainer"], rank["uniform"], rank["sampled"]
         assert len(trainer["losses"]) == trainer["steps"] == uniform["steps"] == 6
@@ -61,39 +62,39 @@ def test_losses_are_those_of_trainer(ranks):
         assert difference(sampled, trainer) > 1e-3
 
 
-@pytest.mark.parametrize("run", ["uniform", "sampled", "early"])
-def test_ranks_have_one_model_and_know_the_importances_of_all(ranks, run):
+@pytest.mark.parametrize("run", ["uniform", "sampled", "early end"])
+def test_ranks_have_one_model_and_the_importances_of_all_examples(ranks, run):
     first, second = (rank[run] for rank in ranks)
     assert torch.equal(first["parameters"], second["parameters"])
     assert torch.equal(first["importances"], second["importances"])
     assert first["importances"].shape == (engine_worker.EXAMPLES,)
     assert first["importances"].isfinite().all()
-    assert (len(first["importances"].unique()) == 1) == (run == "uniform"), "control: they differ"
+    assert (len(first["importances"].unique()) == 1) == (run == "uniform"), "control: importances differ"
 
 
-def test_training_ends_early_alike(ranks):
-    """The learning rate follows the effective steps, whoever steps the schedule."""
-    first, second = (rank["early"] for rank in ranks)
-    assert first["steps"] == second["steps"] == len(first["rates"]) < MOST_STEPS
+def test_ranks_end_early_at_the_same_step(ranks):
+    """The learning rate follows the effective steps, under every engine."""
+    first, second = (rank["early end"] for rank in ranks)
+    assert first["steps"] == second["steps"] == len(first["rates"]) < REQUESTED_STEPS
     assert first["rates"] == second["rates"]
-    for rate, learnt, gain in first["rates"]:
-        assert rate == pytest.approx(1e-2 * (1 - learnt / MOST_STEPS) * gain**0.5, rel=1e-9)
-    assert first["rates"][-1][1] > first["steps"], "control: steps count more than one"
+    for rate, effective_steps, gain in first["rates"]:
+        assert rate == pytest.approx(1e-2 * (1 - effective_steps / REQUESTED_STEPS) * gain**0.5, rel=1e-9)
+    assert first["rates"][-1][1] > first["steps"], "control: steps count as more than one"
 
 
-def test_training_goes_on_exactly(ranks):
-    """Resumes into a model with other parameters, or automatically after a process failed."""
+def test_resumed_training_is_identical(ranks):
+    """It is resumed with a model of other initial parameters; by Ray, after a process failed."""
     for rank in ranks:
-        whole, again = rank["early"], rank["again"]
-        assert again["steps"] == whole["steps"]
-        assert again["losses"] == whole["losses"]
-        assert again["rates"] == whole["rates"][engine_worker.MIDDLE :]
-        assert torch.equal(again["parameters"], whole["parameters"])
-        assert torch.equal(again["importances"], whole["importances"])
+        uninterrupted, resumed = rank["early end"], rank["resumed"]
+        assert resumed["steps"] == uninterrupted["steps"]
+        assert resumed["losses"] == uninterrupted["losses"]
+        assert resumed["rates"] == uninterrupted["rates"][engine_worker.MIDDLE :]
+        assert torch.equal(resumed["parameters"], uninterrupted["parameters"])
+        assert torch.equal(resumed["importances"], uninterrupted["importances"])
 
 
 def test_label_smoothing_shifts_labels(ranks):
-    """Equal to those without an engine."""
+    """The loss is that of the same model without an engine."""
     batch = tiny.pad(engine_worker.texts())
     labels = batch.pop("labels")
     smoother = LabelSmoother(engine_worker.SMOOTHING)
@@ -102,15 +103,15 @@ def test_label_smoothing_shifts_labels(ranks):
         shifted, unshifted = (smoother(dict(outputs), labels, shift_labels=shift).item() for shift in (True, False))
     for rank in ranks:
         assert rank["smoothed"]["losses"] == pytest.approx([shifted], rel=1e-5)
-    assert unshifted != pytest.approx(shifted, rel=1e-2), "control"
+    assert unshifted != pytest.approx(shifted, rel=1e-2), "control: shifting changes the loss"
 
 
 @pytest.mark.parametrize("engine", ["zero2"], indirect=True)
-def test_a_schedule_of_deepspeed_takes_a_budget(ranks):
+def test_schedule_of_deepspeed_requires_a_fixed_budget(ranks):
     for rank in ranks:
-        assert "DeepSpeed config (WarmupLR) does not support. Pass ImportanceConfig(budget=1.0)" in rank["refused"]
-        trainer, uniform = rank["trainer, its schedule"], rank["uniform, its schedule"]
+        assert "DeepSpeed config (WarmupLR) does not support. Pass ImportanceConfig(budget=1.0)" in rank["refusal"]
+        trainer, uniform = rank["trainer, own schedule"], rank["uniform, own schedule"]
         assert uniform["losses"] == pytest.approx(trainer["losses"], rel=1e-5)
         assert [rate for rate, *_ in uniform["rates"]] == [rate for rate, *_ in trainer["rates"]]
         assert difference(uniform, trainer) < 1e-4
-        assert uniform["losses"][-1] != pytest.approx(rank["uniform"]["losses"][-1], rel=1e-2), "control"
+        assert uniform["losses"][-1] != pytest.approx(rank["uniform"]["losses"][-1], rel=1e-2), "control: the schedule"

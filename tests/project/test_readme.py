@@ -1,4 +1,4 @@
-"""The code blocks of the README run, and its table of settings matches the code."""
+"""The README files: code blocks run, links and flags exist, tables and plots match the results."""
 
 import importlib
 import re
@@ -32,10 +32,11 @@ README, METHOD, SCRIPTS, RESULTS = (
 
 
 def blocks(language, page=README):
+    """Code blocks of a page in a language."""
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def test_python_runs(tmp_path):
+def test_code_blocks_run(tmp_path):
     names = {
         "model": tiny.bert(),
         "training_args": tiny.arguments(tmp_path, max_steps=2),
@@ -45,7 +46,7 @@ def test_python_runs(tmp_path):
     code = blocks("python", METHOD)
     assert len(code) >= 4
     for block in code:
-        missing = [name for name in ("trl", "sentence_transformers") if not find_spec(name)]  # TRL needs Python 3.11
+        missing = [name for name in ("trl", "sentence_transformers") if not find_spec(name)]  # TRL requires Python 3.11
         if any(f"from {name}" in block for name in missing):
             continue
         exec(compile(block, "README.md", "exec"), names)
@@ -53,7 +54,7 @@ def test_python_runs(tmp_path):
 
 
 @pytest.mark.parametrize(("sign", "name"), [("+", "ImportanceTrainer"), ("-", "Trainer")])
-def test_the_change_trains_before_and_after(tmp_path, sign, name):
+def test_both_sides_of_the_diff_train(tmp_path, sign, name):
     (change,) = blocks("diff")
     names = {
         "model": tiny.bert(),
@@ -74,16 +75,17 @@ def test_the_change_trains_before_and_after(tmp_path, sign, name):
 
 
 def anchors(page):
-    """What GitHub makes of the headings."""
+    """Anchors that GitHub makes from the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def links(page):
+    """Links of a page, except those to other sites."""
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", page) if not link.startswith("https://")]
 
 
-def broken(name, page):
+def broken_links(name, page):
     for link in links(page):
         path, _, anchor = link.partition("#")
         target = (benchmark.ROOT / name).parent / path if path else benchmark.ROOT / name
@@ -93,55 +95,55 @@ def broken(name, page):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name):
-    assert list(broken(name, PAGES[name])) == []
+def test_links_are_not_broken(name):
+    assert list(broken_links(name, PAGES[name])) == []
 
 
-def test_control_of_links():
+def test_control_broken_links_are_found():
     page = "# A heading, *so*\n[good](#a-heading-so) [bad](#a-heading) [none](nowhere.png) [there](LICENSE)"
-    assert list(broken("README.md", page)) == ["#a-heading", "nowhere.png"]
+    assert list(broken_links("README.md", page)) == ["#a-heading", "nowhere.png"]
     assert sum(len(links(page)) for page in PAGES.values()) > 20
 
 
-def test_the_first_page_is_one_that_one_reads():
+def test_readme_is_short_and_begins_with_the_two_commands():
     assert len(README.splitlines()) <= 150
     assert README.index("scripts/quickstart.sh") < README.index("scripts/test.sh") < README.index("## ")
 
 
 def commands(script, page=README):
-    """The words from the script on, of the lines that run it, by whatever program."""
+    """Words of the lines that run a script, from the name of the script on."""
     lines = "\n".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
-    found = [re.search(rf"^[^#]*\bscripts/({script}\w*\.py.*)", line) for line in lines]
-    return [shlex.split(line[1], comments=True) for line in found if line]
+    matches = [re.search(rf"^[^#]*\bscripts/({script}\w*\.py.*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in matches if match]
 
 
 @pytest.mark.parametrize("command", commands("benchmark", RESULTS), ids=lambda words: words[1])
-def test_parts_of_the_benchmark_are_known(command, capsys, monkeypatch):
+def test_flags_of_the_benchmark_exist(command, capsys, monkeypatch):
     monkeypatch.setitem(METHODS, "hardest", METHODS["InfoBatch"])
     assert benchmark.new_parser().parse_args(command[1:]).part == command[1]
     with pytest.raises(SystemExit):
         benchmark.new_parser().parse_args([*command[1:], "--unknown"])
 
 
-def test_a_method_and_a_task_are_added_as_the_page_says(tmp_path):
+def test_instructions_for_a_new_method_and_a_new_task_work(tmp_path):
     method, task = blocks("python", RESULTS)
     names = {**vars(rivals), **vars(from_scratch)}
     exec(compile(method, "README.md", "exec"), names)
     exec(compile(task, "README.md", "exec"), names)
     for line in ("Method(rival=Hardest)", 'Method({"uniform_fraction": 0.5})'):
         assert line in RESULTS
-        added = eval(line, {**vars(methods), **names})
+        new_method = eval(line, {**vars(methods), **names})
         parity = names["parity_task"]()
-        assert added.trainer(parity, 20, 1, str(tmp_path)).train().global_step == 20
+        assert new_method.trainer(parity, 20, 1, str(tmp_path)).train().global_step == 20
     (entry,) = re.findall(r'"parity": (Entry\(.*?\)), ?`|"parity": (Entry\(.*?\))`', RESULTS)
     assert eval(entry[0] or entry[1], {"Entry": Entry, "from_scratch": SimpleNamespace(**names)}).embedded
-    assert "hardest" not in METHODS, "it needs to be named there"
+    assert "hardest" not in METHODS, "premise: the page adds it"
     with pytest.raises(SystemExit):
         benchmark.new_parser().parse_args(["accuracy", "--methods", "hardest"])
 
 
 @pytest.mark.parametrize("command", commands("run"), ids=lambda words: words[0])
-def test_flags_are_known(command):
+def test_flags_of_the_scripts_exist(command):
     script = importlib.import_module(Path(command[0]).stem)
     parse(command[1:], data_arguments(script), script.EMBEDDED)
     with pytest.raises(ValueError, match="Some specified arguments are not used"):
@@ -149,16 +151,16 @@ def test_flags_are_known(command):
 
 
 @pytest.mark.parametrize("command", commands("run", SCRIPTS), ids=" ".join)
-def test_flags_for_several_processes_are_known(command):
-    """Their names: what they are set to needs the engines, and files."""
+def test_flags_for_several_processes_exist(command):
+    """Only the names of the flags: their values require files, and the packages of the engines."""
     script = importlib.import_module(Path(command[0]).stem)
     kinds = (ModelArguments, data_arguments(script), TrainingArguments, ImportanceConfig)
-    known = {f"--{field.name}" for kind in kinds for field in fields(kind)}
-    assert {word for word in command if word.startswith("--")} <= known
-    assert "--unknown" not in known, "control"
+    flags = {f"--{field.name}" for kind in kinds for field in fields(kind)}
+    assert {word for word in command if word.startswith("--")} <= flags
+    assert "--unknown" not in flags, "control: not every flag exists"
 
 
-def test_settings_are_those_of_the_config():
+def test_table_of_settings_has_the_fields_and_defaults_of_the_config():
     table = METHOD.split("| setting | default |")[1].split("\n\n")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", table, flags=re.MULTILINE))
     assert list(rows) == [field.name for field in fields(ImportanceConfig)]
@@ -184,40 +186,42 @@ FIGURES = {
     "label_errors": ("auroc_mean_loss",),
     "suspects": ("accuracy",),
 }
-"""Some that the tables are made of."""
+"""For each table, figures of the runs that it shows."""
 
 
 def runs_of(part):
+    """Published runs of a part of the benchmark."""
     return results.load(results.FOLDER / f"{part}.json")["runs"]
 
 
-def test_tables_are_those_of_the_results():
+def changed(run, figures, factor):
+    """The run with some figures multiplied by a factor."""
+    return {name: factor * value if name in figures else value for name, value in run.items()}
+
+
+def test_tables_match_the_results():
     pages = {page: (benchmark.ROOT / page).read_text(encoding="utf-8") for page in benchmark.PAGES}
     marks = {page: re.findall(r"^<!-- (\w+) -->$", text, flags=re.MULTILINE) for page, text in pages.items()}
-    assert {mark for found in marks.values() for mark in found} == set(benchmark.TABLES)
+    assert {mark for names in marks.values() for mark in names} == set(benchmark.TABLES)
     for text in pages.values():
         assert benchmark.with_tables(text) == text, "run: python scripts/benchmark.py pages"
     for name, (parts, tables) in benchmark.TABLES.items():
         runs = [runs_of(part) for part in parts]
         assert len(runs[0]) >= 4
-        changed = [[_changed(run, FIGURES[name], 1 + i % 3) for i, run in enumerate(part)] for part in runs]
+        other = [[changed(run, FIGURES[name], 1 + i % 3) for i, run in enumerate(part)] for part in runs]
         for text in (text for page, text in pages.items() if name in marks[page]):
             assert tables(*runs) in text
-            assert tables(*changed) not in text, f"control: {name}"
-
-
-def _changed(run, figures, factor):
-    return {name: factor * value if name in figures else value for name, value in run.items()}
+            assert tables(*other) not in text, f"control: other runs, {name}"
 
 
 @pytest.mark.parametrize("name", ["accuracy.png", "savings.png"])
-def test_plots_are_those_of_the_results(name):
+def test_plots_match_the_results(name):
     runs = runs_of("accuracy")
     assert Image.open(results.FOLDER / name).text["Source"] == results.digest(runs)
-    assert results.digest(runs[1:]) != results.digest(runs), "control"
+    assert results.digest(runs[1:]) != results.digest(runs), "control: other runs"
 
 
-def test_the_picture_of_a_report_is_of_the_page_as_it_is():
-    with Image.open(picture.PICTURE) as drawn:
-        assert drawn.text["Source"] == picture.digest(), "run: python scripts/benchmark.py picture"
+def test_picture_of_a_report_matches_the_current_page():
+    with Image.open(picture.PICTURE) as image:
+        assert image.text["Source"] == picture.digest(), "run: python scripts/benchmark.py picture"
     assert f"](scripts/results/{picture.PICTURE.name})" in README

@@ -1,4 +1,4 @@
-"""The order of the modules: each imports only modules above it."""
+"""The order of the modules: each imports only modules that are listed before it."""
 
 import ast
 import importlib
@@ -77,11 +77,11 @@ ONLY_TORCH |= {module for module in ORDER if module.startswith(("losses.", "samp
 TORCH = ("torch", "numpy")
 PACKAGE = Path(hf_importance.__file__).parent
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-MODULES = sorted(FILES.keys() - {f"{folder}.__init__" for folder in FOLDERS})  # which only say what is in a folder
+MODULES = sorted(FILES.keys() - {f"{folder}.__init__" for folder in FOLDERS})  # which only have docstrings
 
 
 def imported(source):
-    """Imported modules of hf_importance, and the packages of others."""
+    """Imported modules of hf_importance, and names of other imported packages."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -95,18 +95,19 @@ def imported(source):
             yield name if name.startswith("hf_importance.") else name.split(".")[0]
 
 
-def faults(module, source):
+def violations(module, source):
+    """Messages on imports that the order does not allow."""
     for name in imported(source):
         if name.startswith("hf_importance."):
             if ORDER.index(name.removeprefix("hf_importance.")) >= ORDER.index(module):
-                yield f"{module} imports {name}, which stands above it"
+                yield f"{module} imports {name}, which is not listed before it"
         elif module in ONLY_TORCH and name not in TORCH and name not in sys.stdlib_module_names:
-            yield f"{module} imports {name}"
+            yield f"{module} imports {name}, on which it must not depend"
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_downward(module):
-    assert list(faults(module, FILES[module].read_text())) == []
+def test_module_imports_only_modules_before_it(module):
+    assert list(violations(module, FILES[module].read_text())) == []
 
 
 @pytest.mark.parametrize(
@@ -122,22 +123,22 @@ def test_imports_go_downward(module):
         ("losses.heads", "from hf_importance.losses import objective"),
     ],
 )
-def test_faults_are_found(module, source):
-    assert len(list(faults(module, source))) == 1
+def test_control_violations_are_found(module, source):
+    assert len(list(violations(module, source))) == 1
 
 
-def test_every_module_has_its_place():
+def test_order_lists_every_module():
     assert sorted(ORDER) == MODULES
 
 
 @pytest.mark.parametrize("folder", [None, *FOLDERS])
-def test_the_reading_order_names_every_module_in_its_place(folder):
-    """A folder is listed at the place of its last module."""
+def test_docstring_lists_the_modules_in_order(folder):
+    """In the docstring of the package, a folder is listed at the position of its modules."""
     if folder is None:
         text, parts = hf_importance.__doc__, [module.split(".")[0] for module in ORDER if module != "__init__"]
     else:
         text = importlib.import_module(f"hf_importance.{folder}").__doc__
         parts = [module.removeprefix(f"{folder}.") for module in ORDER if module.startswith(f"{folder}.")]
-    places = [text.find(f"- `{name}`:") for name in dict.fromkeys(parts)]
-    assert places == sorted(places)
-    assert places[0] > 0
+    positions = [text.find(f"- `{name}`:") for name in dict.fromkeys(parts)]
+    assert positions == sorted(positions)
+    assert positions[0] > 0

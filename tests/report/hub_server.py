@@ -1,7 +1,7 @@
-"""A local stand-in for the Hub, with what its real client needs to create a repository and upload to it.
+"""A local server with the endpoints of the Hub that its client needs to create a repository and upload to it.
 
-Keeps what arrives. How a repository is called decides what goes wrong: `cut` loses the connection in the middle of a
-large file, `full` has no space left. Only one token is right.
+It keeps uploaded files in memory and accepts only `TOKEN`. Uploads to a repository named `cut` lose the connection in
+the middle of a large file; those to one named `full` exceed its storage limit.
 """
 
 import base64
@@ -19,7 +19,7 @@ LARGE = {".safetensors", ".bin", ".pt", ".png", ".parquet"}
 
 
 class Hub:
-    """Received uploads: `commits[repository]` is a list of {path: content}."""
+    """Uploads: `commits[repository]` is a list of {path: content}."""
 
     def __init__(self):
         self.objects, self.commits, self.requests = {}, {}, []
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.commits.setdefault(f"someone/{name}", [])
             return self.answer(200, {"url": self.url(f"/someone/{name}")})
         if self.path == "/api/validate-yaml":
-            return self.answer(200, {"errors": faults_of(json.loads(content)["content"]), "warnings": []})
+            return self.answer(200, {"errors": errors_of(json.loads(content)["content"]), "warnings": []})
         if "/preupload/" in self.path:
             files = [
                 {
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"transfer": "basic", "objects": objects})
         if "/commit/" in self.path:
             return self.commit([json.loads(line) for line in content.splitlines()])
-        return self.answer(404, {"error": f"no such thing: {self.path}"})
+        return self.answer(404, {"error": f"not found: {self.path}"})
 
     def commit(self, lines):
         repository = "/".join(self.path.split("/")[3:5])
@@ -116,8 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, {"commitUrl": self.url(f"/{repository}/commit/{oid}"), "commitOid": oid})
 
 
-def faults_of(card):
-    """Validate the metadata of a model card by the relevant rules of the Hub."""
+def errors_of(card):
+    """Errors in the metadata of a model card, by the relevant rules of the Hub."""
     _, head, _ = card.split("---\n", 2)
     try:
         metadata = yaml.safe_load(head)
@@ -125,16 +125,16 @@ def faults_of(card):
         return [{"message": str(error)}]
     texts = {key: metadata.get(key) for key in ("license", "library_name", "base_model") if key in metadata}
     lists = {key: metadata.get(key, []) for key in ("tags", "metrics", "datasets")}
-    faults = [key for key, value in texts.items() if not isinstance(value, str)]
-    faults += [
+    invalid = [key for key, value in texts.items() if not isinstance(value, str)]
+    invalid += [
         key for key, value in lists.items() if not (isinstance(value, list) and all(isinstance(v, str) for v in value))
     ]
-    return [{"message": f'"{key}" is not of the type that it should be'} for key in faults]
+    return [{"message": f'"{key}" has the wrong type'} for key in invalid]
 
 
 @contextmanager
 def running():
-    """Yields the hub and its address."""
+    """Run the server; yields the hub and its address."""
     handler = type("Bound", (Handler,), {"hub": Hub()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

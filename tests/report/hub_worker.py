@@ -1,4 +1,4 @@
-"""Runs the text script several times with the real client of the Hub at `HF_ENDPOINT`."""
+"""Runs `run_text_classification.py` several times, pushing to the Hub at `HF_ENDPOINT`."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from hf_importance.command_line import fine_tuning
 
 
 def main(folder, runs):
-    time.sleep = lambda seconds: None  # the client waits before it tries again
+    time.sleep = lambda seconds: None  # the client sleeps between retries
     for name, flags in runs.items():
         run = [
             *("--train_file", str(folder / "train.csv"), "--output_dir", str(folder / name), "--hub_model_id", name),

@@ -1,4 +1,4 @@
-"""Pushing to the Hub, with its real client over HTTP to a local stand-in."""
+"""Pushing to the Hub with its client, to a local server instead of the Hub."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    """The hub after all runs, and their folder."""
+    """The hub and the output folder after all runs."""
     folder = tmp_path_factory.mktemp("hub")
     with (folder / "train.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -37,7 +37,7 @@ def pushed(tmp_path_factory):
     with hub_server.running() as (hub, address):
         environment = {
             "HF_ENDPOINT": address,
-            "HF_HUB_DISABLE_XET": "1",  # the stand-in takes large files by LFS
+            "HF_HUB_DISABLE_XET": "1",  # the local server only supports LFS for large files
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(folder / "home"),
@@ -50,24 +50,24 @@ def outcome(folder, name):
     return (folder / f"{name}.txt").read_text()
 
 
-def test_what_arrives_is_a_model_with_its_card(pushed, tmp_path):
+def test_pushed_model_and_card_can_be_loaded(pushed, tmp_path):
     hub, folder = pushed
     assert outcome(folder, "good") == "pushed"
     files = hub.files("someone/good")
     for path, content in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(content)
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    ours = AutoModelForSequenceClassification.from_pretrained(folder / "good")
+    uploaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    local = AutoModelForSequenceClassification.from_pretrained(folder / "good")
     inputs = AutoTokenizer.from_pretrained(tmp_path)(TEXTS[:2], return_tensors="pt", padding=True)
-    assert torch.equal(theirs(**inputs).logits, ours(**inputs).logits)
+    assert torch.equal(uploaded(**inputs).logits, local(**inputs).logits)
     assert ImportanceConfig.from_pretrained(tmp_path) == ImportanceConfig(budget=1.5)
 
     card = ModelCard.load(tmp_path / "README.md")
     assert {"importance-sampling", "hf_importance", "generated_from_trainer"} <= set(card.data.tags)
     assert card.data.tags.count("hf_importance") == 1
     assert "/api/validate-yaml" in hub.requests
-    assert hub_server.faults_of((tmp_path / "README.md").read_text()) == []
+    assert hub_server.errors_of((tmp_path / "README.md").read_text()) == []
     for words in ("## Importance sampling", "90 % of the visits", "| `budget` | `1.5` |", "2311.14468", "## Training"):
         assert words in card.text
     pictures = [line.split("](")[1].rstrip(")") for line in card.text.splitlines() if line.startswith("![")]
@@ -76,9 +76,9 @@ def test_what_arrives_is_a_model_with_its_card(pushed, tmp_path):
         assert files[picture].startswith(b"\x89PNG")
 
 
-def test_no_training_text_arrives(pushed):
+def test_training_texts_are_not_pushed(pushed):
     hub, folder = pushed
-    assert TEXTS[0] in (folder / "good/_importance_report/report.html").read_text(), "there is one, on this machine"
+    assert TEXTS[0] in (folder / "good/_importance_report/report.html").read_text(), "control: the local report"
     files = hub.files("someone/good")
     assert not any(text.encode() in content for content in files.values() for text in TEXTS)
     assert not any("report.html" in path or "examples" in path or "checkpoint" in path for path in files)
@@ -87,15 +87,14 @@ def test_no_training_text_arrives(pushed):
     assert len(rows) == len(TEXTS)
 
 
-def test_examples_arrive_if_asked_for(pushed):
+def test_examples_are_pushed_with_report_examples_to_hub(pushed):
     hub, _ = pushed
     files = hub.files("someone/examples")
     assert TEXTS[0].encode() in files["importance_report/report.html"]
     assert "importance_report/examples.parquet" in files
 
 
-def test_wrong_token(pushed):
-    """The error is raised before training."""
+def test_invalid_token_is_an_error_before_training(pushed):
     _, folder = pushed
     message = outcome(folder, "wrong")
     assert message.startswith("error: The repository wrong cannot be created or written to")
@@ -106,7 +105,7 @@ def test_wrong_token(pushed):
 
 
 @pytest.mark.parametrize(("name", "reason"), [("cut", "Error"), ("full", "storage limit reached")])
-def test_failures_lose_nothing(pushed, name, reason):
+def test_model_stays_on_disk_if_pushing_fails(pushed, name, reason):
     hub, folder = pushed
     message = outcome(folder, name)
     assert message.startswith(f"error: Pushing to someone/{name} failed")
@@ -118,6 +117,6 @@ def test_failures_lose_nothing(pushed, name, reason):
     AutoModelForSequenceClassification.from_pretrained(folder / name)
 
 
-def test_control_the_stand_in_refuses_bad_metadata():
-    assert hub_server.faults_of("---\ntags: 3\n---\n") != []
-    assert hub_server.faults_of("---\ntags: [a: b: c\n---\n") != []
+def test_control_server_refuses_invalid_metadata():
+    assert hub_server.errors_of("---\ntags: 3\n---\n") != []
+    assert hub_server.errors_of("---\ntags: [a: b: c\n---\n") != []

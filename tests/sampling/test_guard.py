@@ -1,7 +1,7 @@
-"""The guard: measured variance of the gradient, against uniform sampling, on constructed importances.
+"""The guard: the variance of the gradient with constructed importances, and the floor chosen for given visits.
 
-The gradient norm of an example at a visit is what is measured there. Over 12 passes the mean of the second moment of
-the gradient estimate over that of uniform sampling must not exceed 1.05, in the mean of 3 seeds.
+The gradient norm of an example at a visit is what is measured there. The variance ratio is the second moment of the
+gradient estimate relative to uniform sampling. Its mean over 12 passes and 3 seeds must not exceed 1.05.
 """
 
 import math
@@ -20,8 +20,8 @@ from hf_importance.sampling.segments import SegmentedVisits
 PASSES = 12
 
 
-def ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_exponent=1.0):
-    """Variance ratio in each epoch with weights 1/r, and the sampler at the end."""
+def variance_ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_exponent=1.0):
+    """Variance ratio of each epoch with weights 1/r, and the sampler at the end."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(size, scale):
@@ -37,7 +37,7 @@ def ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_exponent=1.
             if case == "drifting":
                 norm = norm * noise(examples, 0.05)
             index, rate = tensor(draw.index), tensor(draw.rate, dtype=torch.float64)
-            measured = norm[index] * noise(len(index), {"noisy": 1.5, "a little noisy": 0.5}.get(case, 0.0))
+            measured = norm[index] * noise(len(index), {"noisy": 1.5, "slightly noisy": 0.5}.get(case, 0.0))
             ours += (measured / rate).square().sum().item()
             uniform += (measured.square() / rate).sum().item()
             sampler.mark_used(draw)
@@ -49,57 +49,56 @@ def ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_exponent=1.
     return found, sampler
 
 
-def mean_ratio(*args, **kwargs):
-    runs = [ratios(*args, seed=seed, **kwargs)[0] for seed in range(3)]
+def mean_variance_ratio(*args, **kwargs):
+    runs = [variance_ratios(*args, seed=seed, **kwargs)[0] for seed in range(3)]
     return sum(map(sum, runs)) / len(runs) / PASSES
 
 
-@pytest.mark.parametrize("case", ["constant", "a little noisy", "noisy", "shuffled", "drifting"])
-def test_never_worse_than_uniform(case):
-    assert mean_ratio(case) <= 1.05
+@pytest.mark.parametrize("case", ["constant", "slightly noisy", "noisy", "shuffled", "drifting"])
+def test_variance_is_not_above_that_of_uniform_sampling(case):
+    assert mean_variance_ratio(case) <= 1.05
 
 
-def test_soon():
-    """Including the second pass."""
-    second = [ratios("shuffled", seed=seed)[0][1] for seed in range(3)]
+def test_guard_takes_effect_by_the_second_pass():
+    second = [variance_ratios("shuffled", seed=seed)[0][1] for seed in range(3)]
     assert sum(second) / 3 <= 1.05
-    careless = [ratios("shuffled", seed=seed, guard=False)[0][1] for seed in range(3)]
-    assert sum(careless) / 3 > 1.2, "control"
+    unguarded = [variance_ratios("shuffled", seed=seed, guard=False)[0][1] for seed in range(3)]
+    assert sum(unguarded) / 3 > 1.2, "control"
 
 
-@pytest.mark.parametrize("case", ["constant", "a little noisy", "drifting"])
-def test_a_good_case_loses_nothing(case):
-    guarded, careless = mean_ratio(case), mean_ratio(case, guard=False)
-    assert guarded <= 1.02 * careless
-    assert careless < 0.85, "control: it is a good case"
+@pytest.mark.parametrize("case", ["constant", "slightly noisy", "drifting"])
+def test_guard_keeps_the_gain_of_informative_importances(case):
+    guarded, unguarded = mean_variance_ratio(case), mean_variance_ratio(case, guard=False)
+    assert guarded <= 1.02 * unguarded
+    assert unguarded < 0.85, "premise: importances are informative"
 
 
 @pytest.mark.parametrize("weight_exponent", [0.0, 0.5, 1.0])
-def test_it_matters(weight_exponent):
-    """Control: without the guard, uninformative importances are worse than none."""
-    assert mean_ratio("shuffled", guard=False, weight_exponent=weight_exponent) > 1.1
-    assert ratios("shuffled", weight_exponent=weight_exponent)[1].visits.floor > 0.6
-    assert ratios("constant", weight_exponent=weight_exponent)[1].visits.floor == pytest.approx(0.3)
+def test_control_uninformative_importances_increase_variance_without_guard(weight_exponent):
+    """With the guard, they raise the floor; informative importances do not."""
+    assert mean_variance_ratio("shuffled", guard=False, weight_exponent=weight_exponent) > 1.1
+    assert variance_ratios("shuffled", weight_exponent=weight_exponent)[1].visits.floor > 0.6
+    assert variance_ratios("constant", weight_exponent=weight_exponent)[1].visits.floor == pytest.approx(0.3)
 
 
-def test_the_evidence_does_not_depend_on_the_weights(monkeypatch):
-    """It depends on the drawn rate only, bit for bit."""
+def test_evidence_does_not_depend_on_the_weights(monkeypatch):
+    """It depends on the drawn rates only, bit for bit."""
 
     def evidence(weight_exponent):
-        visits = ratios("noisy", examples=500, weight_exponent=weight_exponent)[1].visits
+        visits = variance_ratios("noisy", examples=500, weight_exponent=weight_exponent)[1].visits
         return visits.state_dict()["guard"]["second_moments"]
 
     assert torch.equal(evidence(0.0), evidence(1.0))
     assert torch.equal(evidence(0.5), evidence(1.0))
-    assert evidence(1.0).min() > 0, "premise: there is some"
+    assert evidence(1.0).min() > 0, "premise: there is evidence"
     observe = SegmentedVisits.observe
     right = evidence(1.0)
     monkeypatch.setattr(SegmentedVisits, "observe", lambda self, a, b, rate: observe(self, a, b, torch.ones_like(rate)))
-    assert not torch.allclose(evidence(0.0), right, rtol=1e-2), "control: by weights of 1"
+    assert not torch.allclose(evidence(0.0), right, rtol=1e-2), "control: rates replaced by 1"
 
 
-def test_the_floor_returns():
-    """Importances that are uninformative for four passes, and exact afterwards."""
+def test_floor_returns_when_importances_become_informative():
+    """Importances are shuffled during four passes, and exact afterwards."""
     sampler = ImportanceBatchSampler(ImportanceMemory(1000, momentum=0.0), 25, uniform_fraction=0.3)
     norm, floors = torch.linspace(0.1, 3.0, 1000), []
     for epoch in range(16):
@@ -114,7 +113,7 @@ def test_the_floor_returns():
 
 
 @pytest.mark.parametrize("measured", [0.0, 0.7])
-def test_equal_importances_are_visited_alike(measured):
+def test_equal_importances_have_rate_one(measured):
     sampler = ImportanceBatchSampler(ImportanceMemory(500), 20, uniform_fraction=0.3)
     for _ in range(3):
         for draw in sampler:
@@ -122,11 +121,11 @@ def test_equal_importances_are_visited_alike(measured):
             assert set(draw.rate) == {1.0}
 
 
-# ---- the figures that it decides by ----------------------------------------------------------------------------------
+# ---- the floor for given visits --------------------------------------------------------------------------------------
 
 
-def evidence(n=400, seed=0, noise=0.0):
-    """Visits in proportion to the rates: remembered importances, their mean, measurements and rates."""
+def uniform_visits(n=400, seed=0, noise=0.0):
+    """One visit of each example: remembered importances, their mean, measured importances, and rates of 1."""
     g = torch.Generator().manual_seed(seed)
     q = torch.exp(torch.randn(n, generator=g))
     measured = q * torch.exp(noise * torch.randn(n, generator=g))
@@ -134,10 +133,14 @@ def evidence(n=400, seed=0, noise=0.0):
     return q, mean, measured, torch.ones(n, dtype=torch.float64)
 
 
-def test_it_takes_the_lowest_floor_that_is_good_enough():
+def second_moments(guard):
+    return guard.state_dict()["second_moments"]
+
+
+def test_floor_is_the_lowest_within_one_percent_of_the_minimum():
     for seed in range(4):
         for noise in (0.0, 0.3, 0.7, 1.0, 1.5, 3.0):
-            remembered, mean, measured, rate = evidence(seed=seed, noise=noise)
+            remembered, mean, measured, rate = uniform_visits(seed=seed, noise=noise)
             guard = Guard(0.2)
             guard.observe(remembered, mean, measured, rate, math.inf)
             floors = [0.2 + 0.1 * k for k in range(9)]
@@ -147,43 +150,43 @@ def test_it_takes_the_lowest_floor_that_is_good_enough():
             assert guard.floor() == pytest.approx(wanted)
 
 
-def test_the_more_noise_the_higher_the_floor():
+def test_floor_rises_with_noise():
     floors = []
     for noise in (0.0, 0.7, 1.5, 3.0):
         guard = Guard(0.1)
-        guard.observe(*evidence(n=20_000, noise=noise), math.inf)
+        guard.observe(*uniform_visits(n=20_000, noise=noise), math.inf)
         floors.append(guard.floor())
     assert floors == sorted(floors)
     assert floors[0] == pytest.approx(0.1)
     assert floors[-1] > 0.8
 
 
-def test_without_evidence_the_floor_is_the_lowest():
-    for guard in (Guard(0.3), Guard(0.3)):
-        assert guard.floor() == pytest.approx(0.3)
+def test_floor_without_evidence_is_the_uniform_fraction():
+    guard = Guard(0.3)
+    assert guard.floor() == pytest.approx(0.3)
     guard.observe(torch.full((3,), math.nan), math.nan, torch.ones(3), torch.ones(3), 64.0)
-    assert guard.floor() == pytest.approx(0.3), "of unknown examples nothing is learnt"
+    assert guard.floor() == pytest.approx(0.3), "visits of examples with unknown importance are no evidence"
     assert Guard(1.0).floor() == 1.0
     assert Guard(0.0).floor() == 0.0
 
 
-def test_evidence_is_forgotten():
-    guard, remembered = Guard(0.3), evidence(noise=2.0)
-    guard.observe(*remembered, 64.0)
+def test_evidence_decays():
+    guard, visits = Guard(0.3), uniform_visits(noise=2.0)
+    guard.observe(*visits, 64.0)
     high = guard.floor()
-    before = guard.state_dict()["second_moments"]
+    before = second_moments(guard)
     guard.floor()
-    assert torch.equal(guard.state_dict()["second_moments"], 0.9 * before)
+    assert torch.equal(second_moments(guard), 0.9 * before)
     for _ in range(60):
-        guard.observe(*evidence(seed=1), 64.0)
+        guard.observe(*uniform_visits(seed=1), 64.0)
         last = guard.floor()
     assert high > last == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("size", [1, 7, 399])
-def test_evidence_is_the_same_in_any_division(size):
-    """Bit for bit, also with uninformative visits."""
-    remembered, mean, measured, rate = evidence(noise=1.0)
+def test_evidence_does_not_depend_on_the_split_into_calls(size):
+    """Bit for bit, also with importances that are not finite."""
+    remembered, mean, measured, rate = uniform_visits(noise=1.0)
     remembered[::7], measured[::11] = math.nan, math.nan
     rate = rate + torch.rand(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole, parts, other = Guard(0.3), Guard(0.3), Guard(0.3)
@@ -191,32 +194,32 @@ def test_evidence_is_the_same_in_any_division(size):
     for start in range(0, 400, size):
         part = slice(start, start + size)
         parts.observe(remembered[part], mean, measured[part], rate[part], 64.0)
-    assert torch.equal(whole.state_dict()["second_moments"], parts.state_dict()["second_moments"])
+    assert torch.equal(second_moments(whole), second_moments(parts))
     other.observe(remembered[1:], mean, measured[1:], rate[1:].roll(1), 64.0)
-    assert not torch.allclose(whole.state_dict()["second_moments"], other.state_dict()["second_moments"]), "control"
+    assert not torch.allclose(second_moments(whole), second_moments(other)), "control: other rates"
 
 
-def test_state():
+def test_guard_state_dict_restores_exactly_and_is_a_copy():
     guard = Guard(0.3)
-    guard.observe(*evidence(noise=2.0), 64.0)
+    guard.observe(*uniform_visits(noise=2.0), 64.0)
     state, again = guard.state_dict(), Guard(0.3)
     again.load_state_dict(state)
     for _ in range(3):
-        again.observe(*evidence(seed=2), 64.0)
-        guard.observe(*evidence(seed=2), 64.0)
+        again.observe(*uniform_visits(seed=2), 64.0)
+        guard.observe(*uniform_visits(seed=2), 64.0)
         assert again.floor() == guard.floor()
     third = Guard(0.3)
     third.load_state_dict(state)
-    assert third.floor() != pytest.approx(Guard(0.3).floor()), "a state stays what it was, and counts"
+    assert third.floor() != pytest.approx(Guard(0.3).floor()), "control: the state is unchanged and has an effect"
 
 
-def test_a_rate_of_full_weight_has_the_ratio_that_the_guard_reckons_with():
-    """The second moment of a floor relative to that of floor 1 is the variance ratio of draws with that floor."""
-    q, mean, measured, _ = evidence(noise=0.5)
+def test_relative_second_moment_is_the_variance_ratio():
+    """The second moment with a floor, relative to floor 1, is the variance ratio of visits drawn with that floor."""
+    q, mean, measured, _ = uniform_visits(noise=0.5)
     rate = 0.7 * q.double() / mean + 0.3
     visits = torch.repeat_interleave((1000 * rate).round().long())
     guard = Guard(0.3)
     guard.observe(q[visits], mean, measured[visits], rate[visits], math.inf)
-    moments = guard.state_dict()["second_moments"]
+    moments = second_moments(guard)
     wanted = variance_ratio(measured[visits].double(), rate[visits], weights(rate[visits]))
     assert (moments[0] / moments[-1]).item() == pytest.approx(wanted.item(), rel=1e-5)

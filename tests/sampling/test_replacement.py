@@ -1,4 +1,4 @@
-"""Independent draws: unbiased by enumeration, from the current memory, with an incremental sum of rates."""
+"""Independent draws: unbiasedness, current rates, the incremental sum of the rates, passes and pruning, state."""
 
 import math
 from collections import Counter
@@ -7,26 +7,19 @@ import oracles
 import pytest
 import scipy.stats
 import torch
+from sampling_helpers import UNEQUAL, memory_of
 from torch import tensor
 
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.replacement import IndependentVisits
 
-UNEQUAL = [0.2, 1.0, 0.4, 3.0, math.nan, 0.7]
 
-
-def memory_of(importance, momentum=0.0):
-    memory = ImportanceMemory(len(importance), momentum)
-    memory.load_state_dict({"importance": torch.as_tensor(importance)})
-    return memory
-
-
-def visits_from(importance, **settings):
+def independent_visits(importance, **settings):
     return IndependentVisits(memory_of(importance), **{"uniform_fraction": 0.3, **settings})
 
 
-def draws(visits, number, at_once=1):
-    """The next visits: examples and rates, as lists."""
+def next_visits(visits, number, at_once=1):
+    """The next visits, at most `at_once` per call: examples and rates, as lists."""
     indices, rates = [], []
     while len(indices) < number:
         index, rate = visits.next(min(at_once, number - len(indices)))
@@ -34,7 +27,8 @@ def draws(visits, number, at_once=1):
     return indices, rates
 
 
-def observe(visits, index, measured, batch=None):
+def measure(visits, index, measured, batch=None):
+    """Update the memory and the visits."""
     index, measured = torch.as_tensor(index), torch.as_tensor(measured)
     visits.observe(visits.memory.update(index, measured, batch), measured, torch.ones(len(index)))
 
@@ -43,19 +37,19 @@ def counts(index, n):
     return torch.bincount(tensor(index), minlength=n).double()
 
 
-# ---- unbiased --------------------------------------------------------------------------------------------------------
+# ---- unbiasedness ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("importance", [UNEQUAL, [1.0, 5.0], [0.0, 0.0, 1.0], [2.0]])
-def test_unbiased_at_every_draw(monkeypatch, importance):
-    """N · P(draws i) · 1/r_i = 1 for every i: candidates one at a time, accepted up to an exact threshold."""
+def test_every_draw_is_unbiased(monkeypatch, importance):
+    """N · P(i is drawn) · 1/r_i = 1 for every i, from the threshold at which a candidate is accepted."""
     n = len(importance)
 
-    def accepts(candidate, uniform_number):
-        visits = visits_from(importance)
+    def rates_if_accepted(candidate, uniform_number):
+        visits = independent_visits(importance)
         monkeypatch.setattr(torch, "randint", lambda *_, **__: tensor([candidate]))
         monkeypatch.setattr(torch, "rand", lambda *_, **__: tensor([uniform_number], dtype=torch.float64))
-        monkeypatch.setattr(math, "ceil", lambda _: 1)  # one candidate at a time
+        monkeypatch.setattr(math, "ceil", lambda _: 1)  # one candidate per call
         index, rate = visits.next(1)
         assert index.tolist() in ([], [candidate])
         return rate.tolist()
@@ -64,86 +58,87 @@ def test_unbiased_at_every_draw(monkeypatch, importance):
     threshold = [r / max(wanted) for r in wanted]
     rates = []
     for i in range(n):
-        rates += accepts(i, threshold[i] * (1 - 1e-6))
+        rates += rates_if_accepted(i, threshold[i] * (1 - 1e-6))
         assert len(rates) == i + 1
-        assert threshold[i] > 1 - 1e-6 or not accepts(i, threshold[i] * (1 + 1e-6))
+        assert threshold[i] > 1 - 1e-6 or not rates_if_accepted(i, threshold[i] * (1 + 1e-6))
     probability = [t / sum(threshold) for t in threshold]  # candidates are uniform
     assert [n * p / r for p, r in zip(probability, rates, strict=True)] == pytest.approx([1.0] * n, rel=1e-6)
     if n > 1:
         wrong = [n * p / r**0.5 for p, r in zip(probability, rates, strict=True)]
-        assert wrong != pytest.approx([1.0] * n, rel=1e-3), "control: other weights are biased"
+        assert wrong != pytest.approx([1.0] * n, rel=1e-3), "control: weights with exponent ½ are biased"
 
 
-def test_chi_square():
-    """20 examples, 20,000 draws with one seed; a correct sampler fails for one seed in 10,000."""
+def test_draws_follow_the_rates_and_are_independent():
+    """Chi-square tests with 20 examples, 20,000 draws and a fixed seed; one seed in 10,000 would fail."""
     n = 20
     importance = torch.linspace(0.1, 4.0, n).tolist()
-    index, rate = draws(visits_from(importance, seed=5), 20_000, at_once=50)
+    index, rate = next_visits(independent_visits(importance, seed=5), 20_000, at_once=50)
     wanted = oracles.rates(importance, 0.3)
     assert rate == pytest.approx([wanted[i] for i in index], rel=1e-5)
     expected = tensor(wanted, dtype=torch.float64) * 1000
     assert scipy.stats.chisquare(counts(index, n), expected).pvalue > 1e-4
-    assert scipy.stats.chisquare(counts(index, n)).pvalue < 1e-4, "control: not uniform"
+    assert scipy.stats.chisquare(counts(index, n)).pvalue < 1e-4, "control: uniform rates"
     pairs = Counter(zip(index[::2], index[1::2], strict=True))
     joint = torch.outer(expected, expected).flatten() * 10_000 / 20_000**2
     observed = [pairs[a, b] for a in range(n) for b in range(n)]
-    assert scipy.stats.chisquare(observed, joint).pvalue > 1e-4, "draws are independent of each other"
+    assert scipy.stats.chisquare(observed, joint).pvalue > 1e-4, "consecutive draws are independent"
 
 
-def test_chi_square_after_updates():
-    """Also in the middle of a pass, with incremental sum and maximum of the rates."""
+def test_draws_follow_the_rates_after_updates_within_a_pass():
+    """With the incremental sum and maximum of the rates."""
     n = 20
-    visits = visits_from(torch.linspace(0.1, 4.0, n).tolist(), seed=5)
-    draws(visits, 3)
-    mean = visits._mean
-    observe(visits, [0, 1, 2, 19], [30.0, 8.0, 8.0, 0.1])
+    visits = independent_visits(torch.linspace(0.1, 4.0, n).tolist(), seed=5)
+    next_visits(visits, 3)
+    mean = visits.state_dict()["mean"]
+    measure(visits, [0, 1, 2, 19], [30.0, 8.0, 8.0, 0.1])
     now = [oracles.unnormalised_rate(q, mean, 0.3) for q in visits.memory.importances.tolist()]
     visits._visits = -(10**9)  # the pass does not end
-    index, rate = draws(visits, 20_000, at_once=50)
+    index, rate = next_visits(visits, 20_000, at_once=50)
     assert rate == pytest.approx([n * now[i] / sum(now) for i in index], rel=1e-5)
     assert scipy.stats.chisquare(counts(index, n), tensor(now).double() * 20_000 / sum(now)).pvalue > 1e-4
     before = tensor(oracles.rates(torch.linspace(0.1, 4.0, n).tolist(), 0.3)).double() * 1000
-    assert scipy.stats.chisquare(counts(index, n), before).pvalue < 1e-4, "control"
+    assert scipy.stats.chisquare(counts(index, n), before).pvalue < 1e-4, "control: rates before the updates"
 
 
-def test_all_alike_is_uniform():
+def test_equal_importances_are_drawn_uniformly():
     for importance in ([math.nan] * 10, [0.7] * 10, [0.0] * 10):
-        index, rate = draws(visits_from(importance), 5000, at_once=50)
+        index, rate = next_visits(independent_visits(importance), 5000, at_once=50)
         assert rate == [1.0] * 5000
         assert scipy.stats.chisquare(counts(index, 10)).pvalue > 1e-4
 
 
-# ---- the memory as it is ---------------------------------------------------------------------------------------------
+# ---- current rates ---------------------------------------------------------------------------------------------------
 
 
-def test_every_draw_reads_the_memory():
-    visits = visits_from([1.0] * 6, uniform_fraction=0.0)
+def test_every_draw_uses_the_current_memory():
+    visits = independent_visits([1.0] * 6, uniform_fraction=0.0)
     assert visits.planned == 0
-    assert draws(visits, 2)[1] == [1.0, 1.0]
-    observe(visits, range(6), torch.arange(1.0, 7.0))
-    index, rate = draws(visits, 3)
+    assert next_visits(visits, 2)[1] == [1.0, 1.0]
+    measure(visits, range(6), torch.arange(1.0, 7.0))
+    index, rate = next_visits(visits, 3)
     assert rate == pytest.approx([(i + 1) / 3.5 for i in index])
     assert rate != [1.0] * 3, "control"
 
 
-def test_the_sum_follows_updates():
-    """After many updates, the sum equals a new sum, and no rate exceeds the maximum."""
-    visits = visits_from(torch.rand(50, generator=torch.Generator().manual_seed(0)))
-    draws(visits, 1)
-    still, g = visits._total, torch.Generator().manual_seed(1)
+def test_sum_and_maximum_of_rates_follow_updates():
+    """After many updates, the sum equals a newly computed one, and no rate exceeds the maximum."""
+    visits = independent_visits(torch.rand(50, generator=torch.Generator().manual_seed(0)))
+    next_visits(visits, 1)
+    initial, g = visits.state_dict()["total"], torch.Generator().manual_seed(1)
     for k in range(200):
         index, importance = torch.randint(50, (8,), generator=g), 3 * torch.rand(8, generator=g) ** 4
         importance[torch.rand(8, generator=g) < 0.05] = math.nan
-        observe(visits, index, importance, torch.arange(2).repeat_interleave(4) if k % 2 else None)
-        rates = [oracles.unnormalised_rate(q, visits._mean, 0.3) for q in visits.memory.importances.tolist()]
-        assert visits._total == pytest.approx(sum(rates), rel=1e-6)
+        measure(visits, index, importance, torch.arange(2).repeat_interleave(4) if k % 2 else None)
+        state = visits.state_dict()
+        rates = [oracles.unnormalised_rate(q, state["mean"], 0.3) for q in visits.memory.importances.tolist()]
+        assert state["total"] == pytest.approx(sum(rates), rel=1e-6)
         assert visits.rates().mean().item() == pytest.approx(1.0, rel=1e-9)
-        assert max(rates) <= visits._largest * (1 + 1e-6)
-    assert abs(still / visits._total - 1) > 0.1, "control: it has changed"
+        assert max(rates) <= state["largest"] * (1 + 1e-6)
+    assert abs(initial / state["total"] - 1) > 0.1, "control: the sum has changed"
 
 
-def test_the_sum_is_the_same_in_any_division():
-    """Bit for bit: batches one by one or in bulk, with rates so different that their sum is rounded."""
+def test_sum_of_rates_does_not_depend_on_the_split_into_updates():
+    """Bit for bit; the rates differ so much that their sum is rounded."""
     g = torch.Generator().manual_seed(0)
 
     def importances(size):
@@ -151,47 +146,48 @@ def test_the_sum_is_the_same_in_any_division():
 
     start = importances(30)
     batches = [(torch.randint(30, (6,), generator=g), importances(6)) for _ in range(60)]
-    one_by_one, at_once = (visits_from(start, uniform_fraction=0.0) for _ in range(2))
-    draws(one_by_one, 1), draws(at_once, 1)
+    one_by_one, in_bulk = (independent_visits(start, uniform_fraction=0.0) for _ in range(2))
+    next_visits(one_by_one, 1), next_visits(in_bulk, 1)
     for index, importance in batches:
-        observe(one_by_one, index, importance)
+        measure(one_by_one, index, importance)
     for k in range(0, 60, 4):
         index, importance = (torch.cat(part) for part in zip(*batches[k : k + 4], strict=True))
-        observe(at_once, index, importance, torch.arange(4).repeat_interleave(6))
-    assert torch.equal(one_by_one.memory.importances, at_once.memory.importances)
-    assert one_by_one._largest == at_once._largest
-    assert one_by_one._total == at_once._total
+        measure(in_bulk, index, importance, torch.arange(4).repeat_interleave(6))
+    assert torch.equal(one_by_one.memory.importances, in_bulk.memory.importances)
+    for name in ("largest", "total"):
+        assert one_by_one.state_dict()[name] == in_bulk.state_dict()[name]
 
 
-def test_the_mean_is_that_of_the_start_of_the_pass():
-    visits = visits_from([1.0, 3.0, 1.0, 3.0])
-    draws(visits, 1)
-    observe(visits, [0], [100.0])
-    draws(visits, 2)
-    assert visits._mean == 2.0
-    draws(visits, 3)  # the pass has ended with the fourth
+def test_mean_importance_is_fixed_at_the_start_of_a_pass():
+    visits = independent_visits([1.0, 3.0, 1.0, 3.0])
+    next_visits(visits, 1)
+    measure(visits, [0], [100.0])
+    next_visits(visits, 2)
+    assert visits.state_dict()["mean"] == 2.0
+    next_visits(visits, 3)  # the pass ends with the fourth visit
     assert visits.passes == 2
-    assert visits._mean == 107 / 4
+    assert visits.state_dict()["mean"] == 107 / 4
 
 
-def test_extreme_rates_end():
-    """One example has all the importance: 1 in 200,000 candidates is accepted."""
+def test_drawing_terminates_with_extreme_rates():
+    """One example has all the importance, so 1 in 200,000 candidates is accepted."""
     importance = torch.zeros(200_000)
     importance[123] = 1.0
-    index, rate = draws(visits_from(importance, uniform_fraction=0.0), 4)
+    index, rate = next_visits(independent_visits(importance, uniform_fraction=0.0), 4)
     assert index == [123] * 4
     assert rate == pytest.approx([200_000] * 4)
 
 
-def test_large_data_are_gone_through_in_pieces(monkeypatch):
+def test_draws_do_not_depend_on_the_chunk_size(monkeypatch):
     importance = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 3
     importance[::9], importance[-1] = math.nan, 9.0
 
     def run():
-        visits = visits_from(importance, prune_mass=0.05)
+        visits = independent_visits(importance, prune_mass=0.05)
         visits.restart(1)
-        found = draws(visits, 300)
-        return [*found, visits._total, visits._largest, visits._mean]
+        found = next_visits(visits, 300)
+        state = visits.state_dict()
+        return [*found, state["total"], state["largest"], state["mean"]]
 
     whole = run()
     monkeypatch.setattr("hf_importance.sampling.memory.CHUNK", 64)
@@ -200,87 +196,87 @@ def test_large_data_are_gone_through_in_pieces(monkeypatch):
     assert found[1] == pytest.approx(whole[1], rel=1e-6)
     assert found[2:] == pytest.approx(whole[2:], rel=1e-6)
     monkeypatch.setattr(ImportanceMemory, "chunks", lambda _: iter([slice(0, 960)]))
-    assert run()[2:] != pytest.approx(whole[2:], rel=1e-6), "control: a piece that is left out is missed"
+    assert run()[2:] != pytest.approx(whole[2:], rel=1e-6), "control: a missing chunk is detected"
 
 
-# ---- passes ----------------------------------------------------------------------------------------------------------
+# ---- passes and pruning ----------------------------------------------------------------------------------------------
 
 
-def test_pruned_examples_are_not_drawn_for_a_pass():
+def test_pruned_examples_are_not_drawn():
     q = [0.001, 1.0, 2.0, 0.001, 1.0, 3.0]
-    visits, without = (visits_from(q, prune_mass=mass) for mass in (0.01, 0.0))
-    draws(visits, 6)
-    assert visits.pruned is None, "the first pass knows nothing"
-    index, rate = draws(visits, 600)
+    visits, unpruned = (independent_visits(q, prune_mass=mass) for mass in (0.01, 0.0))
+    next_visits(visits, 6)
+    assert visits.pruned is None, "nothing is pruned in the first pass"
+    index, rate = next_visits(visits, 600)
     assert visits.pruned.nonzero().flatten().tolist() == [0, 3]
     assert set(index) == {1, 2, 4, 5}
     wanted = dict(zip([1, 2, 4, 5], oracles.rates([1.0, 2.0, 1.0, 3.0], 0.3), strict=True))
     assert rate == pytest.approx([wanted[i] for i in index], rel=1e-6)
     assert visits.rates()[[0, 3]].tolist() == [0.0, 0.0]
-    assert {0, 3} <= set(draws(without, 600)[0]), "control"
+    assert {0, 3} <= set(next_visits(unpruned, 600)[0]), "control"
 
 
-def test_an_update_of_a_pruned_example_leaves_the_sum():
-    visits = visits_from([0.001, 1.0, 2.0, 0.001, 1.0, 3.0], prune_mass=0.01)
-    draws(visits, 7)
+def test_updates_of_pruned_examples_do_not_change_the_sum_of_rates():
+    visits = independent_visits([0.001, 1.0, 2.0, 0.001, 1.0, 3.0], prune_mass=0.01)
+    next_visits(visits, 7)
     assert visits.pruned.any()
-    before = visits._total
-    observe(visits, [0], [0.5])
-    assert visits._total == before
-    observe(visits, [1, 3], [0.5, 0.5])
-    assert visits._total < before, "control"
+    before = visits.state_dict()["total"]
+    measure(visits, [0], [0.5])
+    assert visits.state_dict()["total"] == before
+    measure(visits, [1, 3], [0.5, 0.5])
+    assert visits.state_dict()["total"] < before, "control"
     assert visits.rates()[[1, 2, 4, 5]].mean().item() == pytest.approx(1.0)
 
 
-def test_pruned_examples_come_back_when_others_have_become_less_important():
-    visits = visits_from([0.1, 0.1] + [1.0] * 8, prune_mass=0.05)
-    draws(visits, 20)
+def test_pruned_examples_return_when_others_become_less_important():
+    visits = independent_visits([0.1, 0.1] + [1.0] * 8, prune_mass=0.05)
+    next_visits(visits, 20)
     assert visits.pruned.nonzero().flatten().tolist() == [0, 1]
-    observe(visits, range(2, 10), [0.05] * 8)
+    measure(visits, range(2, 10), [0.05] * 8)
     assert visits.pruned.any(), "the current pass is unchanged"
-    index, _ = draws(visits, 100)
+    index, _ = next_visits(visits, 100)
     assert {0, 1} <= set(index)
     assert visits.pruned is None
 
 
 def test_unknown_examples_are_never_pruned():
-    visits = visits_from([math.nan, 0.001, math.nan, *[1.0] * 7], prune_mass=0.2)
-    index, _ = draws(visits, 200)
+    visits = independent_visits([math.nan, 0.001, math.nan, *[1.0] * 7], prune_mass=0.2)
+    index, _ = next_visits(visits, 200)
     assert visits.pruned.nonzero().flatten().tolist() == [1]
     assert {0, 2} <= set(index)
 
 
-def test_pruning_ends_where_it_is_switched_off():
-    """Resuming without `prune_mass` restores all examples in the next pass."""
+def test_pruning_ends_after_resuming_without_prune_mass():
+    """All examples are drawn again from the next pass on."""
     q = [0.001, 1.0, 2.0, 0.001, 1.0, 3.0]
     for mass in (0.0, 0.01):
-        visits_before = visits_from(q, prune_mass=0.01)
+        pruning = independent_visits(q, prune_mass=0.01)
         for _ in range(2):
-            draws(visits_before, 6)
-        assert visits_before.pruned.sum() == 2
-        visits = visits_from(q, prune_mass=mass)
-        visits.load_state_dict(visits_before.state_dict())
+            next_visits(pruning, 6)
+        assert pruning.pruned.sum() == 2
+        visits = independent_visits(q, prune_mass=mass)
+        visits.load_state_dict(pruning.state_dict())
         for _ in range(2):
-            draws(visits, 6)
+            next_visits(visits, 6)
         assert (visits.pruned is None) == (mass == 0)
 
 
-def test_increment_brings_forgotten_examples_back():
-    for increment, comes_back in ((0.1, True), (0.0, False)):
-        visits = visits_from([0.0, 1.0, 1.0], uniform_fraction=0.0, increment=increment)
-        index, _ = draws(visits, 150)
-        assert (0 in index) == comes_back
+def test_increment_makes_examples_of_importance_0_drawable():
+    for increment, drawn in ((0.1, True), (0.0, False)):
+        visits = independent_visits([0.0, 1.0, 1.0], uniform_fraction=0.0, increment=increment)
+        index, _ = next_visits(visits, 150)
+        assert (0 in index) == drawn
         assert visits.memory.importances[1].item() == pytest.approx(1.0 + increment * (visits.passes - 1), rel=1e-5)
 
 
-def test_seeds():
-    """Draws depend on the seed of the pass only, not on previous draws or a global generator."""
+def test_draws_depend_only_on_the_seed_of_the_pass():
+    """Not on previous draws or the global generator, which is not used either."""
     before = torch.get_rng_state()
 
     def run(seed, stride=1, passes=0):
-        visits = visits_from(UNEQUAL, seed=seed, stride=stride)
+        visits = independent_visits(UNEQUAL, seed=seed, stride=stride)
         visits.restart(passes)
-        return draws(visits, 6)
+        return next_visits(visits, 6)
 
     assert run(1) == run(1) == run(0, passes=1) == run(-5, stride=3, passes=2)
     assert run(1) != run(2)
@@ -288,34 +284,34 @@ def test_seeds():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# ---- going on after an interruption ----------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("before", [0, 1, 5, 17, 60])
-def test_it_goes_on_exactly(before):
-    true = torch.rand(50, generator=torch.Generator().manual_seed(0))
+def test_independent_visits_state_dict_restores_exactly(before):
+    importance = torch.rand(50, generator=torch.Generator().manual_seed(0))
 
-    def fresh():
-        return visits_from([math.nan] * 50, prune_mass=0.02, increment=0.001)
+    def new_visits():
+        return independent_visits([math.nan] * 50, prune_mass=0.02, increment=0.001)
 
-    def walk(visits, steps):
+    def draw_and_measure(visits, steps):
         found = []
         for k in range(steps):
             index, rate = visits.next(3)
             found.append((index.tolist(), rate.tolist()))
-            observe(visits, index, true[index] * (1 + k % 3))
+            measure(visits, index, importance[index] * (1 + k % 3))
         return found
 
-    visits = fresh()
-    walk(visits, before)
+    visits = new_visits()
+    draw_and_measure(visits, before)
     state, memory = visits.state_dict(), visits.memory.state_dict()
-    wanted = walk(visits, 80)
-    for _ in range(2):  # also a second time: a state stays what it was
-        again = fresh()
+    wanted = draw_and_measure(visits, 80)
+    for _ in range(2):  # twice, because the state must not change
+        again = new_visits()
         again.memory.load_state_dict(memory)
         again.load_state_dict(state)
-        assert walk(again, 80) == wanted
-    without = fresh()
-    without.memory.load_state_dict(memory)
+        assert draw_and_measure(again, 80) == wanted
+    without_state = new_visits()
+    without_state.memory.load_state_dict(memory)
     if before:
-        assert walk(without, 80) != wanted, "control"
+        assert draw_and_measure(without_state, 80) != wanted, "control"

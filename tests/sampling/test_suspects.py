@@ -1,4 +1,4 @@
-"""Smaller weights for examples whose label is probably wrong: objective, rates, recovery, and the list."""
+"""`suspect_weight`: the minimised loss, importances, clearing, training, report, resuming, refused settings."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ WRONG = list(range(0, 80, 10))
 
 
 def images(seed=0, noise=0.3):
-    """Of four classes that differ clearly; every tenth has a wrong label."""
+    """Images of four clearly different classes; every tenth has a wrong label."""
     g = torch.Generator().manual_seed(seed)
     classes = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(7))
     return [
@@ -30,63 +30,62 @@ def images(seed=0, noise=0.3):
     ]
 
 
-def trained(tmp_path, weight, data=None, **settings):
-    importance = {"suspect_weight": weight, **tiny.FIXED, **settings.pop("importance", {})}
-    settings = {"num_train_epochs": 8, **settings}
-    return tiny.trained(tmp_path, tiny.vit(), data or images(), tiny.Recorder, importance, **settings)
+def trained(tmp_path, weight):
+    importance = {"suspect_weight": weight, **tiny.FIXED}
+    return tiny.trained(tmp_path, tiny.vit(), images(), tiny.Recorder, importance, num_train_epochs=8)
 
 
-# ---- what is minimised -----------------------------------------------------------------------------------------------
+# ---- weights and importances -----------------------------------------------------------------------------------------
 
 
-def seen(losses, label=0.0, classes=4):
-    """Rows of the record, of examples that the model puts into a class."""
+def observed(losses, classes=4):
+    """Rows of [`VisitRecord.update`] for examples whose predictions are their labels."""
     losses = torch.as_tensor(losses)
-    labels = torch.arange(len(losses)) % classes + label
+    labels = torch.arange(len(losses)) % classes
     return torch.stack([labels, losses, labels, torch.full_like(losses, 0.5)])
 
 
-def sampler_of(weight, n=40, batch=8, flagged=(3, 5), exponent=1.0):
-    """All importances are known, and some examples are suspect from the start."""
+def sampler_with_suspects(weight, n=40, batch=8, flagged=(3, 5), exponent=1.0):
+    """A sampler with known importances, for which some examples are suspect from the start."""
     record, memory = VisitRecord(n), ImportanceMemory(n, momentum=0.0)
     for _ in range(2):
         losses = torch.full((n,), 0.1)
         losses[list(flagged)] = 9.0
-        record.update(torch.arange(n), seen(losses))
+        record.update(torch.arange(n), observed(losses))
     memory.update(torch.arange(n), 1 + torch.arange(n) / n)
-    down = SuspectWeights(n, weight, 0.0, lambda: 1.0)
-    return ImportanceBatchSampler(memory, batch, record=record, suspects=down, weight_exponent=exponent)
+    suspect_weights = SuspectWeights(n, weight, 0.0, lambda: 1.0)
+    return ImportanceBatchSampler(memory, batch, record=record, suspects=suspect_weights, weight_exponent=exponent)
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_weights_are_the_share_over_the_rate(weight, exponent):
-    sampler = sampler_of(weight, exponent=exponent)
+def test_weights_of_suspects_are_scaled(weight, exponent):
+    sampler = sampler_with_suspects(weight, exponent=exponent)
     found = set()
     for draw in sampler:
         for i, rate, w in zip(draw.index, draw.rate, draw.weight, strict=True):
-            share = weight if i in (3, 5) else 1.0
-            assert w == pytest.approx(share * rate**-exponent)
-            found.add(share)
-    assert len(found) == 2, "premise: suspects were visited"
+            factor = weight if i in (3, 5) else 1.0
+            assert w == pytest.approx(factor * rate**-exponent)
+            found.add(factor)
+    assert len(found) == 2, "premise: suspects are visited"
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_what_is_remembered_is_the_importance_of_what_is_minimised(weight):
-    """s·q, of which follow the rates; and the moments are those of an objective s·ℓ."""
-    sampler = sampler_of(weight)
-    assert sampler.memory.importances[3] == pytest.approx(1 + 3 / 40), "not yet looked for"
+def test_importances_and_moments_are_those_of_the_scaled_loss(weight):
+    """The loss is s·ℓ, so its importance is s·q."""
+    sampler = sampler_with_suspects(weight)
+    assert sampler.memory.importances[3] == pytest.approx(1 + 3 / 40), "suspects are not yet determined"
     totals = dict.fromkeys(("ours", "uniform"), 0.0)
     visited = set()
     for draw in sampler:
         visited |= set(draw.index)
         q = torch.tensor([2.0 + i / 40 for i in draw.index])
         losses = torch.tensor([9.0 if i in (3, 5) else 0.1 for i in draw.index])
-        sampler.update(draw, torch.cat([q[None], seen(losses)]))
-        share = torch.tensor([weight if i in (3, 5) else 1.0 for i in draw.index])
+        sampler.update(draw, torch.cat([q[None], observed(losses)]))
+        factor = torch.tensor([weight if i in (3, 5) else 1.0 for i in draw.index])
         rate = torch.tensor(draw.rate, dtype=torch.float64)
-        totals["ours"] += ((share * q / rate) ** 2).sum().item()
-        totals["uniform"] += ((share * q) ** 2 / rate).sum().item()
+        totals["ours"] += ((factor * q / rate) ** 2).sum().item()
+        totals["uniform"] += ((factor * q) ** 2 / rate).sum().item()
     sampler.flush()
     for name, total in totals.items():
         assert sampler.moments[name] == pytest.approx(total, rel=1e-5)
@@ -98,15 +97,15 @@ def test_what_is_remembered_is_the_importance_of_what_is_minimised(weight):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_they_come_back_when_their_label_is_believed(weight):
-    """At the last visit, whatever the mean of the earlier ones."""
-    sampler = sampler_of(weight)
+def test_suspects_are_cleared_when_their_label_is_probable_at_the_last_visit(weight):
+    """Whatever the mean over all visits is."""
+    sampler = sampler_with_suspects(weight)
     next(iter(sampler))
     assert sampler.suspects.flagged.nonzero().flatten().tolist() == [3, 5]
-    sampler.record.update(torch.tensor([3]), seen([0.01]))
+    sampler.record.update(torch.tensor([3]), observed([0.01]))
     memory = sampler.memory
     before = memory.importances[3].item()
-    assert suspects(sampler.record.columns())[3], "premise: by the mean it is one"
+    assert suspects(sampler.record.columns())[3], "premise: the mean loss is that of a suspect"
     sampler.suspects.recheck(sampler.record, memory)
     assert sampler.suspects.flagged.nonzero().flatten().tolist() == [5]
     now = memory.importances[3].item()
@@ -114,14 +113,14 @@ def test_they_come_back_when_their_label_is_believed(weight):
     assert memory.known == int(memory.importances.isfinite().sum())
 
 
-def test_what_was_drawn_before_counts_as_it_is_now():
-    """Of an example that becomes suspect between its draw and its loss; the moments have it as it was drawn."""
-    sampler = sampler_of(0.0, flagged=())
+def test_importance_is_scaled_if_an_example_becomes_suspect_after_its_draw():
+    """Its terms in the moments are those of the drawn weight."""
+    sampler = sampler_with_suspects(0.0, flagged=())
     draw = next(iter(sampler))
     i = draw.index[0]
     sampler.suspects.flagged[i] = True
     q = torch.full((1, len(draw.index)), 2.0)
-    sampler.update(draw, torch.cat([q, seen([0.1] * len(draw.index))]))
+    sampler.update(draw, torch.cat([q, observed([0.1] * len(draw.index))]))
     assert sampler.memory.importances[i] == 0.0
     assert sampler.memory.importances[draw.index[1]] == 2.0, "control"
     rate = torch.tensor(draw.rate, dtype=torch.float64)
@@ -130,8 +129,8 @@ def test_what_was_drawn_before_counts_as_it_is_now():
 
 @pytest.mark.parametrize("flagged", [(3, 5), ()])
 def test_suspects_are_not_pruned(flagged):
-    """Though nothing is remembered of their importance; others that have little are."""
-    sampler = sampler_of(0.0, flagged=flagged)
+    """Though their remembered importance is 0; other examples with an importance of 0 are pruned."""
+    sampler = sampler_with_suspects(0.0, flagged=flagged)
     next(iter(sampler))
     memory = sampler.memory
     memory.importances[7:9] = 0.0
@@ -142,8 +141,8 @@ def test_suspects_are_not_pruned(flagged):
         assert memory.unimportant(0.1)[[3, 5]].all(), "control"
 
 
-def test_after_a_restart_they_are_looked_for_anew(tmp_path):
-    """With other settings; what was remembered of them is unknown, and not scaled twice."""
+def test_resuming_with_other_settings_clears_suspects(tmp_path):
+    """Their remembered importance becomes unknown, so that it is not scaled twice."""
     first = {"suspect_weight": 0.5, **tiny.FIXED}
     settings = {"num_train_epochs": 14, "learning_rate": 5e-4, "max_steps": 33}
     saving = {"save_strategy": "steps", "save_steps": 33}
@@ -156,15 +155,15 @@ def test_after_a_restart_they_are_looked_for_anew(tmp_path):
         importance = {**first, "suspect_weight": weight, "uniform_fraction": 0.4}
         again = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), tiny.Recorder, importance, **settings)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-33"))
-        waits = torch.ones(40, dtype=torch.bool)
-        waits[[i for draw in again.draws for i in draw.index]] = False  # `Trainer` makes one step too many
-        assert (waits & flagged).any()
-        assert again.importances[waits & flagged].isnan().all()
-        torch.testing.assert_close(again.importances[waits & ~flagged], remembered[waits & ~flagged])
+        unvisited = torch.ones(40, dtype=torch.bool)
+        unvisited[[i for draw in again.draws for i in draw.index]] = False  # `Trainer` makes one step after the last
+        assert (unvisited & flagged).any(), "premise"
+        assert again.importances[unvisited & flagged].isnan().all()
+        torch.testing.assert_close(again.importances[unvisited & ~flagged], remembered[unvisited & ~flagged])
 
 
-def test_how_many_classes_there_are_is_that_of_the_model():
-    """Of a shard that lacks some of them."""
+def test_chance_depends_on_the_given_number_of_classes():
+    """A shard may lack some classes."""
     columns = {
         "label": torch.tensor([0.0, 1.0]),
         "probability": torch.full((2,), 0.5),
@@ -175,73 +174,74 @@ def test_how_many_classes_there_are_is_that_of_the_model():
     record, memory = VisitRecord(4), ImportanceMemory(4)
     memory.update(torch.arange(4), torch.ones(4))
     for _ in range(2):
-        record.update(torch.arange(4), seen([1.5] * 4, classes=2))
+        record.update(torch.arange(4), observed([1.5] * 4, classes=2))
     for classes, found in ((None, True), (10, False)):
-        down = SuspectWeights(4, 0.0, 0.0, lambda: 1.0, classes)
-        down.recheck(record, memory)
-        assert down.flagged.any() == found
+        suspect_weights = SuspectWeights(4, 0.0, 0.0, lambda: 1.0, classes)
+        suspect_weights.recheck(record, memory)
+        assert suspect_weights.flagged.any() == found
 
 
-def test_none_before_the_start_nor_after_one_visit():
+def test_no_suspects_before_the_start_or_with_one_visit():
     record, memory, epochs = VisitRecord(4), ImportanceMemory(4), [0.5]
     memory.update(torch.arange(4), torch.ones(4))
-    down = SuspectWeights(4, 0.0, 1.0, lambda: epochs[0])
-    record.update(torch.arange(4), seen([9.0, 9.0, 0.1, 0.1]))
-    record.update(torch.tensor([0]), seen([9.0]))
-    down.recheck(record, memory)
-    assert not down.flagged.any()
+    suspect_weights = SuspectWeights(4, 0.0, 1.0, lambda: epochs[0])
+    record.update(torch.arange(4), observed([9.0, 9.0, 0.1, 0.1]))
+    record.update(torch.tensor([0]), observed([9.0]))
+    suspect_weights.recheck(record, memory)
+    assert not suspect_weights.flagged.any()
     epochs[0] = 1.0
-    down.recheck(record, memory)
-    assert down.flagged.tolist() == [True, False, False, False]
-    assert suspects(record.columns()).tolist() == [True, True, False, False], "control: one visit is too few to act"
+    suspect_weights.recheck(record, memory)
+    assert suspect_weights.flagged.tolist() == [True, False, False, False]
+    assert suspects(record.columns()).tolist() == [True, True, False, False], "control: with any number of visits"
 
 
-# ---- real trainings --------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
-def test_each_step_is_that_of_the_shares(tmp_path):
-    """SGD by hand: w ← w − η (1/B) Σ sᵢ/rᵢ ∇ℓᵢ."""
-    data, kept = images(), []
+def test_every_sgd_step_minimises_the_scaled_losses(tmp_path):
+    """SGD by hand: θ ← θ − η (1/B) Σ sᵢ/rᵢ ∇ℓᵢ."""
+    data, parameters = images(), []
 
-    class Watched(tiny.Recorder):
+    class ParameterRecorder(tiny.Recorder):
         def training_step(self, model, *args, **kwargs):
-            kept.append([p.detach().clone() for p in model.parameters()])
+            parameters.append([p.detach().clone() for p in model.parameters()])
             return super().training_step(model, *args, **kwargs)
 
     settings = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
+    settings |= {"num_train_epochs": 12, "weight_decay": 0.0}
     config = {"suspect_weight": 0.0, **tiny.FIXED}
-    run = tiny.trained(tmp_path, tiny.vit(), data, Watched, config, num_train_epochs=12, weight_decay=0.0, **settings)
-    assert sum(weight == 0 for draw in run.draws for weight in draw.weight) > 3, "premise: some are left out"
+    run = tiny.trained(tmp_path, tiny.vit(), data, ParameterRecorder, config, **settings)
+    assert sum(weight == 0 for draw in run.draws for weight in draw.weight) > 3, "premise: suspects are drawn"
     model = copy.deepcopy(run.model)
-    for step in range(len(kept) - 1):
-        for p, value in zip(model.parameters(), kept[step], strict=True):
+    for step in range(len(parameters) - 1):
+        for p, value in zip(model.parameters(), parameters[step], strict=True):
             p.data.copy_(value)
         draw, loss = run.draws[step], 0.0
         for i, weight in zip(draw.index, draw.weight, strict=True):
             logits = model(data[i]["pixel_values"][None]).logits
             loss += weight * nn.functional.cross_entropy(logits, torch.tensor([data[i]["labels"]])) / len(draw.index)
         gradients = torch.autograd.grad(loss, model.parameters())
-        for p, g, after in zip(model.parameters(), gradients, kept[step + 1], strict=True):
+        for p, g, after in zip(model.parameters(), gradients, parameters[step + 1], strict=True):
             torch.testing.assert_close(p - 0.1 * g, after, atol=1e-5, rtol=1e-4)
 
 
-def test_wrong_labels_are_left_out_and_not_learnt(tmp_path):
-    right = {}
+def test_wrong_labels_are_excluded_and_not_memorised(tmp_path):
+    correct = {}
     for weight in (0.0, 1.0):
         run = trained(tmp_path, weight)
         logits = run.predict(images()).predictions
-        right[weight] = [int(logits[i].argmax()) == i % 4 for i in WRONG]
+        correct[weight] = [int(logits[i].argmax()) == i % 4 for i in WRONG]
         if weight == 0:
             found = run.suspects.tolist()
             assert len(found) >= 4
             assert set(found) <= set(WRONG)
             assert run._sampler.suspects.flagged.nonzero().flatten().tolist() == found
             last = [w for draw in run.draws[-20:] for i, w in zip(draw.index, draw.weight, strict=True) if i in found]
-            assert 0.0 in last, "and they are still visited"
-    assert sum(right[0.0]) > sum(right[1.0]), "which are memorised if they count"
+            assert 0.0 in last, "suspects are still visited"
+    assert sum(correct[0.0]) > sum(correct[1.0]), "with weight 1, wrong labels are memorised"
 
 
-def test_the_card_and_the_report_tell(tmp_path):
+def test_model_card_and_report_state_the_number_of_suspects(tmp_path):
     run = trained(tmp_path, 0.0)
     number = int(run._sampler.suspects.flagged.sum())
     assert number > 0
@@ -250,31 +250,31 @@ def test_the_card_and_the_report_tell(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert f"| suspects at the end | {number} excluded from the loss |" in card
     assert "had weight 0 in the loss (`suspect_weight`), so training did not minimise the mean loss" in card
-    assert run.kept_indices.tolist() == list(range(80)), "nothing is pruned, and no suspect"
+    assert run.kept_indices.tolist() == list(range(80)), "neither suspects nor others are pruned"
     control = trained(tmp_path, 1.0)
     assert "suspects at the end" not in control.importance_report().read_text()
     assert control._sampler.suspects is None
-    assert len(control.suspects) > 0, "the list is there all the same"
+    assert len(control.suspects) > 0, "suspects are listed with any weight"
 
 
 @pytest.mark.parametrize("budget", [1.0, "auto"])
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_exact_resume(tmp_path, weight, budget):
+def test_resumed_training_with_suspects_is_identical(tmp_path, weight, budget):
     def trainer(name, **settings):
         importance = {"suspect_weight": weight, "budget": budget}
         more = {"num_train_epochs": 14, "learning_rate": 5e-4, **settings}
         return tiny.trainer(tmp_path / name, tiny.bert(), tiny.texts(), tiny.Recorder, importance, **more)
 
-    whole, again = trainer("whole", save_strategy="steps", save_steps=33), trainer("again")
-    whole.train()
-    assert whole._sampler.suspects.flagged.any()
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-33"))
-    assert tiny.difference(whole, again) == 0.0
-    assert again.draws == whole.draws[33:] != []
-    assert torch.equal(again._sampler.suspects.flagged, whole._sampler.suspects.flagged)
+    uninterrupted, again = trainer("uninterrupted", save_strategy="steps", save_steps=33), trainer("again")
+    uninterrupted.train()
+    assert uninterrupted._sampler.suspects.flagged.any()
+    again.train(resume_from_checkpoint=str(tmp_path / "uninterrupted" / "checkpoint-33"))
+    assert tiny.difference(uninterrupted, again) == 0.0
+    assert again.draws == uninterrupted.draws[33:] != []
+    assert torch.equal(again._sampler.suspects.flagged, uninterrupted._sampler.suspects.flagged)
 
 
-def test_labels_of_other_kinds_have_no_suspects(tmp_path):
+def test_regression_and_multi_label_tasks_have_no_suspects(tmp_path):
     for model, data in (
         (tiny.bert(num_labels=1), tiny.texts(task="regression")),
         (tiny.bert(), tiny.texts(task="multi")),
@@ -283,14 +283,14 @@ def test_labels_of_other_kinds_have_no_suspects(tmp_path):
         assert len(run.suspects) == 0
 
 
-def test_what_is_refused(tmp_path):
+def test_settings_that_suspect_weight_excludes_are_refused(tmp_path):
     refused = {
         "record=True": {"suspect_weight": 0.5, "record": False},
         "sampling='reshuffled'": {"suspect_weight": 0.5, "sampling": "replacement"},
         "uniform_fraction above 0": {"suspect_weight": 0.0, "uniform_fraction": 0.0},
     }
-    for needed, settings in refused.items():
-        with pytest.raises(ValueError, match=f"suspect_weight=.* is below 1, which requires {needed}"):
+    for required, settings in refused.items():
+        with pytest.raises(ValueError, match=f"suspect_weight=.* is below 1, which requires {required}"):
             ImportanceConfig(**settings)
     ImportanceConfig(suspect_weight=0.5, uniform_fraction=0.0)
     run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)

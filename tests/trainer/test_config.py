@@ -1,3 +1,5 @@
+"""`ImportanceConfig`: defaults, command-line flags, and `importance_config.json`, also of version 0.1."""
+
 import json
 
 import pytest
@@ -6,7 +8,7 @@ from transformers import HfArgumentParser
 from hf_importance import ImportanceConfig
 
 
-def test_defaults_are_the_documented_ones():
+def test_defaults_are_as_documented():
     assert ImportanceConfig() == ImportanceConfig(
         budget="auto",
         prune_mass=0.0,
@@ -21,34 +23,34 @@ def test_defaults_are_the_documented_ones():
     )
 
 
-def test_paper():
+def test_paper_settings():
     config = ImportanceConfig.paper(memory_momentum=0.3)
     assert (config.sampling, config.memory_momentum, config.uniform_fraction) == ("replacement", 0.3, 0.0)
     assert (config.budget, config.prune_mass, config.weight_exponent) == (1.0, 0.0, 1.0)
-    assert config.importance_increment > 0, "without a floor only the increment brings forgotten examples back"
+    assert config.importance_increment > 0, "without a floor, examples of importance 0 need it to be revisited"
 
 
-def parsed(*flags):
+def config_of(*flags):
     (config,) = HfArgumentParser(ImportanceConfig).parse_args_into_dataclasses(list(flags))
     return config
 
 
-def test_flags():
+def test_command_line_flags():
     flags = ["--metric", "loss", "--uniform_fraction", "0.5", "--budget", "0.7", "--seed", "3"]
-    assert parsed(*flags) == ImportanceConfig(metric="loss", uniform_fraction=0.5, budget=0.7, seed=3)
+    assert config_of(*flags) == ImportanceConfig(metric="loss", uniform_fraction=0.5, budget=0.7, seed=3)
 
 
 @pytest.mark.parametrize(("flags", "budget"), [([], "auto"), (["auto"], "auto"), (["1"], 1.0), (["1e-1"], 0.1)])
-def test_budget_of_flags(flags, budget):
-    found = parsed(*(["--budget", *flags] if flags else [])).budget
+def test_budget_flag(flags, budget):
+    found = config_of(*(["--budget", *flags] if flags else [])).budget
     assert found == budget
     assert type(found) is type(budget)
 
 
 @pytest.mark.parametrize("flag", ["Auto", "", "0", "-1", "nan", "inf", "ten"])
-def test_budget_of_flags_is_checked(flag):
+def test_invalid_budget_flag_is_refused(flag):
     with pytest.raises(ValueError, match=r"ImportanceConfig.budget must be 'auto' or a number above 0"):
-        parsed("--budget", flag)
+        config_of("--budget", flag)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_budget_of_flags_is_checked(flag):
         ("budget", 1e-9),
     ],
 )
-def test_bounds_that_are_allowed(name, value):
+def test_values_at_the_bounds_are_accepted(name, value):
     assert getattr(ImportanceConfig(**{name: value}), name) == value
 
 
@@ -73,21 +75,21 @@ def test_bounds_that_are_allowed(name, value):
 
 
 @pytest.mark.parametrize("config", [ImportanceConfig(), ImportanceConfig.paper(), ImportanceConfig(seed=3, budget=0.5)])
-def test_saved_and_loaded_is_the_same(tmp_path, config):
+def test_config_is_equal_after_saving_and_loading(tmp_path, config):
     path = config.save_pretrained(tmp_path / "new" / "folder")
     assert path.name == "importance_config.json"
     assert ImportanceConfig.from_pretrained(path) == ImportanceConfig.from_pretrained(path.parent) == config
-    json.loads(path.read_text(), parse_constant=pytest.fail)  # no Infinity, which other readers do not know
+    json.loads(path.read_text(), parse_constant=pytest.fail)  # no Infinity or NaN, which is not valid JSON
 
 
 @pytest.fixture
-def warnings_of(monkeypatch):
+def logged_warnings(monkeypatch):
     found = []
     monkeypatch.setattr("hf_importance.config.logger.warning", found.append)
     return found
 
 
-OLD = {
+VERSION_0_1 = {
     "metric": "loss",
     "sampling": "replacement",
     "memory_momentum": 0.1,
@@ -105,25 +107,25 @@ OLD = {
     "report_examples_to_hub": True,
     "seed": 3,
 }
-"""All settings of version 0.1, as it wrote them."""
-GONE = {"max_rate", "prune_until", "revisit_pruned", "uniform_below", "guard", "report_examples_to_hub"}
+"""All settings of version 0.1, as it saved them."""
+REMOVED = {"max_rate", "prune_until", "revisit_pruned", "uniform_below", "guard", "report_examples_to_hub"}
 
 
-def test_a_file_of_version_0_1(tmp_path, warnings_of):
-    """Existing settings are kept; removed ones are named with their values, one line each."""
+def test_file_of_version_0_1_is_loaded(tmp_path, logged_warnings):
+    """With a warning for each removed setting that has its value."""
     path = tmp_path / "importance_config.json"
-    path.write_text(json.dumps(OLD))
+    path.write_text(json.dumps(VERSION_0_1))
     config = ImportanceConfig.from_pretrained(tmp_path)
-    kept = {name: value for name, value in OLD.items() if name not in GONE}
+    kept = {name: value for name, value in VERSION_0_1.items() if name not in REMOVED}
     assert config == ImportanceConfig(**kept)
     assert len(kept) == 10
-    assert len(warnings_of) == 6
-    for name in GONE:
-        (line,) = [line for line in warnings_of if f"the setting {name}={OLD[name]!r} was removed " in line]
+    assert len(logged_warnings) == 6
+    for name in REMOVED:
+        (line,) = [line for line in logged_warnings if f"the setting {name}={VERSION_0_1[name]!r} was removed " in line]
         assert line.startswith(f"{path}: ")
-    warnings_of.clear()
+    logged_warnings.clear()
     ImportanceConfig.from_pretrained(config.save_pretrained(tmp_path))
-    assert warnings_of == [], "control: nothing is said of a file of this version"
+    assert logged_warnings == [], "control: no warnings for a file of this version"
 
 
 @pytest.mark.parametrize(
@@ -138,18 +140,18 @@ def test_a_file_of_version_0_1(tmp_path, warnings_of):
         ('{"record": "inf"}', "ImportanceConfig.record must be True or False"),
     ],
 )
-def test_bad_files(tmp_path, content, message, warnings_of):
+def test_invalid_files_are_refused(tmp_path, content, message, logged_warnings):
     (tmp_path / "importance_config.json").write_text(content)
     with pytest.raises((ValueError, TypeError), match=message):
         ImportanceConfig.from_pretrained(tmp_path)
 
 
-def test_missing_file(tmp_path):
+def test_missing_file_raises_os_error(tmp_path):
     with pytest.raises(OSError, match=r"importance_config\.json"):
         ImportanceConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(GONE))
-def test_what_is_gone_is_refused_in_code(name):
+@pytest.mark.parametrize("name", sorted(REMOVED))
+def test_removed_settings_are_refused_as_arguments(name):
     with pytest.raises(TypeError, match=name):
-        ImportanceConfig(**{name: OLD[name]})
+        ImportanceConfig(**{name: VERSION_0_1[name]})

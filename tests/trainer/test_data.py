@@ -1,3 +1,5 @@
+"""Dataset and collator carry the draw along with its batch; means over the data."""
+
 import pickle
 
 import pytest
@@ -12,58 +14,58 @@ from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 class Squares(torch.utils.data.Dataset):
     def __init__(self):
-        self.asked, self.epoch = [], None
+        self.read, self.epoch = [], None
 
     def __len__(self):
         return 10
 
     def __getitem__(self, i):
-        self.asked.append(i)
+        self.read.append(i)
         return {"x": i * i}
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
 
-class Batched(Squares):
+class BatchedSquares(Squares):
     def __getitems__(self, indices):
-        self.asked.append(tuple(indices))
+        self.read.append(tuple(indices))
         return [{"x": i * i} for i in indices]
 
 
-@pytest.mark.parametrize(("cls", "asked"), [(Squares, [3, 1, 3]), (Batched, [(3, 1, 3)])])
-def test_dataset_is_asked_for_the_drawn_examples(cls, asked):
+@pytest.mark.parametrize(("cls", "read"), [(Squares, [3, 1, 3]), (BatchedSquares, [(3, 1, 3)])])
+def test_dataset_returns_the_drawn_examples_and_the_draw(cls, read):
     data = cls()
     draw = Draw(0, [3, 1, 3], [1.0, 2.0, 1.0], [1.0, 0.5, 1.0])
     examples, carried = ImportanceDataset(data).__getitems__(draw)
     assert examples == [{"x": 9}, {"x": 1}, {"x": 9}]
     assert carried is draw
-    assert data.asked == asked
+    assert data.read == read
 
 
-def test_dataset_is_a_data_set():
+def test_dataset_forwards_length_items_and_set_epoch():
     data = Squares()
     wrapped = ImportanceDataset(data)
     assert len(wrapped) == 10
     assert wrapped[4] == {"x": 16}
     wrapped.set_epoch(7)
     assert data.epoch == 7
-    ImportanceDataset([1, 2]).set_epoch(7)  # a list has no epochs
+    ImportanceDataset([1, 2]).set_epoch(7)  # a list has no set_epoch
 
 
-def test_collator_puts_the_draw_beside_the_batch():
+def test_collator_adds_the_draw_to_the_batch():
     draw = Draw(4, [3, 1], [1.0, 2.0], [1.0, 0.5])
     batch = ImportanceCollator(default_collate)(([{"x": 9}, {"x": 1}], draw))
     assert batch.pop(DRAW_KEY) is draw
     assert {key: value.tolist() for key, value in batch.items()} == {"x": [9, 1]}
 
 
-def test_collator_wants_a_mapping():
+def test_collator_that_returns_a_list_is_refused():
     with pytest.raises(TypeError, match="data_collator must return a dict of tensors, but returned list"):
         ImportanceCollator(list)(([1, 2], Draw(0, [0, 1], [1.0, 1.0], [1.0, 1.0])))
 
 
-def test_draw_cannot_be_changed_and_travels_between_processes():
+def test_draw_is_frozen_and_can_be_pickled():
     draw = Draw(0, [1], [0.5], [2.0])
     for name in ("rate", "weight"):
         with pytest.raises(AttributeError):
@@ -72,7 +74,7 @@ def test_draw_cannot_be_changed_and_travels_between_processes():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_through_a_data_loader(workers):
+def test_data_loader_keeps_batches_and_draws_together(workers):
     sampler = ImportanceBatchSampler(ImportanceMemory(10), 4)
     loader = DataLoader(
         ImportanceDataset(Squares()),
@@ -87,24 +89,24 @@ def test_through_a_data_loader(workers):
         assert batch["x"].tolist() == [i * i for i in batch[DRAW_KEY].index]
 
 
-def test_mean_over_examples():
+def test_mean_over_examples_keeps_the_global_random_state():
     data = [{"labels": torch.tensor([1] * (i % 3) + [-100])} for i in range(10)]
-    asked = []
+    sizes = []
 
     def collate(rows):
-        asked.append(len(rows))
-        torch.rand(5)  # as of one that masks at random
+        sizes.append(len(rows))
+        torch.rand(5)  # like a collator with random masks
         return default_collate(rows)
 
     before = torch.get_rng_state()
     mean = mean_over_examples(data, collate, "labels", lambda labels: (labels != -100).sum(1))
     assert mean == sum(i % 3 for i in range(10)) / 10
-    assert asked == [1] * 10
+    assert sizes == [1] * 10
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_mean_over_examples_takes_nothing_from_a_generator_of_the_collator():
-    class Masking:
+def test_mean_over_examples_keeps_the_random_state_of_the_collator():
+    class RandomCollator:
         def __init__(self):
             self.generator = torch.Generator().manual_seed(7)
 
@@ -112,17 +114,17 @@ def test_mean_over_examples_takes_nothing_from_a_generator_of_the_collator():
             torch.rand(5, generator=self.generator)
             return default_collate(rows)
 
-    collate = Masking()
+    collate = RandomCollator()
     before = collate.generator.get_state()
     mean_over_examples([{"labels": torch.tensor([1])}], collate, "labels", lambda labels: labels[:, 0])
     assert torch.equal(collate.generator.get_state(), before)
     collate([{"labels": torch.tensor([1])}])
-    assert not torch.equal(collate.generator.get_state(), before), "control"
+    assert not torch.equal(collate.generator.get_state(), before), "control: the collator uses its generator"
 
 
-def test_mean_over_many_examples_is_of_some():
+def test_mean_over_many_examples_is_an_estimate():
     data = [{"labels": torch.tensor([i])} for i in range(5000)]
-    found = mean_over_examples(data, default_collate, "labels", lambda labels: labels[:, 0])
-    assert found == pytest.approx(2500, rel=0.01)
-    none = mean_over_examples(data[:3], default_collate, "labels", lambda labels: 0 * labels[:, 0])
-    assert none > 0, "it is divided by"
+    mean = mean_over_examples(data, default_collate, "labels", lambda labels: labels[:, 0])
+    assert mean == pytest.approx(2500, rel=0.01)
+    zero = mean_over_examples(data[:3], default_collate, "labels", lambda labels: 0 * labels[:, 0])
+    assert zero > 0, "positive, because it is a divisor"

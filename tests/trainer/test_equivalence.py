@@ -1,4 +1,4 @@
-"""Configurations that must train identically."""
+"""Configurations that train identically: the uniform metric and `Trainer`, accumulation and larger batches."""
 
 import pytest
 import tiny
@@ -16,8 +16,8 @@ TASKS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_uniform_metric_is_trainer(tmp_path, task):
-    """Same order, same steps, same parameters; 40 examples in batches of 16: the last one is smaller."""
+def test_uniform_metric_trains_like_trainer(tmp_path, task):
+    """Same order, steps and parameters; the last batch of an epoch is smaller."""
     model, data = TASKS[task]()
     plain = tiny.trained(tmp_path, model, data, tiny.Plain, per_device_train_batch_size=16)
     ours = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, per_device_train_batch_size=16)
@@ -40,7 +40,7 @@ def test_uniform_metric_is_trainer(tmp_path, task):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_uniform_metric_is_trainer_under(tmp_path, settings):
+def test_uniform_metric_trains_like_trainer_with(tmp_path, settings):
     model, data = tiny.bert(dropout=0.1), tiny.texts(30)
     plain = tiny.trained(tmp_path, model, data, tiny.Plain, **settings)
     ours = tiny.trained(tmp_path, model, data, importance={"metric": "uniform"}, **settings)
@@ -60,8 +60,8 @@ def test_uniform_metric_is_trainer_under(tmp_path, settings):
     ids=lambda settings: settings.get("lr_scheduler_type", "linear"),
 )
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-def test_learning_rate_of_the_uniform_metric_is_that_of_trainer(tmp_path, settings, sampling):
-    """With equal importances, a step counts as one and none is skipped, bit for bit."""
+def test_uniform_metric_has_the_learning_rate_of_trainer(tmp_path, settings, sampling):
+    """With equal importances, every step counts as exactly one uniform step."""
     model, data = tiny.opinionated_bert(), tiny.texts(60)
     plain = tiny.trained(tmp_path, model, data, tiny.Plain, logging_steps=1, **settings)
     importance = {"metric": "uniform", "sampling": sampling}
@@ -70,25 +70,25 @@ def test_learning_rate_of_the_uniform_metric_is_that_of_trainer(tmp_path, settin
     assert ours.state.global_step == ours.state.max_steps == plain.state.global_step > 10
     assert tiny.logged(ours, "learning_rate") == tiny.logged(plain, "learning_rate")
     assert len(tiny.logged(ours, "learning_rate")) == ours.state.global_step
-    assert ours._effective.progress.value == ours.state.global_step
+    assert tiny.progress_of(ours).value == ours.state.global_step
     if sampling == "reshuffled":
         assert tiny.difference(ours, plain) == 0.0
 
 
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
-def test_control_the_schedule_of_other_metrics_runs_ahead(tmp_path, sampling):
+def test_control_learning_rate_with_importance_decays_in_fewer_steps(tmp_path, sampling):
     settings = {"num_train_epochs": 10, "logging_steps": 1}
     plain = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), tiny.Plain, **settings)
     ours = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), importance={"sampling": sampling}, **settings)
     assert ours.state.global_step < plain.state.global_step
-    rates, usual = tiny.logged(ours, "learning_rate"), tiny.logged(plain, "learning_rate")
-    assert rates[-1] < 0.5 * usual[len(rates) - 1]
+    rates, plain_rates = tiny.logged(ours, "learning_rate"), tiny.logged(plain, "learning_rate")
+    assert rates[-1] < 0.5 * plain_rates[len(rates) - 1]
 
 
 @pytest.mark.parametrize("make", [TASKS["image"], lambda: (tiny.bert(), tiny.texts())], ids=["vit", "bert"])
 @pytest.mark.parametrize("budget", [1.0, "auto"])
-def test_batch_and_accumulation_are_interchangeable(tmp_path, monkeypatch, make, budget):
-    """16 × 1 and 4 × 4 make the same steps, with weights other than 1, and count them equally."""
+def test_accumulation_equals_larger_batches(tmp_path, monkeypatch, make, budget):
+    """16 × 1 and 4 × 4 examples: the same visits, parameters and effective steps, with weights other than 1."""
     model, data = make()
     rates = torch.linspace(0.4, 1.6, len(data))
     monkeypatch.setattr(SegmentedVisits, "_unnormalised", lambda self, part: rates[part])
@@ -109,13 +109,13 @@ def test_batch_and_accumulation_are_interchangeable(tmp_path, monkeypatch, make,
         )
 
     whole, accumulated = run(16, 1), run(4, 4)
-    visits, same = ([i for draw in a.draws for i in draw.index] for a in (whole, accumulated))
-    assert visits == same
-    assert len({weight for draw in whole.draws for weight in draw.weight}) > 30, "control: weights differ"
+    visits = [[i for draw in a.draws for i in draw.index] for a in (whole, accumulated)]
+    assert visits[0] == visits[1]
+    assert len({weight for draw in whole.draws for weight in draw.weight}) > 30, "premise: weights differ"
     assert tiny.difference(whole, accumulated) < 1e-6
     assert 4 <= whole.state.global_step == accumulated.state.global_step
     if budget == "auto":
-        values = [a._effective.progress.value for a in (whole, accumulated)]
+        values = [tiny.progress_of(a).value for a in (whole, accumulated)]
         assert values[0] == pytest.approx(values[1], rel=1e-4)
 
     class Scaled(Recorder):
@@ -123,18 +123,18 @@ def test_batch_and_accumulation_are_interchangeable(tmp_path, monkeypatch, make,
             super().__init__(*args, **kwargs)
             self.loss_is_scaled_for_ga = True
 
-    assert tiny.difference(run(16, 1, Scaled), run(4, 4, Scaled)) > 1e-3, "control: the scale of Trainer's fault"
+    assert tiny.difference(run(16, 1, Scaled), run(4, 4, Scaled)) > 1e-3, "control: loss not scaled for accumulation"
 
 
 @pytest.mark.parametrize("importance", [{}, tiny.FIXED], ids=["auto", "fixed"])
-def test_first_segment_is_the_one_of_trainer(tmp_path, importance):
-    """The first eighth of a pass is plain reshuffling, because nothing is known: no warm-up is needed."""
+def test_first_segment_trains_like_trainer(tmp_path, importance):
+    """The first eighth of a pass is plain reshuffling, because all importances are unknown."""
     model, data = tiny.opinionated_bert(dropout=0.1), tiny.texts()
 
-    def both(steps):
+    def difference_to_trainer(steps):
         settings = {"per_device_train_batch_size": 1, "max_steps": steps}
         plain = tiny.trained(tmp_path, model, data, tiny.Plain, **settings)
         return tiny.difference(tiny.trained(tmp_path, model, data, importance=importance, **settings), plain)
 
-    assert both(5) == 0.0
-    assert both(40) > 1e-4, "control: later segments sample by importance"
+    assert difference_to_trainer(5) == 0.0
+    assert difference_to_trainer(40) > 1e-4, "control: later segments sample by importance"

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device: `pytest -m gpu`."""
+"""Trainings on a CUDA device: `pytest -m gpu`."""
 
 import warnings
 
@@ -24,7 +24,7 @@ FROZEN = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 1}
     [({}, 1e-3), ({"bf16": True}, 0.1), ({"fp16": True}, 0.02)],
     ids=["float32", "bf16", "fp16"],
 )
-def test_importances_are_those_of_the_cpu(tmp_path, settings, tolerance):
+def test_importances_equal_those_on_the_cpu(tmp_path, settings, tolerance):
     model = tiny.opinionated_bert()
     expected = tiny.trained(tmp_path, model, tiny.texts(), **FROZEN).importances
     run = tiny.trained(tmp_path, model, tiny.texts(), **FROZEN, **GPU, **settings)
@@ -32,7 +32,7 @@ def test_importances_are_those_of_the_cpu(tmp_path, settings, tolerance):
     torch.testing.assert_close(run.importances, expected, rtol=tolerance, atol=tolerance / 3)
 
 
-def test_uniform_metric_is_trainer(tmp_path):
+def test_uniform_metric_trains_like_trainer(tmp_path):
     settings = {"per_device_train_batch_size": 16, **GPU}
     plain = tiny.trained(tmp_path, tiny.bert(dropout=0.1), tiny.texts(), tiny.Plain, **settings)
     ours = tiny.trained(tmp_path, tiny.bert(dropout=0.1), tiny.texts(), importance={"metric": "uniform"}, **settings)
@@ -40,17 +40,17 @@ def test_uniform_metric_is_trainer(tmp_path):
 
 
 class Overflowing(Recorder):
-    """With a gradient scaler that starts much too high."""
+    """Starts with a loss scale that makes gradients overflow."""
 
     def train(self, *args, **kwargs):
         self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
         return super().train(*args, **kwargs)
 
 
-def test_float16_with_skipped_steps(tmp_path):
+def test_float16_trains_after_skipped_steps(tmp_path):
     settings = {"fp16": True, "num_train_epochs": 12, "max_grad_norm": 0.0, **GPU}
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Overflowing, **settings)
-    assert run.accelerator.scaler.get_scale() < 2.0**40, "control: steps were skipped"
+    assert run.accelerator.scaler.get_scale() < 2.0**40, "premise: steps were skipped"
     assert run.importances.isfinite().all()
     assert tiny.logged(run, "loss")[-1] < tiny.logged(run, "loss")[0]
 
@@ -59,25 +59,25 @@ def test_float16_with_skipped_steps(tmp_path):
 @pytest.mark.parametrize(
     "importance", [{}, {"sampling": "replacement"}, tiny.FIXED], ids=["reshuffled", "replacement", "fixed budget"]
 )
-def test_resumed_is_straight(tmp_path, settings, importance):
-    """With a pending transfer of importances when the checkpoint is saved."""
-    model = {"dropout": 0.1}
+def test_resumed_training_is_identical(tmp_path, settings, importance):
+    """A transfer of importances is pending when the checkpoint is saved."""
+    model = tiny.bert(dropout=0.1)
     settings = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, **GPU, **settings}
-    whole = tiny.trained(tmp_path, tiny.bert(**model), tiny.texts(), Recorder, importance, **settings)
+    whole = tiny.trained(tmp_path, model, tiny.texts(), Recorder, importance, **settings)
     steps = whole.state.global_step
     for step in (1, steps // 2, steps - 1):
-        again = tiny.trainer(tmp_path / "again", tiny.bert(**model), tiny.texts(), Recorder, importance, **settings)
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert tiny.difference(again, whole) == 0.0
-        assert torch.equal(again.importances.nan_to_num(-1), whole.importances.nan_to_num(-1))
-        assert again.draws == whole.draws[len(whole.draws) - len(again.draws) :]
-        assert again.state.global_step == whole.state.global_step
-        if whole._effective is not None:
-            assert again._effective.progress.value == whole._effective.progress.value
+        resumed = tiny.trainer(tmp_path / "resumed", model, tiny.texts(), Recorder, importance, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert tiny.difference(resumed, whole) == 0.0
+        assert torch.equal(resumed.importances.nan_to_num(-1), whole.importances.nan_to_num(-1))
+        assert resumed.draws == whole.draws[len(whole.draws) - len(resumed.draws) :]
+        assert resumed.state.global_step == whole.state.global_step
+        if tiny.progress_of(whole) is not None:
+            assert tiny.progress_of(resumed).value == tiny.progress_of(whole).value
 
 
-class Watch(TrainerCallback):
-    """Reports CUDA synchronisations from the third step on."""
+class SynchronisationWarnings(TrainerCallback):
+    """Makes CUDA warn of synchronisations from the third step on."""
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 2:
@@ -87,10 +87,10 @@ class Watch(TrainerCallback):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def synchronisations(tmp_path, cls, **settings):
+def count_synchronisations(tmp_path, cls, **settings):
     run = tiny.trainer(
-        tmp_path, tiny.bert(), tiny.texts(400), cls, more={"callbacks": [Watch()]}, max_steps=22, logging_steps=1000,
-        **GPU, **settings,
+        tmp_path, tiny.bert(), tiny.texts(400), cls, more={"callbacks": [SynchronisationWarnings()]}, max_steps=22,
+        logging_steps=1000, **GPU, **settings,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -99,14 +99,14 @@ def synchronisations(tmp_path, cls, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
-def test_no_synchronisation_is_added_to_the_step(tmp_path, settings):
-    plain = synchronisations(tmp_path, Trainer, **settings)
-    assert plain > 0, "control: those of Trainer are seen"
-    assert synchronisations(tmp_path, ImportanceTrainer, **settings) <= plain
+def test_training_adds_no_synchronisations(tmp_path, settings):
+    plain = count_synchronisations(tmp_path, Trainer, **settings)
+    assert plain > 0, "control: synchronisations of Trainer are counted"
+    assert count_synchronisations(tmp_path, ImportanceTrainer, **settings) <= plain
 
 
 def test_no_copy_of_the_logits_is_kept(tmp_path):
-    """8 × 256 tokens × 20,000 words: logits of 160 MiB in float32."""
+    """Logits of 8 × 256 tokens × 20,000 words take 160 MiB in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -123,15 +123,15 @@ def test_no_copy_of_the_logits_is_kept(tmp_path):
         run.train()
         return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
 
-    memory(Trainer)
+    memory(Trainer)  # warm-up
     plain, ours = memory(Trainer), memory(ImportanceTrainer)
-    print(f"MiB at the peak, and left: {[x >> 20 for x in plain]}, ours {[x >> 20 for x in ours]}")
+    print(f"MiB at the peak and after training: {[x >> 20 for x in plain]}, ours {[x >> 20 for x in ours]}")
     assert ours[0] <= 1.05 * plain[0]
     assert ours[1] <= plain[1] + 2**20
 
 
-def test_compiled(tmp_path):
+def test_compiled_model_has_the_same_importances(tmp_path):
     plain = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), **GPU)
-    other = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), torch_compile=True, **GPU)
-    assert tiny.difference(other, plain) < 1e-2
-    torch.testing.assert_close(other.importances, plain.importances, rtol=0.02, atol=0.01)
+    compiled = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), torch_compile=True, **GPU)
+    assert tiny.difference(compiled, plain) < 1e-2
+    torch.testing.assert_close(compiled.importances, plain.importances, rtol=0.02, atol=0.01)

@@ -1,4 +1,4 @@
-"""Trainings that are stopped, searched over, evaluated or fail."""
+"""Features of `Trainer`: evaluation, stopping, training twice, searches of settings; and non-finite losses."""
 
 import math
 
@@ -19,7 +19,7 @@ EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps
 EVALUATED = {"eval_dataset": tiny.texts(12), "compute_metrics": accuracy}
 
 
-def test_evaluation_in_the_middle_of_an_epoch_changes_nothing(tmp_path):
+def test_evaluation_within_an_epoch_does_not_affect_training(tmp_path):
     plain = tiny.trained(tmp_path / "plain", tiny.bert(), tiny.texts(), Recorder)
     evaluated = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, more=EVALUATED, **EVALUATING)
     assert evaluated.draws == plain.draws
@@ -27,17 +27,16 @@ def test_evaluation_in_the_middle_of_an_epoch_changes_nothing(tmp_path):
     assert len(tiny.logged(evaluated, "eval_accuracy")) == 8
 
 
-def test_load_best_model_at_end(tmp_path):
+def test_best_model_is_loaded_and_importances_are_kept(tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
     plain = tiny.trained(tmp_path / "plain", tiny.bert(), tiny.texts(), Recorder)
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, more=EVALUATED, **EVALUATING, **best)
     assert run.evaluate()["eval_accuracy"] == max(tiny.logged(run, "eval_accuracy"))
-    assert torch.equal(run.importances, plain.importances), "those of the whole training"
+    assert torch.equal(run.importances, plain.importances), "importances are those of the end of training"
 
 
-def test_early_stopping(tmp_path):
-    patience = [EarlyStoppingCallback(early_stopping_patience=1)]
-    more = {**EVALUATED, "callbacks": patience}
+def test_early_stopping_ends_training(tmp_path):
+    more = {**EVALUATED, "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)]}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 0.0}
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, more=more, **EVALUATING, **best)
     assert run.state.global_step == len(run.draws) == 4
@@ -45,14 +44,14 @@ def test_early_stopping(tmp_path):
 
 
 class StopEpoch(TrainerCallback):
-    """Stops each epoch after three of five steps."""
+    """Ends each epoch after three of five steps."""
 
     def on_step_end(self, args, state, control, **_):
         control.should_epoch_stop = state.global_step % 3 == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_that_a_callback_ends(tmp_path, workers):
+def test_epochs_ended_by_a_callback(tmp_path, workers):
     """Prefetched draws are discarded; the next epoch is complete."""
     run = tiny.trained(
         tmp_path,
@@ -67,15 +66,14 @@ def test_epochs_that_a_callback_ends(tmp_path, workers):
     assert all(len(draw.index) == 8 for draw in run.draws)
     numbers = [draw.number for draw in run.draws]
     assert numbers == sorted(set(numbers))
-    assert run._sampler.state_dict()["outstanding"] == [] or len(run._sampler.state_dict()["outstanding"]) <= 2
+    assert len(run._sampler.state_dict()["outstanding"]) <= 2
 
 
-QUICK = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epochs": 8, "logging_steps": 1}
-"""With 24 examples, a training that ends before its 48 steps."""
+ENDS_EARLY = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epochs": 8, "logging_steps": 1}
+"""Settings with which training on 24 examples ends before its 48 steps."""
 
 
-def test_train_twice(tmp_path):
-    """The second training equals that of a new trainer on the trained model."""
+def test_second_training_equals_that_of_a_new_trainer(tmp_path):
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, optim="sgd", learning_rate=0.1)
     fresh = tiny.trainer(tmp_path, run.model, tiny.texts(), Recorder, optim="sgd", learning_rate=0.1)
     first = len(run.draws)
@@ -83,95 +81,95 @@ def test_train_twice(tmp_path):
     fresh.train()
     assert run.draws[first:] == fresh.draws
     assert tiny.difference(run, fresh) == 0.0
-    assert run._effective.progress.value == fresh._effective.progress.value
+    assert tiny.progress_of(run).value == tiny.progress_of(fresh).value
 
 
-def test_train_twice_where_the_first_ends_early(tmp_path):
-    """The second training uses its own measurements."""
-    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), Recorder, **QUICK)
+def test_second_training_equals_that_of_a_new_trainer_if_the_first_ends_early(tmp_path):
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), Recorder, **ENDS_EARLY)
     first = run.state.global_step
-    assert first < 48
-    fresh = tiny.trainer(tmp_path, run.model, tiny.texts(24), Recorder, **QUICK)
-    run.optimizer = None  # else it keeps its moments, as with `Trainer`
+    assert first < 48, "premise: the first training ends early"
+    fresh = tiny.trainer(tmp_path, run.model, tiny.texts(24), Recorder, **ENDS_EARLY)
+    run.optimizer = None  # otherwise its moments are kept, as with `Trainer`
     run.train()
     fresh.train()
     assert run.draws[first:] == fresh.draws != []
     assert tiny.difference(run, fresh) == 0.0
     assert tiny.logged(run, "learning_rate") == tiny.logged(fresh, "learning_rate")
-    assert run._effective.progress.value == fresh._effective.progress.value
+    assert tiny.progress_of(run).value == tiny.progress_of(fresh).value
 
 
-def test_hyperparameter_search(tmp_path):
-    """Every trial starts with an empty memory and ends by its effective epochs."""
+def test_trials_of_a_hyperparameter_search_equal_separate_trainings(tmp_path):
     pytest.importorskip("optuna").logging.set_verbosity(40)
-    found = []
+    trials = []
 
-    class Watched(ImportanceTrainer):
+    class TrialRecorder(ImportanceTrainer):
         def train(self, *args, **kwargs):
             result = super().train(*args, **kwargs)
-            found.append((self.args.learning_rate, self.importances, self.state.global_step))
+            trials.append((self.args.learning_rate, self.importances, self.state.global_step))
             return result
 
-    run = Watched(
+    run = TrialRecorder(
         model_init=lambda trial=None: tiny.bert(),
-        args=tiny.arguments(tmp_path, **QUICK),
+        args=tiny.arguments(tmp_path, **ENDS_EARLY),
         train_dataset=tiny.texts(24),
         eval_dataset=tiny.texts(12),
     )
     run.hyperparameter_search(
         backend="optuna", n_trials=2, hp_space=lambda trial: {"learning_rate": [0.0, 2e-2][trial.number]}
     )
-    assert [rate for rate, *_ in found] == [0.0, 2e-2]
-    assert found[1][2] < 48, "it ends early"
-    for rate, importances, steps in found:
-        alone = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), **{**QUICK, "learning_rate": rate})
-        assert torch.equal(importances, alone.importances)
-        assert steps == alone.state.global_step
+    assert [rate for rate, *_ in trials] == [0.0, 2e-2]
+    assert trials[1][2] < 48, "premise: the second trial ends early"
+    for rate, importances, steps in trials:
+        separate = tiny.trained(tmp_path, tiny.bert(), tiny.texts(24), **{**ENDS_EARLY, "learning_rate": rate})
+        assert torch.equal(importances, separate.importances)
+        assert steps == separate.state.global_step
 
 
-class TooLarge(Recorder):
-    """Runs out of memory with more than 4 examples per batch, after some steps."""
+class OutOfMemory(Recorder):
+    """Fails with more than 4 examples per batch, at the third step."""
 
     def training_step(self, model, inputs, *args, **kwargs):
         if len(inputs["input_ids"]) > 4 and len(self.draws) == 2:
-            self.known = self.importances.isfinite().sum().item()
+            self.known_importances = self.importances.isfinite().sum().item()
             raise RuntimeError("CUDA out of memory.")
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def test_auto_find_batch_size(tmp_path):
-    """Each batch size has a new sampler with the same memory."""
+def test_auto_find_batch_size_restarts_with_the_same_memory(tmp_path):
     settings = {"auto_find_batch_size": True, "num_train_epochs": 1, "logging_steps": 1}
-    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), TooLarge, **settings)
-    assert run.known == 16
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), OutOfMemory, **settings)
+    assert run.known_importances == 16
     sizes = [len(draw.index) for draw in run.draws]
     assert sizes[:2] == [8, 8]
     assert len(set(sizes[2:-1])) == 1
     steps = -(-40 // sizes[2])
-    assert run._effective.progress.steps == run._effective.progress.steps_per_epoch == steps
-    assert steps <= run._effective.progress.value < steps + run._effective.progress.gain, "counted anew"
+    progress = tiny.progress_of(run)
+    assert progress.steps == progress.steps_per_epoch == steps
+    assert steps <= progress.value < steps + progress.gain, "steps of the failed attempt are not counted"
     assert sizes[2] < 8
     assert sum(sizes[2:]) == 40
     assert run.importances.isfinite().all()
     shares = tiny.logged(run, "importance/effective_sample_size")
     assert len(shares) >= steps
-    assert all(0 < share <= 1 + 1e-9 for share in shares), "of the visits of this sampler, not of the one before"
+    assert all(0 < share <= 1 + 1e-9 for share in shares), "visits of the failed attempt are not counted"
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_losses_that_are_not_finite(tmp_path, bad):
-    """One example is invalid: it stays unknown and is visited at the average rate; the others are unaffected."""
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_example_with_a_non_finite_loss_stays_unknown(tmp_path, value):
+    """It is visited nevertheless; weights and logs stay finite."""
 
-    def broken(outputs, labels):
+    def one_non_finite(outputs, labels):
         losses = torch.nn.functional.cross_entropy(outputs["logits"], labels[:, 0], reduction="none")
-        return losses.masked_fill(labels[:, 1] == 3, bad)  # of no gradient, else the model were lost, as with `Trainer`
+        return losses.masked_fill(labels[:, 1] == 3, value)  # without gradient: parameters stay finite
 
     rows = [{**row, "labels": torch.tensor([row["labels"], i])} for i, row in enumerate(tiny.texts())]
-    more = {"per_example_loss_func": broken}
+    more = {"per_example_loss_func": one_non_finite}
     run = tiny.trained(tmp_path, tiny.bert(), rows, Recorder, {"metric": "loss"}, more)
     assert run.importances.isnan().nonzero().flatten().tolist() == [3]
     weights = [w for draw in run.draws for i, w in zip(draw.index, draw.weight, strict=True) if i == 3]
     assert len(weights) >= 2
     assert all(math.isfinite(w) for draw in run.draws for w in draw.weight)
     measured = [log for log in run.state.log_history if "importance/mean" in log]
-    assert all(math.isfinite(value) for log in measured for key, value in log.items() if key.startswith("importance/"))
+    assert all(
+        math.isfinite(figure) for log in measured for key, figure in log.items() if key.startswith("importance/")
+    )

@@ -1,9 +1,12 @@
-"""Hand-made findings, and parsing of pages."""
+"""Findings, datasets and a tokenizer for tests of the report, and parsing of its page."""
 
+import io
 import math
 from html.parser import HTMLParser
 
+import datasets
 import torch
+from PIL import Image
 
 from hf_importance.report.findings import Findings
 
@@ -11,7 +14,7 @@ HOSTILE = "<script>alert('x')</script> & \"quotes\""
 
 
 def findings(**changes):
-    """Findings on four examples of two classes. The second is suspect, the last was never visited."""
+    """Findings on four examples of two classes. The second is suspect, the first pruned, the last was never visited."""
     nan = math.nan
     columns = {
         "label": torch.tensor([0.0, 1.0, 1.0, nan]),
@@ -33,7 +36,7 @@ def findings(**changes):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the visible text."""
+    """Tags with their attributes, and the visible text of a page."""
 
     def __init__(self, html):
         super().__init__()
@@ -49,3 +52,30 @@ class Page(HTMLParser):
 
 def page_of(path):
     return Page(path.read_text(encoding="utf-8"))
+
+
+class NumberTokenizer:
+    """A tokenizer whose tokens are their ids."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "+".join(map(str, ids))
+
+
+class PartlyUnreadable:
+    """A dataset of an image, an invalid image, a truncated image, and a text."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            return {"image": Image.open(io.BytesIO(b"not an image"))}
+        if index == 2:
+            whole = io.BytesIO()
+            Image.new("RGB", (50, 50), "red").save(whole, "PNG")
+            return {"image": Image.open(io.BytesIO(whole.getvalue()[:80]))}
+        return {"image": None, "text": "a text"} if index else {"image": Image.new("RGB", (9, 9))}
+
+
+def as_dataset(rows):
+    return datasets.Dataset.from_list(rows)

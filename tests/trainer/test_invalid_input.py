@@ -1,4 +1,4 @@
-"""Errors are raised early, and name the argument, the accepted values and the fix; no files are lost."""
+"""Invalid settings, arguments, data and models: errors before the first step that name the fix; no files are lost."""
 
 import hashlib
 import math
@@ -44,12 +44,12 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("name", "value", "error", "message"), SETTINGS)
-def test_settings(name, value, error, message):
+def test_invalid_settings_are_refused(name, value, error, message):
     with pytest.raises(error, match=rf"ImportanceConfig.{name} {message}"):
         ImportanceConfig(**{name: value})
 
 
-# ---- at construction -------------------------------------------------------------------------------------------------
+# ---- arguments, at construction --------------------------------------------------------------------------------------
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -64,39 +64,47 @@ class WithoutLength(torch.utils.data.Dataset):
 
 AT_CONSTRUCTION = {
     "compute_loss_func": ({"more": {"compute_loss_func": max}}, ValueError, "pass per_example_loss_func"),
-    "order": ({"train_sampling_strategy": "sequential"}, ValueError, "train_sampling_strategy must be 'random' or"),
-    "dispatch": ({"accelerator_config": {"dispatch_batches": True}}, ValueError, "dispatch_batches must not be True"),
-    "config": ({"more": {"importance": {"budget": 1.0}}}, TypeError, "must be an ImportanceConfig, but is dict"),
-    "whom to show": (
+    "sampling strategy": (
+        {"train_sampling_strategy": "sequential"}, ValueError, "train_sampling_strategy must be 'random' or"
+    ),
+    "dispatch_batches": (
+        {"accelerator_config": {"dispatch_batches": True}}, ValueError, "dispatch_batches must not be True"
+    ),
+    "importance": ({"more": {"importance": {"budget": 1.0}}}, TypeError, "must be an ImportanceConfig, but is dict"),
+    "report_examples_to_hub": (
         {"more": {"report_examples_to_hub": "no"}}, TypeError, "report_examples_to_hub must be True or False.*'no'"
     ),
-    "plateau": (
+    "reduce_lr_on_plateau": (
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "more": {"eval_dataset": tiny.texts()}},
         ValueError, "budget='auto'.*lr_scheduler_type='reduce_lr_on_plateau' does not.*ImportanceConfig\\(budget=1.0\\)"
     ),
-    "loss": ({"more": {"per_example_loss_func": 3}}, TypeError, "per_example_loss_func must be a function.*is int"),
-    "loss of four": (
+    "loss that is not a function": (
+        {"more": {"per_example_loss_func": 3}}, TypeError, "per_example_loss_func must be a function.*is int"
+    ),
+    "loss with four arguments": (
         {"more": {"per_example_loss_func": lambda outputs, labels, inputs, gamma: outputs}}, TypeError,
         r"f\(outputs, labels\) or f\(outputs, labels, inputs\).*\(outputs, labels, inputs, gamma\).*missing.*'gamma'"
     ),
-    "loss of one": (
+    "loss with one argument": (
         {"more": {"per_example_loss_func": lambda outputs: outputs}}, TypeError, "cannot be called that way: too many"
     ),
     "stream": ({"data": Stream()}, ValueError, "Stream is a stream.*load it without streaming"),
-    "no length": ({"data": WithoutLength()}, ValueError, "train_dataset must have a length"),
-    "empty": ({"data": []}, ValueError, "train_dataset must have at least one example per process \\(1\\), but has 0"),
+    "dataset without length": ({"data": WithoutLength()}, ValueError, "train_dataset must have a length"),
+    "empty dataset": (
+        {"data": []}, ValueError, "train_dataset must have at least one example per process \\(1\\), but has 0"
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", AT_CONSTRUCTION)
-def test_at_construction(tmp_path, case):
+def test_invalid_arguments_are_refused_at_construction(tmp_path, case):
     settings, error, message = AT_CONSTRUCTION[case]
     settings = {"data": tiny.texts(), "max_steps": 1, **settings}
     with pytest.raises(error, match=re.compile(message)):
         tiny.trainer(tmp_path, tiny.bert(), **settings)
 
 
-def test_parallelism_within_a_batch(tmp_path, monkeypatch):
+def test_parallelism_within_a_batch_is_refused(tmp_path, monkeypatch):
     for kind in ("tp", "cp", "sp"):
         with monkeypatch.context() as patched:
             patched.setattr(ImportanceTrainer, f"get_{kind}_size", lambda self: 2)
@@ -104,107 +112,121 @@ def test_parallelism_within_a_batch(tmp_path, monkeypatch):
                 tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
 
 
-# ---- in training -----------------------------------------------------------------------------------------------------
+# ---- data and models, in training -----------------------------------------------------------------------------------
 
 
-class Returns(nn.Module):
-    """A model that returns `make(logits, labels)`."""
+class CustomOutput(nn.Module):
+    """A model that returns `output_of(logits, labels)`."""
 
-    def __init__(self, make):
+    def __init__(self, output_of):
         super().__init__()
-        self.layer, self.make = nn.Linear(tiny.LENGTH, tiny.CLASSES), make
+        self.layer, self.output_of = nn.Linear(tiny.LENGTH, tiny.CLASSES), output_of
 
     def forward(self, input_ids, attention_mask=None, labels=None):
-        return self.make(self.layer(input_ids / tiny.WORDS), labels)
+        return self.output_of(self.layer(input_ids / tiny.WORDS), labels)
 
 
-def rows(**changes):
-    """The usual rows with labels computed from their position."""
-    found = tiny.texts()
-    for i, row in enumerate(found):
-        for name, make in changes.items():
-            row[name] = make(i)
-            if row[name] is None:
-                del row[name]
-    return found
+def texts_with(label_of):
+    """Rows of `tiny.texts` with labels computed from their position; without labels where that is None."""
+    rows = tiny.texts()
+    for i, row in enumerate(rows):
+        row["labels"] = label_of(i)
+        if row["labels"] is None:
+            del row["labels"]
+    return rows
 
 
-def loss(make):
-    return {"more": {"per_example_loss_func": make}}
+def with_loss(function):
+    return {"more": {"per_example_loss_func": function}}
 
 
-def coupled(outputs, labels):
+def coupled_losses(outputs, labels):
     similarity = outputs["logits"] @ outputs["logits"].T
     return cross_entropy(similarity, torch.arange(len(labels)), reduction="none")
 
 
-def keeping(logits, labels):
+def without_loss(logits, labels):
     return SequenceClassifierOutput(loss=None, logits=logits)
 
 
-class ForeignLoader(ImportanceTrainer):
+class DataLoaderWithoutDraws(ImportanceTrainer):
     def get_train_dataloader(self):
         super().get_train_dataloader()
         return torch.utils.data.DataLoader(self.train_dataset, batch_size=8)
 
 
 IN_TRAINING = {
-    "no labels": (tiny.bert, rows(labels=lambda i: None), {}, r"must have \['labels'\], but only has .*label_names"),
-    "other label": (tiny.bert, tiny.texts(), {"label_names": ["target"]}, r"must have \['target'\], but.*label_names"),
-    "label too large": (tiny.bert, rows(labels=lambda i: i % 7), {}, "Labels must be in 0 … 3.*num_labels"),
-    "label below 0": (tiny.bert, rows(labels=lambda i: i % 3 - 1), {}, r"Labels must be in 0 … 3.*are in -1 … 1"),
-    "label of a token": (tiny.token_bert, rows(labels=lambda i: torch.full((8,), 9)), {}, "Labels must be in 0 … 3"),
-    "too few label values": (
-        lambda: tiny.bert(problem_type="multi_label_classification"), rows(labels=lambda i: torch.ones(3)), {},
+    "no labels": (tiny.bert, texts_with(lambda i: None), {}, r"must have \['labels'\], but only has .*label_names"),
+    "labels by another name": (
+        tiny.bert, tiny.texts(), {"label_names": ["target"]}, r"must have \['target'\], but.*label_names"
+    ),
+    "label too large": (tiny.bert, texts_with(lambda i: i % 7), {}, "Labels must be in 0 … 3.*num_labels"),
+    "label below 0": (tiny.bert, texts_with(lambda i: i % 3 - 1), {}, r"Labels must be in 0 … 3.*are in -1 … 1"),
+    "label of a token too large": (
+        tiny.token_bert, texts_with(lambda i: torch.full((8,), 9)), {}, "Labels must be in 0 … 3"
+    ),
+    "too few values per label": (
+        lambda: tiny.bert(problem_type="multi_label_classification"), texts_with(lambda i: torch.ones(3)), {},
         r"logits \[8, 4\] and labels \[8, 3\] must have the same shape",
     ),
-    "labels of pixels": (
-        tiny.bert, rows(labels=lambda i: torch.ones(8, 8).long()), {}, r"Labels \[8, 8, 8\].*do not fit logits \[8, 4\]"
+    "one label per pixel": (
+        tiny.bert, texts_with(lambda i: torch.ones(8, 8).long()), {}, r"Labels \[8, 8, 8\].*do not fit logits \[8, 4\]"
     ),
-    "problem type": (
+    "unknown problem type": (
         lambda: tiny.bert(problem_type="ranking"), tiny.texts(), {}, "config.problem_type must be one of"
     ),
-    "smoothing": (
+    "label smoothing in regression": (
         lambda: tiny.bert(problem_type="regression"), tiny.texts(), {"label_smoothing_factor": 0.1},
         "label_smoothing_factor is for single-label classification, not regression",
     ),
-    "tuple": (lambda: Returns(lambda z, y: (z,)), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"),
-    "numbers": (lambda: Returns(lambda z, y: [1.0]), tiny.texts(), {}, "that starts with it, but returned list"),
+    "tuple without loss": (
+        lambda: CustomOutput(lambda z, y: (z,)), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"
+    ),
+    "list instead of outputs": (
+        lambda: CustomOutput(lambda z, y: [1.0]), tiny.texts(), {}, "that starts with it, but returned list"
+    ),
     "no logits": (
-        lambda: Returns(lambda z, y: {"loss": z.mean(), "logits_per_text": z}), tiny.texts(), {},
+        lambda: CustomOutput(lambda z, y: {"loss": z.mean(), "logits_per_text": z}), tiny.texts(), {},
         r"dict with 'logits', .*but returned the keys \['loss', 'logits_per_text'\].*compare the examples.*use Trainer",
     ),
-    "logits of the batch": (
-        lambda: Returns(lambda z, y: {"loss": z.mean(), "logits": z.mean(0)}), tiny.texts(), {},
+    "one row of logits per batch": (
+        lambda: CustomOutput(lambda z, y: {"loss": z.mean(), "logits": z.mean(0)}), tiny.texts(), {},
         r"logits must have shape \[8, …\], one row per example, but has \[4\]",
     ),
-    "no loss": (lambda: Returns(keeping), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"),
-    "weighted classes": (
+    "outputs without loss": (
+        lambda: CustomOutput(without_loss), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"
+    ),
+    "custom loss of the model": (
         lambda: tiny.WithoutConfig(scale=1.1), tiny.texts(), {}, "its own loss.*per_example_loss_func"
     ),
-    "loss of the batch": (
-        tiny.bert, tiny.texts(), loss(lambda o, y: cross_entropy(o["logits"], y)), r"shape \[8\], but returned \[\]"
+    "one loss per batch": (
+        tiny.bert, tiny.texts(), with_loss(lambda o, y: cross_entropy(o["logits"], y)),
+        r"shape \[8\], but returned \[\]",
     ),
     "too many losses": (
-        tiny.bert, tiny.texts(), loss(lambda o, y: o["logits"].flatten()), r"shape \[8\], but returned \[32\]"
+        tiny.bert, tiny.texts(), with_loss(lambda o, y: o["logits"].flatten()), r"shape \[8\], but returned \[32\]"
     ),
     "list of losses": (
-        tiny.bert, tiny.texts(), loss(lambda o, y: list(o["logits"].sum(1))), r"shape \[8\], but returned list"
+        tiny.bert, tiny.texts(), with_loss(lambda o, y: list(o["logits"].sum(1))), r"shape \[8\], but returned list"
     ),
-    "coupled losses": (tiny.bert, tiny.texts(), loss(coupled), "each loss from one example alone.*Use Trainer"),
-    "losses of something else": (
-        tiny.bert, tiny.texts(), loss(lambda o, y: y.float()), "must compute the losses from the logits in outputs"
+    "coupled losses": (
+        tiny.bert, tiny.texts(), with_loss(coupled_losses), "each loss from one example alone.*Use Trainer"
     ),
-    "collator": (
+    "losses that do not depend on the outputs": (
+        tiny.bert, tiny.texts(), with_loss(lambda o, y: y.float()), "must compute the losses from the logits in outputs"
+    ),
+    "collator that returns a list": (
         tiny.bert, tiny.texts(), {"more": {"data_collator": list}},
         "data_collator must return a dict of tensors, but returned list",
     ),
-    "loader": (tiny.bert, tiny.texts(), {"cls": ForeignLoader}, "The batch does not carry its draw"),
-    "last layer of tokens": (
-        tiny.token_bert, tiny.token_rows(), {"importance": {"metric": "last_layer_gradient"}, **loss(None)},
+    "dataloader without draws": (
+        tiny.bert, tiny.texts(), {"cls": DataLoaderWithoutDraws}, "The batch does not carry its draw"
+    ),
+    "last_layer_gradient of tokens": (
+        tiny.token_bert, tiny.token_rows(), {"importance": {"metric": "last_layer_gradient"}},
         r"requires inputs \[8, hidden\] of the last layer, but got \[8, .*use metric='logit_gradient'",
     ),
-    "no last layer": (
+    "model without last layer": (
         lambda: tiny.vit(num_labels=0), tiny.images(), {"importance": {"metric": "last_layer_gradient"}},
         "requires a last layer nn.Linear with 0 outputs",
     ),
@@ -215,18 +237,18 @@ IN_TRAINING = {
 }  # fmt: skip
 
 
-def contents(folder):
+def file_hashes(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("case", IN_TRAINING)
-def test_in_training(tmp_path, case):
+def test_invalid_data_and_models_are_refused_before_the_first_step(tmp_path, case):
     model, data, settings, message = IN_TRAINING[case]
-    settings = {**settings, "more": {k: v for k, v in settings.get("more", {}).items() if v is not None}}
+    settings = {**settings, "more": dict(settings.get("more", {}))}
     if data and data[0].get("labels") is not None and len({len(row.get("input_ids", ())) for row in data}) > 1:
         settings["more"]["data_collator"] = tiny.pad
     tiny.trained(tmp_path, tiny.bert(), tiny.texts(), max_steps=2, save_strategy="steps", save_steps=1)
-    before = contents(tmp_path)
+    before = file_hashes(tmp_path)
     run = tiny.trainer(tmp_path, model(), data, save_strategy="steps", save_steps=1, **settings)
     parameters = [p.detach().clone() for p in run.model.parameters()]
     with pytest.raises((ValueError, TypeError), match=re.compile(message, re.DOTALL)):
@@ -234,11 +256,11 @@ def test_in_training(tmp_path, case):
     assert run.state.global_step == 0
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), parameters, strict=True))
     assert not list(getattr(getattr(run.model, "classifier", None), "_forward_pre_hooks", ()))
-    assert contents(tmp_path) == before
-    again = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=4)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4
+    assert file_hashes(tmp_path) == before
+    resumed = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
 
 
-def test_the_table_is_long_enough():
+def test_at_least_40_cases_are_tested():
     assert len(SETTINGS) + len(AT_CONSTRUCTION) + len(IN_TRAINING) >= 40

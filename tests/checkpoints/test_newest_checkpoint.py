@@ -1,0 +1,87 @@
+"""`resume_from_checkpoint=True` resumes from the newest complete checkpoint."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from resuming import MODEL, SAVING, collect_warnings, train
+from tiny import Recorder
+
+from hf_importance.checkpoint import newest_complete
+
+
+@pytest.fixture
+def checkpoint_warnings(monkeypatch):
+    return collect_warnings(monkeypatch)
+
+
+def test_newest_complete_checkpoint_is_found(tmp_path):
+    assert newest_complete(tmp_path) is None
+    for step, content in ((5, "{}"), (10, "{}"), (15, '{"global_s'), (100, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if content is not None:
+            (folder / "trainer_state.json").write_text(content)
+    (tmp_path / "checkpoint-notes").mkdir()
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_training_resumes_from_the_newest_complete_checkpoint(tmp_path, checkpoint_warnings):
+    uninterrupted = train(tmp_path)
+    for step in range(8, 16):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    shutil.copytree(tmp_path / "checkpoint-7", tmp_path / "checkpoint-8")
+    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()  # as if killed while saving
+    run = tiny.trainer(tmp_path, tiny.bert(**MODEL), tiny.texts(), Recorder, **SAVING)
+    run.train(resume_from_checkpoint=True)
+    assert len(run.draws) == 8
+    assert tiny.difference(run, uninterrupted) == 0.0
+    assert json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
+
+
+def test_training_starts_from_scratch_without_a_complete_checkpoint(tmp_path, checkpoint_warnings):
+    uninterrupted = train(tmp_path, max_steps=4)
+    for step in range(1, 5):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    run = tiny.trainer(tmp_path, tiny.bert(**MODEL), tiny.texts(), Recorder, **SAVING, max_steps=4)
+    run.train(resume_from_checkpoint=True)
+    assert "has no complete checkpoint: training starts from scratch" in checkpoint_warnings[0]
+    assert tiny.difference(run, uninterrupted) == 0.0
+
+
+def test_resuming_without_any_checkpoint_is_refused_by_trainer(tmp_path):
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        run.train(resume_from_checkpoint=True)
+
+
+class FailingTexts(torch.utils.data.Dataset):
+    """Raises an error at one of its reads."""
+
+    def __init__(self, fails_at):
+        self.rows, self.reads, self.fails_at = tiny.texts(), 0, fails_at
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        if self.reads == self.fails_at:
+            raise OSError("the disk is gone")
+        return self.rows[i]
+
+
+def test_training_resumes_exactly_after_an_exception_in_the_dataset(tmp_path):
+    uninterrupted = train(tmp_path)
+    folder = tmp_path / "failing"
+    folder.mkdir()
+    failing = tiny.trainer(folder, tiny.bert(**MODEL), FailingTexts(fails_at=2 * 40 + 75), Recorder, **SAVING)
+    with pytest.raises(OSError, match="the disk is gone"):
+        failing.train()
+    assert failing.importances.isfinite().any()
+    resumed = tiny.trainer(folder, tiny.bert(**MODEL), tiny.texts(), Recorder, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    assert 0 < len(resumed.draws) < 15
+    assert tiny.difference(resumed, uninterrupted) == 0.0

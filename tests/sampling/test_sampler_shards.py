@@ -1,0 +1,105 @@
+"""Shards and ranks: partition of the data, weights, unbiasedness, equal numbers of batches."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from sampling_helpers import SAMPLING_MODES, draws_of, sampler_of
+from torch import tensor
+
+from hf_importance.sampling.draw import Shard
+from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.sampler import ImportanceBatchSampler
+
+
+@pytest.mark.parametrize(("length", "ranks"), [(1, 1), (7, 2), (8, 4), (9, 4), (5, 5)])
+def test_shards_partition_the_data(length, ranks):
+    shards = [Shard.of(length, rank, ranks, seed=3) for rank in range(ranks)]
+    owned = [shard.positions(torch.arange(len(shard))) for shard in shards]
+    assert sorted(torch.cat(owned).tolist()) == list(range(length))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    assert sum(shard.weight for shard in shards) == pytest.approx(ranks)
+    for shard, index in zip(shards, owned, strict=True):
+        assert shard.local(index).tolist() == list(range(len(shard)))
+
+
+def test_shards_are_random_and_fixed_by_the_seed():
+    first = Shard.of(1000, 0, 2, seed=3).index
+    assert torch.equal(first, Shard.of(1000, 0, 2, seed=3).index)
+    assert not torch.equal(first, Shard.of(1000, 0, 2, seed=4).index)
+    assert first.double().mean().item() == pytest.approx(500, abs=50), "not the first half"
+
+
+@SAMPLING_MODES
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_weights_include_the_weight_of_the_shard(sampling, exponent):
+    shard = Shard.of(7, 1, 3, seed=0)
+    assert shard.weight == pytest.approx(2 * 3 / 7)
+    settings = {"shard": shard, "rank": 1, "sampling": sampling, "weight_exponent": exponent}
+    for draw in draws_of(sampler_of([1.0, 3.0], 2, **settings), epochs=3):
+        assert set(draw.index) <= set(shard.index.tolist())
+        assert draw.weight == pytest.approx([6 / 7 * r**-exponent for r in draw.rate], rel=1e-12)
+
+
+@SAMPLING_MODES
+def test_measurements_are_stored_at_positions_in_the_shard(sampling):
+    """Draws have positions in the training data."""
+    shard = Shard(10, 2, tensor([1, 4, 5, 8, 9]))
+    sampler = ImportanceBatchSampler(ImportanceMemory(5), 5, shard=shard, sampling=sampling, uniform_fraction=0.3)
+    draw = next(iter(sampler))
+    sampler.update(draw, tensor([[float(i) for i in draw.index]]))
+    found = sampler.importances.tolist()
+    for i, q in zip(shard.index.tolist(), found, strict=True):
+        assert q == i if i in draw.index else math.isnan(q)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_mean_weighted_loss_over_all_ranks_is_the_mean_loss(monkeypatch, ranks):
+    """Mean over the ranks of their means over a pass, by enumeration of all random starts; shards differ in size.
+
+    With these rates, visits · rate is an integer, so the expectation over the random starts is exact.
+    """
+    losses = [3.0, -1.0, 0.5, 7.0, 2.0, 2.5, 11.0]
+    rates_of_size = {2: [0.5, 1.5], 3: [2.0, 1 / 3, 2 / 3], 4: [0.25, 0.75, 2.25, 0.75]}
+    n, mean, without_shard_weight = 7, 0.0, 0.0
+    for rank, shard in enumerate([Shard.of(n, rank, ranks, seed=4) for rank in range(ranks)]):
+        size = len(shard)
+        starts = list(itertools.permutations(range(size)))
+        for start in starts:
+            monkeypatch.setattr(torch, "randperm", lambda *_, s=start, **__: tensor(s, dtype=torch.int32))
+            settings = {"shard": shard, "rank": rank, "uniform_fraction": 0.0, "guard": False}
+            sampler = sampler_of(rates_of_size[size], size, **settings)
+            visits = zip(*sampler.visits.next(2 * size), strict=True)
+            for local, rate in [(int(i), float(r)) for i, r in visits]:
+                loss = losses[shard.index[local]]
+                mean += shard.weight / rate * loss / size / ranks / len(starts)
+                without_shard_weight += 1 / rate * loss / size / ranks / len(starts)
+    assert mean == pytest.approx(sum(losses) / n, rel=1e-6)
+    assert without_shard_weight != pytest.approx(sum(losses) / n, rel=1e-3), "control"
+
+
+def test_ranks_draw_equal_numbers_of_batches():
+    """9 examples on 4 ranks, batches of 2: 3 visits on each rank, though three of them own only 2 examples."""
+    found = {}
+    for rank in range(4):
+        shard = Shard.of(9, rank, 4, seed=0)
+        sampler = ImportanceBatchSampler(ImportanceMemory(len(shard)), 2, shard=shard, rank=rank)
+        draws = draws_of(sampler)
+        assert len(draws) == len(sampler) == 2
+        assert [len(draw.index) for draw in draws] == [2, 1]
+        assert {w for draw in draws for w in draw.weight} == {len(shard) * 4 / 9}
+        found[rank] = {i for draw in draws for i in draw.index}
+    assert set.union(*found.values()) == set(range(9))
+
+
+@SAMPLING_MODES
+def test_ranks_shuffle_independently(sampling):
+    """The same rates in two shards give different orders."""
+    importance = torch.linspace(0.1, 2.0, 40).tolist()
+    passes = []
+    for rank in range(2):
+        shard = Shard(80, 2, torch.arange(40) + 40 * rank)
+        sampler = sampler_of(importance, 40, shard=shard, rank=rank, sampling=sampling)
+        passes.append([i - 40 * rank for i in next(iter(sampler)).index])
+    assert passes[0] != passes[1]

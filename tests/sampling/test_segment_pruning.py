@@ -1,0 +1,108 @@
+"""Segments with `prune_mass` and `importance_increment`."""
+
+import math
+
+import oracles
+import pytest
+import torch
+from sampling_helpers import (
+    memory_of,
+    next_segment,
+    next_segments,
+    permutation,
+    random_importance,
+    segmented_visits,
+    visited_examples,
+)
+from torch import tensor
+
+
+def test_pruned_examples_are_not_drawn():
+    q = [0.001] * 5 + [1.0, 2.0, 3.0] * 5
+    memory = memory_of(q)
+    visits, unpruned = (segmented_visits(memory, 2, prune_mass=mass) for mass in (0.01, 0.0))
+    next_segments(visits, 8)
+    assert visits.pruned is None, "nothing is pruned in the first pass"
+    for _ in range(10):
+        for index, rate in next_segments(visits, 8):
+            assert not set(index) & set(range(5))
+            wanted = oracles.rates(q[5:], 0.3)
+            assert rate == pytest.approx([wanted[i - 5] for i in index], rel=1e-5)
+        assert visits.pruned.tolist() == [True] * 5 + [False] * 15
+    assert set(visited_examples(unpruned, 88)) >= set(range(5)), "control"
+
+
+def test_visits_with_pruning_match_reference():
+    """The number of visits is unchanged; the remaining examples have all of them."""
+    q = [0.001] * 5 + [0.1 + q for q in random_importance(15, 0)]
+    memory = memory_of(q)
+    visits = segmented_visits(memory, 4, prune_mass=0.002, seed=3)
+    for k in range(40):
+        if k % 5 == 0:
+            credit = oracles.first_credits(permutation(20, 3 + k // 5))
+        rates = oracles.rates(q, 0.3) if k < 5 else [0.0] * 5 + oracles.rates(q[5:], 0.3)
+        wanted, credit = oracles.spend(credit, rates, 4)
+        assert next_segment(visits)[0] == wanted
+    assert visits.pruned.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_equally_important_unpruned_examples_are_visited_evenly():
+    """Although all their rates are equal, the pass is not the whole permutation."""
+    memory = memory_of([0.001] * 2 + [1.0] * 8)
+    visits = segmented_visits(memory, 2, prune_mass=0.01)
+    next_segments(visits, 5)
+    memory.importances[:2] = 0.001
+    for _ in range(8):
+        segments = next_segments(visits, 5)
+        drawn = [i for index, rate in segments for i in index if rate == pytest.approx([1.0] * len(rate))]
+        counts = torch.bincount(tensor(drawn), minlength=10)
+        assert counts[:2].tolist() == [0, 0]
+        assert counts[2:].min() >= 1
+        assert counts[2:].max() - counts[2:].min() <= 1
+
+
+def test_pruned_examples_return_when_others_become_less_important():
+    memory = memory_of([0.1, 0.1] + [1.0] * 8)
+    visits = segmented_visits(memory, 10, prune_mass=0.05)
+    next_segment(visits)
+    next_segment(visits)
+    assert visits.pruned.nonzero().flatten().tolist() == [0, 1]
+    memory.importances[2:] = 0.05
+    assert visits.pruned.any(), "the current pass is unchanged"
+    drawn = visited_examples(visits, 2)
+    assert visits.pruned is None or not visits.pruned[:2].any()
+    assert {0, 1} <= set(drawn)
+
+
+def test_unknown_examples_are_never_pruned():
+    memory = memory_of([math.nan, 0.001, math.nan, *[1.0] * 7])
+    visits = segmented_visits(memory, 10, prune_mass=0.2)
+    drawn = visited_examples(visits, 5)
+    assert visits.pruned.nonzero().flatten().tolist() == [1]
+    assert {0, 2} <= set(drawn)
+
+
+def test_pruning_ends_after_resuming_without_prune_mass():
+    """All examples are drawn again from the next pass on."""
+    q = [0.001, 1.0, 2.0, 0.001, 1.0, 3.0]
+    for mass in (0.0, 0.01):
+        pruning = segmented_visits(memory_of(q), 6, prune_mass=0.01)
+        for _ in range(2):
+            next_segment(pruning)
+        assert pruning.pruned.sum() == 2
+        visits = segmented_visits(memory_of(q), 6, prune_mass=mass)
+        visits.load_state_dict(pruning.state_dict())
+        for _ in range(2):
+            next_segment(visits)
+        assert (visits.pruned is None) == (mass == 0)
+
+
+def test_increment_is_added_at_the_end_of_each_pass():
+    memory = memory_of([0.0, 1.0, math.nan, 2.0])
+    visits = segmented_visits(memory, 4, increment=0.5)
+    next_segment(visits)
+    assert memory.importances.tolist() == pytest.approx([0.0, 1.0, math.nan, 2.0], nan_ok=True)
+    for times in (1, 2):
+        next_segment(visits)
+        wanted = [0.5 * times, 1 + 0.5 * times, math.nan, 2 + 0.5 * times]
+        assert memory.importances.tolist() == pytest.approx(wanted, nan_ok=True)

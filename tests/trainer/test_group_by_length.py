@@ -1,0 +1,98 @@
+"""Trainings with `train_sampling_strategy="group_by_length"`: padding, resuming, previews; refused strategies."""
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from length_training import GROUPED, make_rows, make_trainer, pad, train
+
+
+class PaddingCounter:
+    """Collates, and counts tokens without and with padding."""
+
+    def __init__(self):
+        self.tokens, self.padded = 0, 0
+
+    def __call__(self, rows):
+        batch = pad(rows)
+        if len(rows) > 1:  # single examples are only inspected
+            self.tokens += int(batch["attention_mask"].sum())
+            self.padded += batch["input_ids"].numel()
+        return batch
+
+    @property
+    def share(self):
+        """Share of tokens that are not padding."""
+        return self.tokens / self.padded
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["tokens", "texts"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_padding_is_as_with_trainer(tmp_path, per_token, accumulation):
+    rows, shares = make_rows(240, per_token), {}
+    more = {"gradient_accumulation_steps": accumulation}
+    for name, cls, settings in [
+        ("Trainer, grouped", hf.Trainer, GROUPED),
+        ("ours, grouped", tiny.Recorder, GROUPED),
+        ("Trainer", hf.Trainer, {}),
+        ("ours", tiny.Recorder, {}),
+    ]:
+        collate = PaddingCounter()
+        train(tmp_path, rows, cls, collate=collate, num_train_epochs=2, **settings, **more)
+        shares[name] = collate.share
+    assert shares["ours, grouped"] > shares["Trainer, grouped"] - 0.02
+    assert shares["ours"] > shares["Trainer"] - 0.05
+    assert shares["Trainer, grouped"] > shares["Trainer"] + 0.1, "control: grouping reduces padding"
+
+
+def test_resumed_grouped_training_is_identical(tmp_path):
+    rows = make_rows(per_token=False)
+    settings = {"save_strategy": "steps", "save_steps": 17, "importance": {}, **GROUPED}
+    whole = train(tmp_path / "whole", rows, **settings)
+    resumed = make_trainer(tmp_path / "resumed", rows, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-34"))
+    assert tiny.difference(whole, resumed) == 0.0
+    assert resumed.draws == whole.draws[34:] != []
+
+
+def test_importances_are_kept_if_training_is_resumed_with_grouping(tmp_path):
+    rows = make_rows(per_token=False)
+    train(tmp_path, rows, save_strategy="steps", save_steps=17, max_steps=17)
+    resumed = make_trainer(tmp_path, rows, max_steps=18, **GROUPED)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-17"))
+    assert resumed.importances.isfinite().sum() > 60
+    assert len(set(resumed.draws[0].weight)) > 1, "rates follow the importances of the checkpoint"
+
+
+def test_preview_batches_are_grouped(tmp_path):
+    run = make_trainer(tmp_path, make_rows(per_token=False), **GROUPED)
+    widths = [batch["input_ids"].shape[1] for batch in run.get_train_dataloader()]
+    assert widths[0] == max(widths)
+    assert len(widths) == 30
+    random = [batch["input_ids"].shape[1] for batch in make_trainer(tmp_path, make_rows()).get_train_dataloader()]
+    assert sum(random) > 1.2 * sum(widths), "control: random order"
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batch_rebalance"])
+def test_other_sampling_strategies_are_refused(tmp_path, strategy):
+    reason = {
+        "sequential": "in an order of its own",
+        "batch_rebalance": "batches of different sizes.*group_by_length",
+    }
+    with pytest.raises(ValueError, match=f"train_sampling_strategy must be .*{strategy}.*{reason[strategy]}.*or use"):
+        make_trainer(tmp_path, make_rows(), train_sampling_strategy=strategy)
+    make_trainer(tmp_path, make_rows(), **GROUPED)  # control: accepted
+
+
+def test_grouping_without_lengths_is_refused(tmp_path):
+    rows = [{"pixel_values": torch.ones(1, 8, 8), "labels": i % 4} for i in range(8)]
+    message = (
+        r"requires the length of each example, in a column 'length'.*'input_ids', but.*'pixel_values'.*dataset.map"
+    )
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, tiny.vit(), rows, **GROUPED)
+    tiny.trainer(tmp_path, tiny.vit(), [{**row, "length": 3} for row in rows], **GROUPED)  # control: accepted
+    with_sizes = [{**row, "size": i} for i, row in enumerate(rows)]
+    run = tiny.trainer(tmp_path, tiny.vit(), with_sizes, **GROUPED, length_column_name="size", max_steps=1)
+    run.train()
+    assert run._lengths.length.tolist() == [1, 1, 2, 3, 4, 5, 6, 7]

@@ -1,0 +1,133 @@
+"""The learning rate follows the effective steps; schedules that cannot follow them are refused."""
+
+import pytest
+import torch
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+from effective_training import watched_trainer
+from tiny import opinionated_bert, texts
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.sampling.progress import EffectiveVisits
+from hf_importance.schedule import EffectiveEpochs, follow
+
+SCHEDULES = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 20},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rate_follows_the_effective_steps(tmp_path, name):
+    settings = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name]}
+    trainer, watch = watched_trainer(tmp_path, **settings)
+    trainer.train()
+    fixed, _ = watched_trainer(tmp_path, budget=1.0, **settings)
+    fixed.create_optimizer()
+    schedule = fixed.create_scheduler(60).lr_lambdas[0]
+    steps = list(zip(watch.effective_steps[:-1], watch.effective_steps[1:], strict=True))
+    found = watch.learning_rates
+    assert found == pytest.approx([2e-3 * schedule(before) * (after - before) ** 0.5 for before, after in steps])
+    assert found != pytest.approx([2e-3 * schedule(before) for before, _ in steps]), "control: no factor √gain"
+    assert found != pytest.approx([2e-3 * schedule(step) for step in range(len(found))]) or "const" in name, (
+        "control: schedule by the number of steps"
+    )
+
+
+def test_learning_rate_follows_the_effective_steps_if_deepspeed_steps_the_schedule(tmp_path):
+    """DeepSpeed steps the schedule before the step is counted; the wrapper that `Trainer` steps has no effect."""
+
+    class RateWatch(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    class SteppedByDeepSpeed(ImportanceTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            schedule = super().create_scheduler(num_training_steps, optimizer)
+            self.lr_scheduler = DeepSpeedSchedulerWrapper(schedule, self.optimizer)
+            return super().create_scheduler(num_training_steps, optimizer)  # returns the wrapper set above
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.lr_scheduler.scheduler.step()
+            return loss
+
+    for cls in (ImportanceTrainer, SteppedByDeepSpeed):
+        rates = []
+        trainer, watch = watched_trainer(tmp_path, max_grad_norm=0)
+        trainer.__class__ = cls
+        trainer.add_callback(RateWatch())
+        trainer.train()
+        assert trainer.state.global_step == len(rates) > 10
+        schedule = trainer.lr_scheduler if cls is ImportanceTrainer else trainer.lr_scheduler.scheduler
+        steps = zip(watch.effective_steps[:-1], watch.effective_steps[1:], strict=True)
+        factors = [schedule.lr_lambdas[0].steps_to_factor(before) * (after - before) ** 0.5 for before, after in steps]
+        assert rates == pytest.approx([2e-3 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_by_evaluation_results_are_refused(tmp_path, name):
+    settings = {"lr_scheduler_type": name, "eval_strategy": "epoch"}
+    with pytest.raises(ValueError, match=rf"{name}.*budget=1\.0"):
+        watched_trainer(tmp_path, **settings)
+    watched_trainer(tmp_path, budget=1.0, **settings)  # control: accepted with a fixed budget
+
+
+def test_schedule_passed_in_optimizers_is_refused(tmp_path):
+    model = opinionated_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    common = {"model": model, "args": args, "train_dataset": texts(), "optimizers": (optimizer, schedule)}
+    with pytest.raises(ValueError, match=r"StepLR.*budget=1\.0"):
+        ImportanceTrainer(**common)
+    ImportanceTrainer(**common, importance=ImportanceConfig(budget=1.0))  # control: accepted with a fixed budget
+
+
+def test_schedule_set_in_create_scheduler_is_refused_before_the_first_step(tmp_path):
+    class CustomSchedule(ImportanceTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1)
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=3)
+    trainer = CustomSchedule(model=opinionated_bert(), args=args, train_dataset=texts())
+    with pytest.raises(ValueError, match=r"StepLR.*budget=1\.0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_create_scheduler_without_super_is_refused_before_the_first_step(tmp_path):
+    class NoSuper(ImportanceTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+            return self.lr_scheduler
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=3)
+    common = {"model": opinionated_bert(), "args": args, "train_dataset": texts()}
+    trainer = NoSuper(**common)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"overridden create_scheduler\(\) does not.*budget=1\.0"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    fixed = NoSuper(**common, importance=ImportanceConfig(budget=1.0))
+    assert fixed.train().global_step == 3, "control: accepted with a fixed budget"
+
+
+def test_schedule_kept_between_trainings_is_scaled_once(tmp_path):
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), lambda step: 1.0)
+    epochs = EffectiveEpochs(lambda values: values, print)
+    epochs.progress = EffectiveVisits(10, 5)
+    epochs.progress.gain = 4.0
+    for _ in range(2):
+        follow(schedule, epochs)
+        assert schedule.lr_lambdas[0](0) == 2.0

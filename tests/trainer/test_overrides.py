@@ -1,0 +1,302 @@
+"""Overrides by users: those that call `super()` are honoured; others are refused, at the latest at the first step."""
+
+import re
+import types
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from overridden_losses import LossInALaterBase, Weighted
+from torch.utils.data import DataLoader, WeightedRandomSampler
+
+from hf_importance import ImportanceTrainer, ImportanceTrainerMixin
+
+# ---- refused at construction -----------------------------------------------------------------------------------------
+
+
+class LossWithoutSuper(ImportanceTrainer):
+    compute_loss = Weighted.compute_loss
+
+
+class StepWithoutSuper(ImportanceTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class SamplerWithoutSuper(ImportanceTrainer):
+    def _get_train_sampler(self, *_):
+        return WeightedRandomSampler([1.0] * 40, 40)
+
+
+class SamplerInALaterBase(
+    ImportanceTrainerMixin, type("BalancedTrainer", (hf.Trainer,), dict(vars(SamplerWithoutSuper)))
+):
+    pass
+
+
+class LoaderWithoutSuper(ImportanceTrainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=8)
+
+
+class RngStateWithoutSuper(ImportanceTrainer):
+    def _save_rng_state(self, output_dir):
+        pass
+
+
+AT_CONSTRUCTION = {
+    "compute_loss": (
+        LossWithoutSuper,
+        "LossWithoutSuper.compute_loss does not call super.*per_example_loss_func=f with f.*Tensor",
+    ),
+    "compute_loss in a later base": (
+        LossInALaterBase,
+        r"Weighted.compute_loss comes after.*class LossInALaterBase\(Weighted, ImportanceTrainer\).*per_example",
+    ),
+    "training_step": (StepWithoutSuper, r"StepWithoutSuper.training_step does not call super\(\).training_step\(\)"),
+    "_get_train_sampler": (
+        SamplerWithoutSuper,
+        r"SamplerWithoutSuper._get_train_sampler does not call super.*It decides which examples are drawn"
+        ".*or use Trainer",
+    ),
+    "_get_train_sampler in a later base": (
+        SamplerInALaterBase,
+        "BalancedTrainer._get_train_sampler does not call super",
+    ),
+    "get_train_dataloader": (
+        LoaderWithoutSuper,
+        "LoaderWithoutSuper.get_train_dataloader does not call super.*the collator instead",
+    ),
+    "_save_rng_state": (
+        RngStateWithoutSuper,
+        "RngStateWithoutSuper._save_rng_state does not call super.*lose the importances",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AT_CONSTRUCTION)
+def test_overrides_without_super_are_refused_at_construction(tmp_path, case):
+    cls, message = AT_CONSTRUCTION[case]
+    with pytest.raises(ValueError, match=re.compile(message)):
+        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls)
+    tiny.trainer(tmp_path, tiny.bert(), None, cls)  # accepted without training data, for evaluation
+
+
+# ---- refused in training ---------------------------------------------------------------------------------------------
+
+
+class SuperOnlyInEvaluation(ImportanceTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return model(**inputs).loss
+
+
+class SuperNotReached(ImportanceTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step > 10**6:
+            return super().training_step(model, inputs, *args, **kwargs)
+        loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def replace_compute_loss(run):
+    run.compute_loss = types.MethodType(Weighted.compute_loss, run)
+
+
+AT_THE_FIRST_STEP = {
+    "compute_loss": (
+        SuperOnlyInEvaluation,
+        None,
+        "SuperOnlyInEvaluation.compute_loss does not reach the method of",
+    ),
+    "training_step": (SuperNotReached, None, "SuperNotReached.training_step does not reach the method of"),
+    "replaced method": (ImportanceTrainer, replace_compute_loss, "No importance was measured.*a replaced method"),
+}
+
+
+@pytest.mark.parametrize("case", AT_THE_FIRST_STEP)
+@pytest.mark.parametrize("budget", ["auto", 1.0])
+def test_unmeasured_first_step_is_refused_before_the_update(tmp_path, case, budget):
+    cls, change, message = AT_THE_FIRST_STEP[case]
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls, {"budget": budget})
+    if change is not None:
+        change(run)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert tiny.difference(run, tiny.trainer(tmp_path, tiny.bert(), tiny.texts())) == 0.0
+    assert run.state.global_step == 0
+
+
+class SuperOnlyInTheFirstStep(ImportanceTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 0:
+            return super().training_step(model, inputs, *args, **kwargs)
+        return StepWithoutSuper.training_step(self, model, inputs)
+
+
+def test_later_steps_without_super_are_refused(tmp_path):
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), SuperOnlyInTheFirstStep)
+    with pytest.raises(ValueError, match=r"SuperOnlyInTheFirstStep.training_step does not reach the method of"):
+        run.train()
+    assert run.state.global_step <= 2
+
+
+# ---- honoured --------------------------------------------------------------------------------------------------------
+
+
+class SuperInAHelper(ImportanceTrainer):
+    """Calls `super()` in another method of the class."""
+
+    def compute_loss(self, *args, **kwargs):
+        return self._with_penalty(*args, **kwargs)
+
+    def _with_penalty(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return (loss + 0.1, outputs) if return_outputs else loss + 0.1
+
+
+class StepInALaterBase(
+    ImportanceTrainerMixin, type("Stepping", (hf.Trainer,), {"training_step": StepWithoutSuper.training_step})
+):
+    """Its `training_step` is called by that of the mixin, and calls `compute_loss` of the mixin."""
+
+
+def without_wraps(method):
+    """A decorator that does not use `functools.wraps`."""
+
+    def inner(self, *args, **kwargs):
+        return method(self, *args, **kwargs)
+
+    return inner
+
+
+class Decorated(ImportanceTrainer):
+    @without_wraps
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+original_compute_loss = ImportanceTrainer.compute_loss
+
+
+class OriginalInsteadOfSuper(ImportanceTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return original_compute_loss(self, *args, **kwargs)
+
+
+class SuperInAnotherBase:
+    def _loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+class HelperInAnotherBase(SuperInAnotherBase, ImportanceTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return self._loss(*args, **kwargs)
+
+
+class SamplerWithSuper(ImportanceTrainer):
+    def _get_train_sampler(self, *args):
+        return super()._get_train_sampler(*args)
+
+
+class TwoCallsOfSuper(ImportanceTrainer):
+    """Calls `super()` twice, and moves the batches to a device."""
+
+    def get_train_dataloader(self):
+        assert len(super().get_train_dataloader()) == 5
+        loader = super().get_train_dataloader()
+        collate = loader.collate_fn
+        loader.collate_fn = lambda rows: {name: value.to("cpu") for name, value in collate(rows).items()}
+        return loader
+
+
+class SkippedBatch(ImportanceTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 3:
+            return torch.zeros(())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+HONOURED = [
+    SuperInAHelper,
+    StepInALaterBase,
+    Decorated,
+    OriginalInsteadOfSuper,
+    HelperInAnotherBase,
+    SamplerWithSuper,
+    TwoCallsOfSuper,
+    SkippedBatch,
+]
+
+
+@pytest.mark.parametrize("cls", HONOURED)
+def test_overrides_that_reach_the_mixin_are_honoured(tmp_path, cls):
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), cls, tiny.FIXED)
+    assert run.importances.isfinite().all()
+
+
+class Penalised(hf.Trainer):
+    """Adds a penalty to the loss of the next class in the bases."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss + 10.0 * outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class PenalisedImportanceTrainer(Penalised, ImportanceTrainer):
+    pass
+
+
+class PenalisedTrainer(Penalised, tiny.Plain):
+    pass
+
+
+def test_penalty_added_to_the_loss_trains_like_with_trainer(tmp_path):
+    settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 3}
+    model, data = tiny.opinionated_bert(), tiny.texts()
+    plain = tiny.trained(tmp_path, model, data, PenalisedTrainer, **settings)
+    ours = tiny.trained(tmp_path, model, data, PenalisedImportanceTrainer, {"metric": "uniform"}, **settings)
+    assert tiny.difference(plain, ours) < 1e-5
+    without = tiny.trained(tmp_path, model, data, tiny.Plain, **settings)
+    assert tiny.difference(without, ours) > 1e-2, "control: without the penalty"
+
+
+class Distillation(ImportanceTrainer):
+    """Computes the loss of a teacher model by the same method, before that of the model."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        with torch.no_grad():
+            super().compute_loss(self.teacher, inputs, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+
+def test_importances_of_a_teacher_model_are_not_remembered(tmp_path):
+    settings = {"importance": tiny.EVEN, "learning_rate": 0.0, "num_train_epochs": 1}
+    without_teacher = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), **settings)
+    run = tiny.trainer(tmp_path, tiny.opinionated_bert(), tiny.texts(), Distillation, **settings)
+    run.teacher = tiny.bert()
+    run.train()
+    assert torch.equal(run.importances, without_teacher.importances)
+
+
+class CopiedInputs(tiny.Recorder):
+    def training_step(self, model, inputs, *args, **kwargs):
+        assert set(inputs) == {"input_ids", "attention_mask", "labels"}
+        inputs = {name: value.to("cpu", copy=True) for name, value in inputs.items()}
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_copied_batches_keep_their_draws(tmp_path, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 4}
+    model = tiny.opinionated_bert()
+    plain = tiny.trained(tmp_path, model, tiny.texts(), tiny.Recorder, tiny.FIXED, **settings)
+    copied = tiny.trained(tmp_path, model, tiny.texts(), CopiedInputs, tiny.FIXED, **settings)
+    assert [draw.index for draw in copied.draws] == [draw.index for draw in plain.draws]
+    assert tiny.difference(copied, plain) == 0.0
