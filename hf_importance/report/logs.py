@@ -23,13 +23,13 @@ class _ConsoleHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stdout)
 
 
-_logger = logging.getLogger("hf_importance.told")
+_logger = logging.getLogger("hf_importance.messages")
 _logger.setLevel(logging.INFO)
 _logger.addHandler(_ConsoleHandler())
 
 
 def say(line: str) -> None:
-    """Show a message through the logger `hf_importance.told`; set its level to silence it."""
+    """Show a message through the logger `hf_importance.messages`; set its level to silence it."""
     _logger.info(line)
 
 

@@ -72,7 +72,7 @@ class Training:
         new = {name: value - self._before.get(name, 0.0) for name, value in moments.items()}
         self._before = moments
         logs = {
-            "importance/seen": memory.known / len(memory),
+            "importance/known": memory.known / len(memory),
             "importance/pruned": 0.0 if visits.pruned is None else visits.pruned.double().mean().item(),
             "importance/uniform_fraction": visits.floor,
         }

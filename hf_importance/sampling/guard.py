@@ -60,18 +60,18 @@ class Guard:
             terms = expected_costs(remembered, mean, measured, rate, cost, self._floors, max_rate)
             self._costs = torch.cat([self._costs[None], terms]).cumsum(0)[-1]
 
-    def floor(self) -> float:
-        """The floor for the next segment."""
-        teaches = self._second_moments <= _TOLERANCE * self._second_moments[-1]
+    def next_floor(self) -> float:
+        """The floor for the next segment; call it once per segment, as the evidence decays with each call."""
+        acceptable = self._second_moments <= _TOLERANCE * self._second_moments[-1]
         costs = bool(self._costs.any())
         spent = self._second_moments * self._costs if costs else self._second_moments
-        least = spent[teaches].min()
-        enough = teaches & (spent <= _TOLERANCE * least)
+        least = spent[acceptable].min()
+        enough = acceptable & (spent <= _TOLERANCE * least)
         if costs and least > _MAX_RELATIVE_SPENDING * spent[-1]:
             enough = self._floors == 1
         self._second_moments *= _DECAY
         self._costs *= _DECAY
-        return self._floors[enough][0].item()  # the lowest if nothing is known, because all are 0
+        return self._floors[enough][0].item()  # the lowest without evidence, because all are 0
 
     def state_dict(self) -> dict[str, Any]:
         """The evidence so far, as tensors."""

@@ -118,7 +118,7 @@ class SegmentedVisits:
             self._fresh = self._fresh_sum / self._fresh_count
             self._fresh_sum = self._fresh_count = 0.0
         if self._guard is not None:
-            self.floor = self._guard.floor()
+            self.floor = self._guard.next_floor()
         self._mean = mean_importance(self.memory, self._fresh, self.pruned)
         total, least, largest = self._measure_rates()
         start, end = self._bounds(self._segment)

@@ -56,7 +56,7 @@ def assert_identical(resumed, uninterrupted):
     assert resumed.draws == uninterrupted.draws[len(uninterrupted.draws) - len(resumed.draws) :]
     _assert_identical_records(record_of(resumed), record_of(uninterrupted))
     _assert_identical_progress(tiny.progress_of(resumed), tiny.progress_of(uninterrupted))
-    for name in ("loss", "learning_rate", "importance/seen", "importance/effective_epoch"):
+    for name in ("loss", "learning_rate", "importance/known", "importance/effective_epoch"):
         assert tiny.logged(resumed, name) == tiny.logged(uninterrupted, name)
 
 

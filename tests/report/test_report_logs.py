@@ -24,11 +24,11 @@ def test_console_shows_only_two_of_the_importance_logs(tmp_path, capsys, bar):
     assert {name for name in logged if f"'{name}'" in printed} == set(CONSOLE)
     trainer = tiny.trainer(tmp_path, tiny.opinionated_bert(), tiny.texts(), more={"callbacks": [CustomPrinter()]})
     trainer.train()
-    assert "'importance/seen'" in capsys.readouterr().out, "custom callbacks get all logs"
+    assert "'importance/known'" in capsys.readouterr().out, "custom callbacks get all logs"
 
 
 def test_messages_go_to_stdout_or_the_configured_logging(tmp_path, capsys, caplog):
-    messages, root = logging.getLogger("hf_importance.told"), logging.getLogger()
+    messages, root = logging.getLogger("hf_importance.messages"), logging.getLogger()
     handlers, root.handlers = root.handlers, []  # as in a program without logging configuration
     try:
         tiny.trained(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)

@@ -147,7 +147,7 @@ def test_floor_is_the_lowest_within_one_percent_of_the_minimum():
             lists = remembered.tolist(), mean, measured.tolist(), rate.tolist()
             moments = oracles.second_moments(*lists, floors)
             wanted = next(f for f, m in zip(floors, moments, strict=True) if m <= 1.01 * min(moments))
-            assert guard.floor() == pytest.approx(wanted)
+            assert guard.next_floor() == pytest.approx(wanted)
 
 
 def test_floor_rises_with_noise():
@@ -155,7 +155,7 @@ def test_floor_rises_with_noise():
     for noise in (0.0, 0.7, 1.5, 3.0):
         guard = Guard(0.1)
         guard.observe(*uniform_visits(n=20_000, noise=noise), math.inf)
-        floors.append(guard.floor())
+        floors.append(guard.next_floor())
     assert floors == sorted(floors)
     assert floors[0] == pytest.approx(0.1)
     assert floors[-1] > 0.8
@@ -163,23 +163,23 @@ def test_floor_rises_with_noise():
 
 def test_floor_without_evidence_is_the_uniform_fraction():
     guard = Guard(0.3)
-    assert guard.floor() == pytest.approx(0.3)
+    assert guard.next_floor() == pytest.approx(0.3)
     guard.observe(torch.full((3,), math.nan), math.nan, torch.ones(3), torch.ones(3), 64.0)
-    assert guard.floor() == pytest.approx(0.3), "visits of examples with unknown importance are no evidence"
-    assert Guard(1.0).floor() == 1.0
-    assert Guard(0.0).floor() == 0.0
+    assert guard.next_floor() == pytest.approx(0.3), "visits of examples with unknown importance are no evidence"
+    assert Guard(1.0).next_floor() == 1.0
+    assert Guard(0.0).next_floor() == 0.0
 
 
 def test_evidence_decays():
     guard, visits = Guard(0.3), uniform_visits(noise=2.0)
     guard.observe(*visits, 64.0)
-    high = guard.floor()
+    high = guard.next_floor()
     before = second_moments(guard)
-    guard.floor()
+    guard.next_floor()
     assert torch.equal(second_moments(guard), 0.9 * before)
     for _ in range(60):
         guard.observe(*uniform_visits(seed=1), 64.0)
-        last = guard.floor()
+        last = guard.next_floor()
     assert high > last == pytest.approx(0.3)
 
 
@@ -207,10 +207,10 @@ def test_guard_state_dict_restores_exactly_and_is_a_copy():
     for _ in range(3):
         again.observe(*uniform_visits(seed=2), 64.0)
         guard.observe(*uniform_visits(seed=2), 64.0)
-        assert again.floor() == guard.floor()
+        assert again.next_floor() == guard.next_floor()
     third = Guard(0.3)
     third.load_state_dict(state)
-    assert third.floor() != pytest.approx(Guard(0.3).floor()), "control: the state is unchanged and has an effect"
+    assert third.next_floor() != pytest.approx(Guard(0.3).next_floor()), "control: the state has an effect"
 
 
 def test_relative_second_moment_is_the_variance_ratio():

@@ -54,7 +54,7 @@ def test_floor_minimises_second_moment_times_cost(noise, power):
     least = min(moments[k] * costs[k] for k in allowed)
     wanted = next(floors[k] for k in allowed if moments[k] * costs[k] <= 1.01 * least)
     saves_enough = least <= 0.9 * moments[-1] * costs[-1]
-    assert guard.floor() == pytest.approx(wanted if saves_enough else 1.0)
+    assert guard.next_floor() == pytest.approx(wanted if saves_enough else 1.0)
 
 
 @pytest.mark.parametrize(("spread", "floor"), [(0.25, 1.0), (0.5, 0.2)])
@@ -66,8 +66,8 @@ def test_sampling_is_uniform_unless_a_tenth_is_saved(spread, floor):
     spent = moments_times_costs(guard)
     assert (spent[0] < 0.9 * spent[-1]) == (floor < 1)
     assert spent[0] < 0.97 * spent[-1], "premise: sampling saves something"
-    assert guard.floor() == pytest.approx(floor)
-    assert guard_without_costs(q, cost, mean).floor() < 1, "control: with equal costs any saving is used"
+    assert guard.next_floor() == pytest.approx(floor)
+    assert guard_without_costs(q, cost, mean).next_floor() < 1, "control: with equal costs any saving is used"
 
 
 def test_control_guard_without_costs_chooses_a_higher_floor():
@@ -75,7 +75,7 @@ def test_control_guard_without_costs_chooses_a_higher_floor():
     cost = relative(lognormal_values(2000, 1))
     q = lognormal_values(2000, scale=0.3)
     guard, mean = guard_with_costs(q, cost, q)
-    assert guard.floor() < guard_without_costs(q, cost, mean).floor()
+    assert guard.next_floor() < guard_without_costs(q, cost, mean).next_floor()
 
 
 def test_second_moment_is_not_above_that_of_uniform_sampling():
@@ -85,8 +85,8 @@ def test_second_moment_is_not_above_that_of_uniform_sampling():
     guard, _ = guard_with_costs(q, cost, q)
     spent = moments_times_costs(guard)
     assert spent[0] < 0.95 * spent[-1], "premise: at equal cost, the lowest floor is better"
-    assert guard.floor() > 0.5
-    rate = oracles.rates(R.per_cost(q, cost).tolist(), guard.floor())
+    assert guard.next_floor() > 0.5
+    rate = oracles.rates(R.per_cost(q, cost).tolist(), guard.next_floor())
     assert sum(1 / r for r in rate) / 2000 <= 1.012
 
 
@@ -103,6 +103,6 @@ def test_evidence_on_costs_decays_is_restored_and_independent_of_the_split_into_
     again.load_state_dict(guard.state_dict())
     assert torch.equal(costs_of(again), costs_of(guard))
     before = costs_of(guard)
-    guard.floor()
+    guard.next_floor()
     assert torch.equal(costs_of(guard), 0.9 * before)
     assert before.min() > 0, "premise: there is evidence"

@@ -82,7 +82,7 @@ def test_pruned_examples_are_not_visited(tmp_path, sampling):
     shares = tiny.logged(run, "importance/pruned")
     assert shares[0] == 0.0
     assert shares[-1] == 0.25
-    assert tiny.logged(run, "importance/seen")[-1] == 1.0, "pruned examples were visited before"
+    assert tiny.logged(run, "importance/known")[-1] == 1.0, "pruned examples were visited before"
     for draw in run.draws[50:]:
         assert all(0.8 < rate < 1.2 for rate in draw.rate), "the kept examples have similar rates of mean 1"
     unpruned = train_frozen(tmp_path, {"prune_mass": 0.0, "sampling": sampling})

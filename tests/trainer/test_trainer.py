@@ -59,7 +59,7 @@ def test_importance_is_unknown_until_the_first_visit(tmp_path):
     assert run.importances.isnan().all()
     run.train()
     assert run.importances.isfinite().sum() == 16
-    assert tiny.logged(run, "importance/seen") == []
+    assert tiny.logged(run, "importance/known") == []
 
 
 def test_every_training_starts_with_unknown_importances(tmp_path):

@@ -34,7 +34,7 @@ def test_logged_measurements_follow_their_definitions(tmp_path, sampling):
             "importance/effective_sample_size": weight.sum() ** 2 / weight.square().sum() / len(weight),
             "importance/variance_ratio": (weight * q).square().sum() / (q.square() / rate).sum(),
             "importance/mean": (q / rate).sum() / (1 / rate).sum(),
-            "importance/seen": len(visited) / 40,
+            "importance/known": len(visited) / 40,
             "importance/pruned": 0.0,
             "loss": sum(step.loss for step in steps) / 4,
         }
