@@ -44,7 +44,7 @@ def results_of(run):
         "parameters": parameters(run),
         "importances": run.importances,
         "steps": run.state.global_step,
-        "progress": tiny.progress_of(run).state_dict(),
+        "progress": None if (progress := tiny.progress_of(run)) is None else progress.state_dict(),
     }
 
 
