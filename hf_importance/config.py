@@ -15,6 +15,7 @@ from transformers.utils import cached_file, logging
 logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "importance_config.json"
+_MAX_BUDGET = 10
 
 Metric = Literal["logit_gradient", "loss", "last_layer_gradient", "uniform"]
 Sampling = Literal["reshuffled", "replacement"]
@@ -182,9 +183,10 @@ class ImportanceConfig:
             with contextlib.suppress(ValueError):
                 self.budget = float(self.budget)  # from the command line
         if self.budget != "auto":
+            wanted = f"'auto' or a number above 0 and at most {_MAX_BUDGET} (0.7 for 70 % of the visits)"
             if isinstance(self.budget, str):
-                raise ValueError(self._message("budget", "'auto' or a number above 0"))
-            self._check_range("budget", "'auto' or a number above 0 and finite", lambda x: 0 < x < math.inf)
+                raise ValueError(self._message("budget", wanted))
+            self._check_range("budget", wanted, lambda x: 0 < x <= _MAX_BUDGET)
 
     def _check_suspects(self) -> None:
         start = f"ImportanceConfig.suspect_weight={self.suspect_weight!r} is below 1, which requires"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
 
 from hf_importance.config import ImportanceConfig
+
+logger = logging.get_logger(__name__)
 
 
 def flag(default: Any, text: str) -> Any:
@@ -130,14 +134,22 @@ def parse(argv: list[str] | None, data_type: type[DataArguments], embedded: dict
     if model.importance_config is not None:
         hub = {"cache_dir": model.cache_dir, "token": model.token}
         base = ImportanceConfig.from_pretrained(model.importance_config, **hub)
-    parser = HfArgumentParser((ModelArguments, data_type, TrainingArguments, _importance_flags()), allow_abbrev=False)
+    flags = " ".join(f"--{name} {value}" for name, value in embedded.items())
+    parser = HfArgumentParser(
+        (ModelArguments, data_type, TrainingArguments, _importance_flags()),
+        allow_abbrev=False,
+        epilog=f"Without data of your own, embedded data are used, with the defaults {flags}".replace("%", "%%"),
+    )
     parser.set_defaults(report_to=["none"], dataloader_pin_memory=torch.accelerator.is_available())
     parser.set_defaults(**{name: value for name, value in dataclasses.asdict(base).items() if name != "seed"})
-    if data.embedded:
+    asks_for_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
+    if data.embedded and not asks_for_help:
         parser.set_defaults(**embedded)
     model, data, training, importance = parser.parse_args_into_dataclasses(argv)
     if training.output_dir is None or training.output_dir == "trainer_output":
         training.output_dir = str(Path("outputs") / f"{embedded['run_name']}-{model.trainer}")
+    if training.do_train and not (data.embedded or model.model_name_or_path or model.config_name):
+        logger.warning("--model_name_or_path is not set: a small new model is trained from scratch.")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
     if model.report and not (training.do_train and model.trainer == "importance" and importance.record):

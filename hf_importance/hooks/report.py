@@ -16,7 +16,7 @@ from hf_importance.report.training import Training
 
 logger = logging.get_logger(__name__)
 
-_REPORT_NEEDS = "jinja2, matplotlib, pillow and pyarrow: pip install 'hf_importance[report]'"
+_REPORT_NEEDS = "jinja2, matplotlib, pillow and pyarrow: pip install jinja2 matplotlib pillow pyarrow"
 
 
 class ReportMixin(ABC):
@@ -43,6 +43,8 @@ class ReportMixin(ABC):
             logs["train_share_of_steps"] = self.state.global_step / progress.steps
             if (tokens := training.share_of_tokens(self.state.global_step)) is not None:
                 logs["train_share_of_tokens"] = tokens
+        elif "train_runtime" in logs and self.args.max_steps <= 0 and isinstance(self.importance_config.budget, float):
+            logs["train_samples_per_second"] *= self.importance_config.budget
         super().log(logs, *args, **kwargs)
 
     def _summarise(self) -> None:

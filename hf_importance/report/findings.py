@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.record import Distribution, suspects
+from hf_importance.record import Distribution, loss_of_chance, suspects
 from hf_importance.report.texts import readable
 
 _MAX_CLASSES = 1000
 """Maximum number of classes that are listed."""
 _BUSY_SHARE = 0.9
 """Share of the visits used by `share_with_most_visits`."""
+_NEAR_CHANCE = 0.95
+"""Median loss, relative to that of chance, from which suspects are unreliable."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class ClassFindings:
         name: name of the class.
         examples: number of examples.
         importance: mean importance.
-        share_of_visits: share of all visits.
+        relative_visits: visits per example, relative to those of all examples.
         suspects: number of suspects.
         mean_loss: mean loss over the visits.
     """
@@ -35,7 +37,7 @@ class ClassFindings:
     name: str
     examples: int
     importance: float
-    share_of_visits: float
+    relative_visits: float
     suspects: int
     mean_loss: float
 
@@ -94,6 +96,12 @@ class Findings:
         """Whether examples have a single class label."""
         return bool(self.columns["probability"].isfinite().any())
 
+    @cached_property
+    def is_near_chance(self) -> bool:
+        """Whether at least half of the mean losses are hardly below that of chance, so that suspects are unreliable."""
+        losses = self.columns["mean_loss"][self.columns["probability"].isfinite()]
+        return losses.nanmedian().item() >= _NEAR_CHANCE * loss_of_chance(self.columns)
+
     def logged(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of the log `importance/<name>`."""
         found = [(log["step"], log[f"importance/{name}"]) for log in self.history if f"importance/{name}" in log]
@@ -141,10 +149,11 @@ class Findings:
         def mean(name: str) -> Tensor:
             return total(self.columns[name]) / total(self.columns[name].isfinite())
 
-        examples, visits = total(labelled), total(self.columns["visits"]) / max(self.visits, 1)
+        examples = total(labelled)
+        visits = total(self.columns["visits"]) / examples * len(self) / max(self.visits, 1)
         figures = (examples, mean("importance"), visits, total(self.columns["suspect"]), mean("mean_loss"))
         rows = zip(names, *(figure.tolist() for figure in figures), strict=True)
-        found = [ClassFindings(name, int(n), q, share, int(s), loss) for name, n, q, share, s, loss in rows]
+        found = [ClassFindings(name, int(n), q, visits, int(s), loss) for name, n, q, visits, s, loss in rows]
         return sorted(found, key=lambda row: (-row.suspects, -row.mean_loss))[:_MAX_CLASSES]
 
     def confused_pairs(self, number: int) -> list[tuple[str, str, int]]:
@@ -162,7 +171,7 @@ class Findings:
             "examples": f"{len(self):,}",
             "visits": f"{self.visits:,}",
             "visits per example": f"{self.visits / len(self):.2f}",
-            "90 % of the visits went to": f"{self.share_with_most_visits:.1%} of the examples",
+            "90% of the visits went to": f"{self.share_with_most_visits:.1%} of the examples",
             "examples measured": f"{self.measured_share:.1%}",
         }
         if self.pruned:
@@ -176,6 +185,8 @@ class Findings:
         if self.is_classification:
             number = int(self.columns["suspect"].sum())
             figures["suspected label errors"] = f"{number:,} ({number / len(self):.1%})"
+            if self.is_near_chance:
+                figures["suspected label errors"] += ", unreliable: the model is hardly better than chance"
         if "down_weighted" in self.columns:
             number, weight = int(self.columns["down_weighted"].sum()), self.settings.get("suspect_weight", 0.0)
             action = "excluded from the loss" if weight == 0 else f"with weight {weight:g} in the loss"
@@ -191,7 +202,7 @@ class Findings:
         ratio = self.mean_logged("variance_ratio")
         parts = [
             f"{self.visits:,} visits of {len(self):,} examples",
-            f"90 % of them on {self.share_with_most_visits:.0%} of the examples",
+            f"90% of them on {self.share_with_most_visits:.0%} of the examples",
             *([] if ratio is None else [f"second moment of the gradient {ratio:.2f} times that of {self._baseline}"]),
             *([f"at most {self.pruned:.0%} pruned"] if self.pruned else []),
         ]

@@ -127,6 +127,7 @@ def write_report(
         "pairs": findings.confused_pairs(_PAIRS),
     }
     more |= {"conflicts": [_conflict_row(findings, c) for c in found[:number]], "number_of_conflicts": len(found)}
+    more["number_of_suspects"] = int(findings.columns["suspect"].sum())
     text = template.render(title=title, findings=findings, plots=drawn, lists=lists, settings=findings.settings, **more)
     page.write_text(text, encoding="utf-8", errors="replace")
     return page

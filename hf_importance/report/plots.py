@@ -139,7 +139,7 @@ def _gains(findings: Findings) -> Plot | None:
 
 
 def _coverage(findings: Findings) -> Plot | None:
-    names = {"seen": "measured", "pruned": "pruned"}
+    names = {"known": "measured", "pruned": "pruned"}
     text = "Share of the examples that were measured, and that were pruned, over the steps."
     return _curves(findings, "coverage", "Measured and pruned", names, "share of the examples", text)
 

@@ -51,7 +51,7 @@ def claims(runs: Runs) -> str:
         shares = [share(runs, task, OURS) for task in of_kind]
         if shares:
             lines.append(
-                f"- **{kind}** took {_percent(statistics.mean(shares))} of the steps in the mean over "
+                f"- **{kind}** took {_percent(statistics.mean(shares))} of the steps on average over "
                 f"{_number(of_kind)}, from {_percent(min(shares))} to {_percent(max(shares))}."
             )
     if names:
@@ -59,20 +59,21 @@ def claims(runs: Runs) -> str:
         mean = statistics.mean(whole_share(runs, task) for task in names)
         lines.append(
             f"- **Quality**: on {len(good)} of {_number(names)} every metric was at least as good as with all steps of "
-            "`Trainer`, within one standard error of the difference. On the others at least one was worse, and is "
-            f"marked so; with these counted as no saving, the mean share is {_percent(mean)}."
+            "`Trainer`, within one standard error of the difference. On the others at least one was "
+            f"worse; with these counted as no saving, the mean share of the steps is {_percent(mean)}."
         )
     judged = [task for task in names if saves_steps(runs, task) and of(runs, task, CONTROLS[0])]
     if judged:
         ahead = sum(is_ahead_of(runs, task, CONTROLS[0]) for task in judged)
         lines.append(
             "- **Control**: `Trainer` given only that reduced number of steps, with its schedule shortened to match, "
-            f"was worse in every metric on {ahead} of the {_number(judged)} where steps were saved."
+            f"was worse in every metric on {ahead} of the {_number(judged)} where steps were saved and this was run."
         )
     met = [task for task in names if has_rivals(runs, task)]
     if met:
         first = sum(best_at_same_steps(runs, task) == OURS for task in met)
-        others = ", ".join("the sampler of the paper" if name == "paper" else name for name in compared_rivals(runs))
+        names = ["the sampler of the paper" if name == "paper" else name for name in compared_rivals(runs)]
+        others = ", ".join(name.replace(", half", " (half)") for name in names)
         lines.append(
             f"- **Competing methods** ({others}) with as many steps as ours all had a worse accuracy or error on "
             f"{first} of the {_number(met)} where they were run."

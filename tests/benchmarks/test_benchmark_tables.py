@@ -96,14 +96,14 @@ def test_printed_tables_have_differences_shares_and_rivals(tmp_path, capsys):
 def test_claims_count_tasks_and_average_shares():
     runs = example_runs()
     claims = tables.claims(runs)
-    assert "- **Training from scratch** took 60 % of the steps in the mean over 2 tasks, from 60 % to 60 %." in claims
+    assert "- **Training from scratch** took 60 % of the steps on average over 2 tasks, from 60 % to 60 %." in claims
     assert "on 1 of 2 tasks every metric was at least as good" in claims
-    assert "with these counted as no saving, the mean share is 80 %" in claims
+    assert "with these counted as no saving, the mean share of the steps is 80 %" in claims
     assert "was worse in every metric on 1 of the 2 tasks where steps were saved.\n" in claims
     assert claims.endswith("all had a worse accuracy or error on 1 of the 2 tasks where they were run.")
     assert "Fine-tuning" not in claims
     fine_tuned = changed(runs, {"task": "digits"}, task="clothes")
-    assert "- **Fine-tuning** took 60 % of the steps in the mean over 1 task, from" in tables.claims(fine_tuned)
+    assert "- **Fine-tuning** took 60 % of the steps on average over 1 task, from" in tables.claims(fine_tuned)
     without_control = [run for run in runs if run["method"] != "uniform, as many steps"]
     assert "Control" not in tables.claims(without_control)
     claims = tables.claims(changed(runs, {"task": "image"}, steps=100))

@@ -62,6 +62,7 @@ def test_logs_of_resumed_training_are_identical(tmp_path, step):
     """The next log covers the steps since the previous one, with a checkpoint in between."""
     settings = {"logging_steps": 10, "save_steps": 2, "num_train_epochs": 0.7}
     uninterrupted, resumed, _ = train_and_resume(tmp_path, step, **settings)
-    for name in ("variance_ratio", "mean", "effective_sample_size", "seen"):
+    for name in ("variance_ratio", "mean", "effective_sample_size", "known"):
+        assert tiny.logged(uninterrupted, f"importance/{name}")
         assert tiny.logged(resumed, f"importance/{name}") == tiny.logged(uninterrupted, f"importance/{name}")
     assert len(tiny.logged(resumed, "importance/mean")) == 5

@@ -298,6 +298,16 @@ def test_missing_image_folders_are_an_error(tmp_path):
         run_image_classification.main([*flags(tmp_path, train_dir="nowhere"), "--do_train"])
 
 
+def test_training_without_a_model_warns(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_importance.command_line.arguments.logger.warning", warnings.append)
+    data = write(tmp_path / "train.csv", reviews())
+    for more, number in (({"train_file": data}, 1), ({"max_train_samples": 20}, 0)):
+        warnings.clear()
+        run_text_classification.main(["--do_train", *flags(tmp_path, **more)])
+        assert len(warnings) == number, more
+
+
 def test_errors_are_shown_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_text_classification.py", *flags(tmp_path, train_file="none.csv")])
     with pytest.raises(SystemExit, match=r"^error: Nothing to do"):

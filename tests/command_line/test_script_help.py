@@ -46,6 +46,16 @@ def test_help_lists_all_flags(words, capsys):
     assert not re.search(r"(?<![\w-])--unknown(?![\w-])", text), "control"
 
 
+def test_help_shows_the_defaults_for_own_data(capsys):
+    """And those for the embedded data at its end."""
+    with pytest.raises(SystemExit):
+        importlib.import_module("run_text_classification").main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {TrainingArguments.learning_rate})" in text
+    assert "embedded data are used, with the defaults" in text
+    assert "--learning_rate 0.001" in text
+
+
 def run_alone(script, *more):
     """Run a script with the package on the path, but not the folder of the scripts."""
     paths = {"PYTHONPATH": str(Path(hf_importance.__file__).parent.parent)}

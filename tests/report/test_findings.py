@@ -1,5 +1,7 @@
 """The figures of the report, over all examples and per class."""
 
+import math
+
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,10 +24,10 @@ def test_figures_equal_those_by_hand():
     assert found.hardest(9) == [1, 2, 0], "without the example of unknown importance"
     assert found.logged("variance_ratio") == ([5, 10], [0.9, 0.7])
     assert found.mean_logged("variance_ratio") == pytest.approx(0.8)
-    assert found.mean_logged("seen") is None
+    assert found.mean_logged("known") is None
     assert found.figures()["suspected label errors"] == "1 (25.0%)"
     assert found.summary() == (
-        "Importance sampling: 20 visits of 4 examples, 90 % of them on 50% of the examples, "
+        "Importance sampling: 20 visits of 4 examples, 90% of them on 50% of the examples, "
         "second moment of the gradient 0.80 times that of uniform sampling, at most 25% pruned."
     )
     found.history.append({"step": 15, "importance/pruned": 0.5})
@@ -45,16 +47,24 @@ def test_share_with_most_visits_of_equal_visits():
     assert findings(visits=torch.zeros(4, dtype=torch.int32)).share_with_most_visits == 0.0
 
 
+def test_suspects_are_unreliable_if_half_of_the_losses_are_those_of_chance():
+    """Chance has a loss of 0.69 with two classes."""
+    for losses, unreliable in (([0.2, 1.2, 0.4], False), ([0.2, 1.2, 0.68], True), ([0.2, 1.2, 0.6], False)):
+        found = findings(mean_loss=torch.tensor([*losses, math.nan]))
+        assert found.is_near_chance == unreliable
+        assert ("hardly better than chance" in found.figures()["suspected label errors"]) == unreliable
+
+
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
 def test_figures_per_class_equal_those_by_hand():
     (other, cat) = findings().by_class()
-    assert (cat.name, cat.examples, cat.suspects, cat.share_of_visits) == ("cat", 1, 0, 1 / 20)
+    assert (cat.name, cat.examples, cat.suspects, cat.relative_visits) == ("cat", 1, 0, pytest.approx(0.2))
     assert (other.examples, other.suspects) == (2, 1)
     assert other.importance == pytest.approx((1.2 + 0.5) / 2)
     assert other.mean_loss == pytest.approx((1.2 + 0.4) / 2)
-    assert other.share_of_visits == pytest.approx(19 / 20)
+    assert other.relative_visits == pytest.approx((19 / 2) / (20 / 4))
     assert findings().confused_pairs(5) == [(other.name, "cat", 1)]
     no_classes = findings(probability=torch.full((4,), torch.nan))
     assert no_classes.by_class() == []
@@ -75,7 +85,8 @@ def test_figures_per_class_equal_those_of_a_loop():
         row, suspect = rows[str(k)], found.columns["suspect"] & in_class
         assert (row.examples, row.suspects) == (int(in_class.sum()), int(suspect.sum()))
         assert row.importance == pytest.approx(c["importance"][in_class].nanmean().item())
-        assert row.share_of_visits == pytest.approx(c["visits"][in_class].sum().item() / c["visits"].sum().item())
+        visits = c["visits"].double()
+        assert row.relative_visits == pytest.approx((visits[in_class].mean() / visits.mean()).item())
     pairs = {}
     for label, prediction, suspect in zip(c["label"], c["prediction"], found.columns["suspect"], strict=True):
         if suspect and label != prediction:

@@ -68,7 +68,7 @@ def test_pushed_model_and_card_can_be_loaded(pushed, tmp_path):
     assert card.data.tags.count("hf_importance") == 1
     assert "/api/validate-yaml" in hub.requests
     assert hub_server.errors_of((tmp_path / "README.md").read_text()) == []
-    for words in ("## Importance sampling", "90 % of the visits", "| `budget` | `1.5` |", "2311.14468", "## Training"):
+    for words in ("## Importance sampling", "90% of the visits", "| `budget` | `1.5` |", "2311.14468", "## Training"):
         assert words in card.text
     pictures = [line.split("](")[1].rstrip(")") for line in card.text.splitlines() if line.startswith("![")]
     assert len(pictures) >= 3
