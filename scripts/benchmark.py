@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "scripts/results/README.md")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "saved": (("accuracy",), tables.claims),
-    "short": (("accuracy",), tables.short_table),
+    "short": (("accuracy", "seconds"), tables.short_table),
     "decision": (("accuracy", "seconds"), tables.decision_table),
     "whole": (("accuracy",), tables.whole_table),
     "match": (("accuracy",), tables.match_table),

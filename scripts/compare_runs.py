@@ -68,6 +68,20 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def conclusions(runs: list[dict[str, Any]]) -> list[str]:
+    """A sentence per task that was run with both trainers."""
+    groups, found = group(runs), []
+    for task in sorted({run["task"] for run in runs}):
+        ours, uniform = groups.get((task, "importance")), groups.get((task, "uniform"))
+        if ours and uniform:
+            metric = ours[0]["curve_metric"]
+            share, difference = mean(ours, "steps") / mean(uniform, "steps"), mean(ours, metric) - mean(uniform, metric)
+            found.append(
+                f"{task}: importance sampling took {share:.0%} of the steps of Trainer; {metric} {difference:+.4f}"
+            )
+    return found
+
+
 def mean(runs: list[dict[str, Any]], name: str) -> float:
     """Mean of one result over runs."""
     return statistics.mean(run[name] for run in runs)
@@ -104,7 +118,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             style = {"color": COLOURS.get(trainer), "linewidth": 2, "marker": "o", "ms": 4}
             panel.plot(*zip(*mean_curve(curves), strict=True), label=trainer, **style)
             if trainer == "uniform":
-                panel.axhline(mean(same, metric), color=COLOURS[trainer], linewidth=0.8, linestyle="--")
+                line = {"color": COLOURS[trainer], "linewidth": 0.8, "linestyle": "--"}
+                panel.axhline(mean(same, metric), label="uniform at its end", **line)
         panel.set(title=task, xlabel="examples processed", ylabel=f"evaluation {metric}")
         panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
         panel.grid(alpha=0.25)
@@ -127,7 +142,7 @@ def main(argv: list[str] | None = None) -> str:
         )
     runs = [read_run(path) for path in finished]
     text = table(runs)
-    print(f"\n{text}\n")
+    print("\n".join(["", text, "", *conclusions(runs)]))
     plot(runs, folder / "comparison.png")
     print(f"The plot was saved as {folder / 'comparison.png'}")
     return text

@@ -76,7 +76,7 @@ def claims(runs: Runs) -> str:
         others = ", ".join(name.replace(", half", " (half)") for name in names)
         lines.append(
             f"- **Competing methods** ({others}) with as many steps as ours all had a worse accuracy or error on "
-            f"{first} of the {_number(met)} where they were run."
+            f"{'all' if first == len(met) else f'{first} of the'} {_number(met)} where they were run."
         )
     return "\n".join(lines)
 
@@ -85,17 +85,20 @@ def _number(names: list[str]) -> str:
     return f"{len(names)} task{'s' * (len(names) > 1)}"
 
 
-def short_table(runs: Runs, rows: int = 4) -> str:
-    """Table of the tasks with the largest and the smallest savings, with the first metric of each."""
-    head = ("task", "steps", "test metric, ours", "`Trainer`, as few steps")
+def short_table(runs: Runs, seconds: Runs = (), rows: int = 4) -> str:
+    """Table of the tasks with the largest and the smallest savings, with the first metric of each.
+
+    The fine-tuning task with the largest savings is among them.
+    """
+    head = ("task", "steps", "seconds", "test metric, ours", "`Trainer`, as few steps")
     lines = [_row(head), _rule(head)]
     by_share = sorted(tasks(runs), key=lambda task: share(runs, task, OURS))
-    for task in dict.fromkeys([*by_share[:rows], *by_share[-rows:]]):
+    fine_tuning = [task for task in by_share if TASKS[task].fine_tuning]
+    for task in dict.fromkeys([*by_share[:rows], *fine_tuning[:1], *by_share[-rows:]]):
         figure = figures(runs, task)[0]
         control = relative(runs, task, CONTROLS[0], figure) if saves_steps(runs, task) else ""
-        lines.append(
-            _row([TASKS[task].what, _percent(share(runs, task, OURS)), relative(runs, task, OURS, figure), control])
-        )
+        shares = _percent(share(runs, task, OURS)), _percent(share_of_seconds(seconds, task))
+        lines.append(_row([TASKS[task].what, *shares, relative(runs, task, OURS, figure), control]))
     return "\n".join(lines)
 
 
@@ -110,7 +113,7 @@ def relative(runs: Runs, task: str, method: str, figure: Figure) -> str:
     mean, error = mean_and_error(found)
     unit, form, whole = "", ".3f", 1.0
     if figure.name == "accuracy":
-        unit, form = " points", ".1f"
+        unit, form = " points", ".2f"
     elif figure.name == "error":
         unit, form = " % error", ".1f"
         whole = statistics.mean(figure.of(run) for run in of(runs, task, UNIFORM)) / 100

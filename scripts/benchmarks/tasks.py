@@ -37,14 +37,14 @@ class Entry:
 
 
 TASKS = {
-    "banking77": Entry(pretrained.banking77_task, "Banking77, 77 intents; MiniLM", True, True),
-    "tweets": Entry(pretrained.tweets_task, "tweet sentiment, regression; MiniLM", True, True),
+    "banking77": Entry(pretrained.banking77_task, "Banking77, 77 intents; MiniLM, 2 layers", True, True),
+    "tweets": Entry(pretrained.tweets_task, "tweet sentiment, regression; MiniLM, 2 layers", True, True),
     "whole_docstrings": Entry(
-        pretrained.whole_docstrings_task, "docstrings by package, up to 256 tokens; MiniLM", True, True
+        pretrained.whole_docstrings_task, "docstrings by package, up to 256 tokens; MiniLM, 2 layers", True, True
     ),
-    "names": Entry(pretrained.names_task, "token classification of Python code; MiniLM", True, True),
+    "names": Entry(pretrained.names_task, "token classification of Python code; MiniLM, 2 layers", True, True),
     "clothes": Entry(pretrained.clothes_task, "Fashion-MNIST, 3,000 images; MobileNetV2", True),
-    "completions": Entry(pretrained.completions_task, "docstring generation; small Llama", True, True),
+    "completions": Entry(pretrained.completions_task, "docstrings for signatures (as in SFT); small Llama", True, True),
     "banking77, six layers": Entry(
         pretrained.banking77_six_layers_task, "Banking77, 77 intents; MiniLM with all six layers", True, True, slow=True
     ),

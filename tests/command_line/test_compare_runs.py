@@ -52,9 +52,13 @@ def test_curve_and_share_of_steps_of_runs_that_end_early():
     for found, point in zip(compare_runs.mean_curve(curves), [(10, 0.3), (22, 0.7)], strict=True):
         assert found == pytest.approx(point)
     assert compare_runs.mean_curve(curves[:1]) == curves[0], "control: one run"
-    run = {"task": "digits", "loss": 0.5, "examples": 9, "seconds": 1.0, "accuracy": 0.9}
+    run = {"task": "digits", "loss": 0.5, "examples": 9, "seconds": 1.0, "accuracy": 0.9, "curve_metric": "accuracy"}
     runs = [run | {"trainer": "uniform", "steps": 40}, run | {"trainer": "importance", "steps": 30}]
     assert [re.split(r"  +", line)[6] for line in compare_runs.table(runs).splitlines()[2:]] == ["100%", "75%"]
+    assert compare_runs.conclusions(runs) == [
+        "digits: importance sampling took 75% of the steps of Trainer; accuracy +0.0000"
+    ]
+    assert compare_runs.conclusions(runs[1:]) == []
     only_row = compare_runs.table(runs[1:]).splitlines()[2]
     assert re.split(r"  +", only_row)[5] == "9", "without a uniform run there is no share of steps"
 
