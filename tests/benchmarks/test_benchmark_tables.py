@@ -107,7 +107,9 @@ def test_claims_count_tasks_and_average_shares():
     without_control = [run for run in runs if run["method"] != "uniform, as many steps"]
     assert "Control" not in tables.claims(without_control)
     claims = tables.claims(changed(runs, {"task": "image"}, steps=100))
-    assert "on 1 of the 1 task where steps were saved and this was run." in claims, "only tasks with fewer steps are compared"
+    assert "on 1 of the 1 task where steps were saved and this was run." in claims, (
+        "only tasks with fewer steps are compared"
+    )
 
 
 def test_ours_and_control_are_compared_on_common_seeds():

@@ -20,6 +20,8 @@ def test_defaults_are_as_documented():
         uniform_fraction=0.3,
         weight_exponent=1.0,
         importance_increment=0.0,
+        suspect_weight=1.0,
+        suspects_from=2.0,
     )
 
 
