@@ -58,7 +58,8 @@ class ImportanceConfig:
         "auto",
         "auto: num_train_epochs or max_steps count uniform-equivalent steps. Training ends, and the learning rate has "
         "decayed, once they are reached; while a step is worth g uniform steps, the learning rate is √g times as high. "
-        "A number above 0 and at most 10: run all epochs or steps, with this many visits per epoch relative to the dataset size.",
+        "A number above 0 and at most 10: run all epochs or steps, with this many visits per epoch relative to the "
+        "dataset size.",
     )
     prune_mass: float = _setting(
         0.0,
