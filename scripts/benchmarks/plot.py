@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _METRIC = 106
 """Position of the metrics beside the bars, in percent."""
 _LINE = 0.062
 """Distance between names, relative to the height of a panel."""
+_TITLE = 44
+"""Characters per line of the titles of panels."""
 
 
 def plot_savings(runs: Runs, path: Path) -> None:
@@ -139,7 +142,7 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
         below = " ↓" * (lines[method][-1][1] < low)
         panel.text(1.02, place, method + below, color=colour, fontsize=8, va="center", clip_on=False)
     unit = "accuracy, points" if judged.name == "accuracy" else "squared error, % less"
-    panel.set_title(f"$\\bf{{{task.replace('_', chr(92) + '_')}}}$: {TASKS[task].what}", fontsize=9, loc="left")
+    panel.set_title(textwrap.fill(f"{task}: {TASKS[task].what}", _TITLE), fontsize=9, loc="left")
     panel.set(xlabel="share of the steps", ylabel=unit, xlim=(_LEAST - 0.05, 1.01))
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.2)
