@@ -56,12 +56,12 @@ FIGURES = (
 # ---- figures of the runs ---------------------------------------------------------------------------------------------
 
 
-def tasks(runs: Runs) -> list[str]:
-    """Tasks with at least two seeds of both uniform sampling and ours, fine-tuning first."""
+def tasks(runs: Runs, seeds: int = 2) -> list[str]:
+    """Tasks with at least two `seeds` of both uniform sampling and ours, fine-tuning first."""
     found = []
     for task in TASKS:
         both = [{run["seed"] for run in of(runs, task, method)} for method in (UNIFORM, OURS)]
-        if len(both[0] & both[1]) > 1:
+        if len(both[0] & both[1]) >= seeds:
             found.append(task)
     return found
 
