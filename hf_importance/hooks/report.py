@@ -43,7 +43,7 @@ class ReportMixin(ABC):
             logs["train_share_of_steps"] = self.state.global_step / progress.steps
             if (tokens := training.share_of_tokens(self.state.global_step)) is not None:
                 logs["train_share_of_tokens"] = tokens
-        elif "train_runtime" in logs and self.args.max_steps <= 0 and isinstance(self.importance_config.budget, float):
+        elif "train_runtime" in logs and self.args.max_steps <= 0 and self.importance_config.budget != "auto":
             logs["train_samples_per_second"] *= self.importance_config.budget
         super().log(logs, *args, **kwargs)
 

@@ -160,7 +160,7 @@ class GradientSample:
         if last is None or len(last) != len(sample):
             return
         pair = torch.stack([sample.dot(last.to(sample.device)), (square + last_square.to(sample.device)) / 2])
-        pair = pair.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # gradients overflowed: fp16 skips this step
+        pair = pair.where(pair.isfinite().all(), 0.0)  # gradients overflowed: fp16 skips this step
         self._sums = pair if self._sums is None else self._sums + pair
 
     def take(self, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """The report and the model card of training runs."""
 
+import re
 import sys
 
 import datasets
@@ -27,6 +28,7 @@ def test_report_and_summary_agree_with_the_training(tmp_path, caplog):
     page = trainer.importance_report()
     assert page == tmp_path / "out" / "_importance_report" / "report.html"
     assert "text 3" in page_of(page).text
+    assert re.search(r"measured \d\.\d+ → 1\.00, pruned", page_of(page).text), "the curve of measured examples"
     table = table_of(page)
     torch.testing.assert_close(torch.tensor(table["importance"]), trainer.importances)
     assert table["pruned"] == trainer._sampler.pruned.tolist()

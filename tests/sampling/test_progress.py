@@ -49,10 +49,11 @@ def test_signal_share_from_consecutive_gradients():
 def test_gradient_sample_sums_over_pairs_without_overflow():
     weight = nn.Parameter(torch.zeros(1, 2))
     sample = GradientSample([weight])
-    for values in ([1.0, 2.0], [3.0, -1.0], [math.inf, 0.0], [1.0, 1.0], [2.0, 0.0]):
+    overflowed = [math.inf, 0.0], [1e25, 0.0]  # the square of the latter overflows, its product with others does not
+    for values in ([1.0, 2.0], [3.0, -1.0], overflowed[0], [1.0, 1.0], [2.0, 0.0], overflowed[1], [1.0, 0.0]):
         weight.grad = torch.tensor([values])
         sample.observe()
-    pairs = [(1.0, 7.5), (2.0, 3.0)]  # product and mean square of the first two gradients, and of the last two
+    pairs = [(1.0, 7.5), (2.0, 3.0)]  # product and mean square of neighbours that have not overflowed
     assert sample.take(torch.device("cpu")).tolist() == [sum(p for p, _ in pairs), sum(s for _, s in pairs)]
 
 
