@@ -12,7 +12,6 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_importance.adapters.known import adapted_class
-from hf_importance.support import warn_of_batch_normalisation
 
 _LOSS_FUNCTION = "pass per_example_loss_func=f with f(outputs, labels) -> Tensor[batch], and remove the override"
 _HOOKS = {
@@ -64,7 +63,7 @@ def refuse_overrides(cls: type, mixin: type, has_loss_function: bool) -> None:
 
 
 class TrainingWatch(TrainerCallback):
-    """Stops training if no importance is measured, before the optimizer step. Warns of batch normalisation.
+    """Stops training if no importance is measured, before the optimizer step.
 
     It is the first callback, so the callbacks of users get a preview dataloader instead of that of the training loop.
 
@@ -87,8 +86,6 @@ class TrainingWatch(TrainerCallback):
         self._unmeasured = 0 if self._trainer._has_measured() else self._unmeasured + 1
         if self._unmeasured and (state.global_step == 0 or self._unmeasured > 1):
             raise unmeasured(type(self._trainer), self._mixin)
-        if state.global_step == 0:
-            warn_of_batch_normalisation(self._trainer)
 
 
 def unmeasured(cls: type, mixin: type) -> ValueError:
