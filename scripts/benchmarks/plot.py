@@ -17,6 +17,7 @@ from benchmarks.comparison import (
     figures,
     of,
     rivals,
+    saves_steps,
     share,
     tasks,
 )
@@ -27,6 +28,8 @@ from benchmarks.tasks import TASKS
 _OURS, _GREY, _DARK = "#d1495b", "#a8b0bb", "#374151"
 _LEAST = 0.5
 """Smallest share of the steps that is drawn; with fewer, all methods are far below."""
+_MOST = 0.95
+"""From this share of the steps on, the label is left of the point, and not over the names of the methods."""
 _METRIC = 106
 """Position of the metrics beside the bars, in percent."""
 _LINE = 0.062
@@ -113,7 +116,7 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
     lowest = min(lowest, mean - abs(error))
     panel.errorbar(at, mean, abs(error), fmt="o", color=_OURS, markersize=9, capsize=4, linewidth=2, zorder=4)
     highest = mean + abs(error)
-    if of(runs, task, CONTROLS[0]):
+    if saves_steps(runs, task) and of(runs, task, CONTROLS[0]):
         place = scale * statistics.mean(differences(runs, task, CONTROLS[0], judged))
         style = {"markersize": 8, "color": _DARK, "fillstyle": "none", "zorder": 3}
         panel.plot(share(runs, task, CONTROLS[0]), place, "o", **style)
@@ -121,11 +124,11 @@ def _panel(panel: Any, runs: Runs, task: str) -> None:
     panel.annotate(
         f"ours\n{100 * at:.0f} %",
         (at, mean + abs(error)),
-        xytext=(0, 6),
+        xytext=(0 if at < _MOST else 6, 6),
         textcoords="offset points",
         color=_OURS,
         weight="bold",
-        ha="center",
+        ha="center" if at < _MOST else "right",
         va="bottom",
         zorder=5,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
