@@ -4,8 +4,9 @@ import math
 
 import benchmark
 import pytest
-from benchmarks import accuracy, comparison, results, tables
+from benchmarks import accuracy, comparison, plot, results, tables
 from benchmarks.tasks import TASKS
+from matplotlib.figure import Figure
 
 
 def example_runs():
@@ -142,3 +143,25 @@ def test_short_table_has_the_largest_and_the_smallest_savings():
     assert len(lines) == 4, "a heading of two lines, and two tasks"
     assert lines[2] == f"| {TASKS['digits'].what} | 60 % | 75 % | +0.50 ± 0.00 points | −5.00 ± 0.00 points, worse |"
     assert lines[3] == f"| {TASKS['image'].what} | 60 % |  | +35.0 ± 5.0 % error, worse | +10.0 ± 0.0 % error, worse |"
+
+
+def test_one_seed_is_only_shown_in_the_table_of_all_steps():
+    runs = [run for run in example_runs() if run["task"] == "digits" or run["seed"] == 1]
+    assert comparison.tasks(runs) == ["digits"]
+    whole, decision = tables.whole_table(runs), tables.decision_table(runs)
+    assert "| image | ours | 1 | 60 % |" in whole
+    assert "| digits | ours | 2 | 60 % |" in whole
+    assert "**image**" not in decision
+    assert "**digits**" in decision
+
+
+@pytest.mark.parametrize("steps", [60, 100])
+def test_plot_has_a_control_where_steps_were_saved(steps):
+    runs = [run for run in example_runs() if run["task"] == "digits"]
+    runs = changed(changed(runs, {"method": "ours"}, steps=steps), {"method": "uniform, as many steps"}, steps=steps)
+    panel = Figure().subplots()
+    plot._panel(panel, runs, "digits")
+    circles = [line for line in panel.lines if line.get_fillstyle() == "none"]
+    assert [line.get_xydata().tolist() for line in circles] == ([[[0.6, pytest.approx(-5.0)]]] if steps == 60 else [])
+    (label,) = [text for text in panel.texts if text.get_text().startswith("ours")]
+    assert label.get_ha() == ("center" if steps == 60 else "right")
