@@ -77,6 +77,7 @@ class Training:
             "importance/uniform_fraction": visits.floor,
         }
         if new["visits"]:
+            logs["importance/mean_weight"] = new["weight"] / new["visits"]
             logs["importance/effective_sample_size"] = new["weight"] ** 2 / (new["weight_square"] * new["visits"])
         if new["uniform"]:
             logs["importance/mean"] = new["importance"] / new["inverse_rate"]

@@ -6,6 +6,7 @@ The modules, in the order of their imports:
 - `rates`: importance and cost → sampling rate → importance weight, and statistics of them. Pure tensors.
 - `memory`: the importance of every example, and the cost of visiting it.
 - `guard`: the floor of the rates, chosen by how reliable the remembered importances are.
+- `strata`: the time of every example, cut into pieces with one visit each.
 - `segments`: visits as evenly spaced as with reshuffling, planned one segment at a time.
 - `replacement`: independent draws, as in the paper.
 - `groups`: groups visits of texts of similar length.

@@ -89,16 +89,26 @@ class ImportanceMemory:
             self.known += int(unknown.sum()) - int(new.isnan().sum())
         return Update(index, before, after, change, None if self.cost is None else self.cost[index])
 
-    def per_cost(self, index: Tensor | slice) -> Tensor:
-        """Importances per root cost of some examples, see [`rates.per_cost`]; must not be modified."""
-        return per_cost(self.importances[index], None if self.cost is None else self.cost[index])
+    def per_cost(self, index: Tensor | slice, importance: Tensor | None = None) -> Tensor:
+        """Importances per root cost of some examples, see [`rates.per_cost`]; must not be modified.
 
-    def unimportant(self, mass: float) -> Tensor:
+        Args:
+            index: the examples.
+            importance: importances of all examples, by default those remembered.
+        """
+        importance = self.importances if importance is None else importance
+        return per_cost(importance[index], None if self.cost is None else self.cost[index])
+
+    def unimportant(self, mass: float, importance: Tensor | None = None) -> Tensor:
         """See [`unimportant`]. For losses that are sums over n tokens, the importance per token q/√n is used.
 
         Otherwise short texts would be pruned however hard they are.
+
+        Args:
+            mass: see there.
+            importance: importances of all examples, by default those remembered.
         """
-        importance = per_cost(self.importances, self.tokens)
+        importance = per_cost(self.importances if importance is None else importance, self.tokens)
         if self.spared is not None:
             importance = importance.masked_fill(self.spared, torch.nan)
         return unimportant(importance, mass)
@@ -181,19 +191,19 @@ def unimportant(importance: Tensor, mass: float) -> Tensor:
     return found
 
 
-def mean_importance(memory: ImportanceMemory, fresh: float = math.nan, pruned: Tensor | None = None) -> float:
-    """Mean importance (per root cost) of the examples that are not pruned; NaN if none is known.
+def mean_importance(memory: ImportanceMemory, importance: Tensor | None = None, pruned: Tensor | None = None) -> float:
+    """Mean of the known importances (per root cost) of the examples that are not pruned; NaN if none is known.
 
     Args:
         memory: memory of the examples.
-        fresh: importance assumed for unknown examples; NaN excludes them.
+        importance: importances of all examples, by default those remembered.
         pruned: mask of the pruned examples, bool `[examples]`; None for none.
     """
     total, counted = 0.0, 0
     for chunk in memory.chunks():
-        values = memory.per_cost(chunk).nan_to_num(nan=fresh)
+        values = memory.per_cost(chunk, importance)
         if pruned is not None:
-            values.masked_fill_(pruned[chunk], torch.nan)
+            values = values.masked_fill(pruned[chunk], torch.nan)
         total += values.nansum(dtype=torch.float64).item()
         counted += len(values) - int(values.isnan().sum())
     return total / counted if counted else math.nan

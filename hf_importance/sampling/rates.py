@@ -43,28 +43,25 @@ def per_cost(importance: Tensor, cost: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def rates(importance: Tensor, uniform_fraction: float, max_rate: float = math.inf, fresh: float = math.nan) -> Tensor:
+def rates(importance: Tensor, uniform_fraction: float, max_rate: float = math.inf) -> Tensor:
     """Sampling rates: expected visits relative to uniform sampling, proportional to the importance, with a floor.
 
     r ∝ min((1 − f)·q/q̄ + f, max_rate) with f = `uniform_fraction` and q̄ the mean importance; 1 for all if none is known
-    or all are 0. An unknown importance is replaced by `fresh`, or by the mean of the others if that is NaN.
+    or all are 0. An unknown importance counts as the mean of the others.
 
     Args:
         importance: q `[examples]`, ≥ 0, NaN where unknown; or q/√c, see [`per_cost`].
         uniform_fraction: f in [0, 1]; no rate is below f, so no weight is above 1/f.
         max_rate: upper bound of the rates before normalisation, ≥ 1.
-        fresh: importance assumed for unknown examples, ≥ 0 or NaN.
 
     Returns:
         r `[examples]`, with mean 1: the probability of each draw is p = r / N.
 
     >>> rates(torch.tensor([0.0, 1.0, 2.0, float("nan")]), uniform_fraction=0.5)
     tensor([0.5000, 1.0000, 1.5000, 1.0000])
-    >>> rates(torch.tensor([1.0, float("nan")]), uniform_fraction=0.0, fresh=3.0)
-    tensor([0.5000, 1.5000])
     """
-    mean = importance.nan_to_num(nan=fresh).nanmean(dtype=torch.float64).item()
-    rate = unnormalised_rates(importance, mean, uniform_fraction, max_rate, fresh)
+    mean = importance.nanmean(dtype=torch.float64).item()
+    rate = unnormalised_rates(importance, mean, uniform_fraction, max_rate)
     return rate / rate.mean(dtype=torch.float64).to(rate.dtype)
 
 
@@ -74,14 +71,13 @@ def unnormalised_rates(
     mean: float,
     uniform_fraction: float | Tensor,
     max_rate: float = math.inf,
-    fresh: float = math.nan,
 ) -> Tensor:
     """[`rates`] before normalisation, for any subset of the examples, given the mean importance q̄ of all, or NaN.
 
     >>> unnormalised_rates(torch.tensor([0.0, 3.0]), mean=1.0, uniform_fraction=0.5, max_rate=1.5)
     tensor([0.5000, 1.5000])
     """
-    rate = importance.nan_to_num(nan=fresh) / (mean or math.nan)  # if all are 0, rates are those of unknown importances
+    rate = importance / (mean or math.nan)  # if all are 0, rates are those of unknown importances
     rate = rate * (1 - uniform_fraction) + uniform_fraction
     return rate.clamp_(max=max_rate).nan_to_num_(nan=1.0)
 
