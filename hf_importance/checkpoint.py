@@ -18,7 +18,7 @@ from hf_importance.record import join
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.state import read_number, read_tensor
 
-_FORMAT = 7
+_FORMAT = 8
 _FILES = "importance_*.pt"
 _ADVICE = (
     "Resume from another checkpoint, or delete its importance_*.pt files to continue with the saved model and unknown "
@@ -64,7 +64,6 @@ def resume(
     sampler: ImportanceBatchSampler,
     states: list[dict[str, Any]],
     rank: int,
-    skip: int,
     data: dict[str, Any],
     settings: dict[str, Any],
 ) -> str | None:
@@ -74,7 +73,6 @@ def resume(
         sampler: sampler of this rank, before its first draw.
         states: result of [`load_states`].
         rank: this rank.
-        skip: see [`ImportanceBatchSampler.load_state_dict`].
         data: [`fingerprint.fingerprint`] of the training data.
         settings: settings of the resumed training.
 
@@ -87,7 +85,7 @@ def resume(
     length = sampler.shard.length
     unknown = torch.full((length,), torch.nan)
     if not states:
-        sampler.restart(unknown, 0, skip)
+        sampler.restart(unknown)
         return "contains no importances: they start unknown."
     before, samplers = states[0], [state["sampler"] for state in states]
     changed = [
@@ -112,7 +110,7 @@ def resume(
             "new settings and a new order of the examples."
         )
     elif len(states) == sampler.shard.ranks and sampler.matches(samplers[rank]):
-        sampler.load_state_dict(samplers[rank], skip)
+        sampler.load_state_dict(samplers[rank])
         return None
     else:
         keeps = True
@@ -122,9 +120,9 @@ def resume(
         )
     if keeps:
         importance, record = _join(samplers, length)
-        sampler.restart(importance, read_number(samplers[0]["visits"], "passes", int), skip, record)
+        sampler.restart(importance, read_number(samplers[0]["visits"], "passes", int), record)
     else:
-        sampler.restart(unknown, 0, skip)
+        sampler.restart(unknown)
     return dropped
 
 

@@ -1,8 +1,9 @@
-"""Effective epochs in `Trainer`: they determine the learning rate and the end of training."""
+"""Effective epochs in `Trainer`: they determine the learning rate, the ends of epochs and the end of training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils.notebook import NotebookProgressCallback
 
+from hf_importance.epochs import LoopEpochs
 from hf_importance.sampling.progress import EffectiveVisits, GradientSample, learning_rate_factor
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SEGMENTS
@@ -20,11 +24,15 @@ _FORECAST_AFTER = 0.2
 """Share of the effective steps after which the expected end of training is announced."""
 _NO_GAIN_ABOVE = 0.95
 """If the smallest possible variance ratio is above this, there is little to gain."""
+_ROUNDING = 1e-9
 ALL_STEPS = "Pass ImportanceConfig(budget=1.0) to run all epochs or steps with any schedule."
 
 
 class EffectiveEpochs(TrainerCallback):
-    """Counts effective steps, and ends training when they reach the requested number.
+    """Counts effective steps; ends each epoch when it has made those of a uniform epoch, and training after the last.
+
+    It must stand before the callbacks of `Trainer` and of users, which then see an epoch that has ended: `state.epoch`
+    is a whole number, and at the end `state.max_steps` is `state.global_step`. Before, `state.max_steps` is a forecast.
 
     Once per segment (an eighth of an epoch), four numbers are summed over all processes; they determine what a step is
     worth until the next segment. They are read from the device one step later, to avoid a synchronisation.
@@ -32,21 +40,29 @@ class EffectiveEpochs(TrainerCallback):
     Args:
         reduce: sums a tensor over all processes.
         say: prints a line for the user.
+        callbacks: the callbacks of the trainer, for their progress bars.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        reduce: Callable[[Tensor], Tensor],
+        say: Callable[[str], None],
+        callbacks: Callable[[], Sequence[TrainerCallback]],
+    ) -> None:
         self.progress: EffectiveVisits | None = None
-        self._reduce, self._say = reduce, say
+        self.loop: LoopEpochs | None = None
+        self._reduce, self._say, self._callbacks = reduce, say, callbacks
         self._sampler: ImportanceBatchSampler | None = None
         self._gradients: GradientSample | None = None
         self._measured_until = torch.zeros(2, dtype=torch.float64)  # moments of the sampler at the last measurement
         self._pending: tuple[Tensor, torch.Event | None] | None = None
         self._forecast = True  # whether it is still to be announced
-        self._already_finished = False
+        self._before = 0.0  # effective steps before the last step
 
     def start(self, model: nn.Module, sampler: ImportanceBatchSampler, steps: int, steps_per_epoch: int) -> None:
         """Start counting for a training run of `steps` uniform steps."""
         self.progress = EffectiveVisits(steps, steps_per_epoch)
+        self.loop = LoopEpochs(self.progress, -(-steps // steps_per_epoch))
         self._sampler, self._gradients = sampler, GradientSample(model.parameters())
         self._measured_until.zero_()
         self._pending, self._forecast = None, True
@@ -54,7 +70,7 @@ class EffectiveEpochs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop at once if training is resumed after its end.
+        """Set the forecast of the last step.
 
         Raises:
             ValueError: if the schedule does not follow the effective steps.
@@ -64,10 +80,13 @@ class EffectiveEpochs(TrainerCallback):
                 "With budget='auto' the learning rate follows the effective epochs, but the schedule of the overridden "
                 f"create_scheduler() does not: return super().create_scheduler(...) from it. {ALL_STEPS}"
             )
-        self._already_finished = self.progress.finished
-        if self._already_finished:
-            control.should_training_stop = True
-            state.max_steps = state.global_step
+        state.max_steps = state.global_step + self.loop.remaining_steps()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin an epoch."""
+        self.loop.begin()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,7 +97,8 @@ class EffectiveEpochs(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count the step unless it overflowed; after the last one, set `max_steps` so `Trainer` stops."""
+        """Count the effective step, unless it overflowed."""
+        self._before = self.progress.value
         if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             self.progress.advance()
         if self._pending is not None:
@@ -93,16 +113,44 @@ class EffectiveEpochs(TrainerCallback):
         if self._forecast and self.progress.value >= _FORECAST_AFTER * self.progress.steps:
             self._forecast = False
             self._say(self.forecast(step))
-        if self.progress.finished:
-            state.max_steps = step
         _recompute_learning_rates(kwargs.get("lr_scheduler"))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Set epoch and forecast; end the epoch, or training."""
+        if self.loop.step(exhausted=state.epoch >= self.loop.finished + 1):
+            control.should_epoch_stop = True
+        state.epoch = self.loop.epoch
+        state.max_steps = state.global_step + self.loop.remaining_steps()
+        self._set_intervals(args, state)
+        if args.eval_strategy == IntervalStrategy.STEPS and state.max_steps == state.global_step < args.eval_delay:
+            control.should_evaluate = args.eval_delay <= self.progress.steps  # the last step stands for all after it
+        for bar in self._callbacks():
+            if isinstance(bar, ProgressCallback) and bar.training_bar is not None:
+                bar.training_bar.total = state.max_steps
+            elif isinstance(bar, NotebookProgressCallback) and bar.training_tracker is not None:
+                bar.training_tracker.total = state.max_steps
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Do not evaluate, save or log after an epoch without a step."""
-        if self._already_finished:
-            control.should_evaluate = control.should_save = control.should_log = False
+        """End an epoch that a callback ended; training that a callback ended may be resumed within the epoch."""
+        if self.loop.steps and control.should_epoch_stop and not control.should_training_stop:
+            self.loop.end()
+
+    def _set_intervals(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Set the intervals of logs, evaluations and checkpoints that are given as shares of the training.
+
+        `Trainer` acts in steps that are multiples of them: they are the step in which it is to act next.
+        """
+        steps, value = self.progress.steps, min(self.progress.value, self.progress.steps)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            share = getattr(args, name)
+            if share is None or not 0 < share < 1:
+                continue
+            passed, now = (math.floor(v / (share * steps) + _ROUNDING) for v in (self._before, value))
+            missing = (now + 1) * share * steps - value
+            later = max(1, math.ceil(missing / self.progress.gain - _ROUNDING))
+            setattr(state, name, state.global_step + (0 if now > passed else later))
 
     def _measure(self, device: torch.device) -> None:
         self._sampler.flush()
@@ -128,7 +176,7 @@ class EffectiveEpochs(TrainerCallback):
                 f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless importances diverge as the "
                 f"model learns, training will take nearly all of its {steps:,} steps."
             )
-        end = min(steps, round(step + self.progress.remaining_steps()))
+        end = min(steps, step + self.loop.remaining_steps())
         return (
             f"Importance sampling: at step {step:,}, training is expected to end after about {end:,} of {steps:,} "
             "steps, or sooner if importances diverge as the model learns."
@@ -140,6 +188,7 @@ class EffectiveEpochs(TrainerCallback):
             self._pending[1].synchronize()
         return {
             "progress": self.progress.state_dict(),
+            "loop": self.loop.state_dict(),
             "gradients": self._gradients.state_dict(),
             "measured_until": self._measured_until.clone(),
             "pending": None if self._pending is None else self._pending[0].cpu(),
@@ -151,25 +200,18 @@ class EffectiveEpochs(TrainerCallback):
         self.progress.load_state_dict(state["progress"])
         self._forecast = read_number(state, "forecast", bool)
         if exactly:
+            self.loop.load_state_dict(state["loop"])
             self._gradients.load_state_dict(state["gradients"])
             self._measured_until = read_tensor(state, "measured_until", [2], torch.float64)
             pending = read_tensor(state, "pending", [4], torch.float32, optional=True)
             self._pending = None if pending is None else (pending, None)
+        else:
+            self.loop.finished = int(self.progress.epochs)
 
-
-class EffectiveProgress(ProgressCallback):
-    """The progress bar of `Trainer`, counting effective steps."""
-
-    def __init__(self, epochs: EffectiveEpochs) -> None:
-        super().__init__()
-        self._epochs = epochs
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance the bar to the current effective step."""
-        if state.is_world_process_zero:
-            step = int(min(self._epochs.progress.value, self._epochs.progress.steps))
-            self.training_bar.update(step - self.current_step)
-            self.current_step = step
+    def count_all(self, steps: int) -> None:
+        """Resume from a training in which each of these steps counted as one."""
+        self.progress.value = float(steps)
+        self.loop.finished, self.loop.steps = divmod(steps, self.progress.steps_per_epoch)
 
 
 def unwrapped(scheduler: Any) -> Any:

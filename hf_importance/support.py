@@ -16,7 +16,13 @@ from hf_importance.lengths import name_of_tokens, refuse_unknown_lengths
 from hf_importance.losses.heads import with_inputs
 from hf_importance.schedule import ALL_STEPS
 
-_PRIVATE_HOOKS = ("_inner_training_loop", "_save_rng_state", "_load_optimizer_and_scheduler", "_finish_current_push")
+_PRIVATE_HOOKS = (
+    "_inner_training_loop",
+    "_init_training_state",
+    "_save_rng_state",
+    "_load_optimizer_and_scheduler",
+    "_finish_current_push",
+)
 _LARGEST_SEED = 2**63 - 1
 _BY_RESULTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _STRATEGIES = {

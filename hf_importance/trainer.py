@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProgressCallback, Trainer
+from transformers import Trainer
 
 from hf_importance.adapters.base import LossAdapter
 from hf_importance.adapters.known import adapted_class, adapter_of
@@ -26,7 +26,7 @@ from hf_importance.report.tokens import Token, token_losses
 from hf_importance.report.training import Training
 from hf_importance.sampling.memory import unimportant
 from hf_importance.sampling.rates import per_cost
-from hf_importance.schedule import EffectiveEpochs, EffectiveProgress
+from hf_importance.schedule import EffectiveEpochs
 from hf_importance.step import StepDraws
 from hf_importance.support import refuse_arguments, refuse_training, refuse_version
 
@@ -77,16 +77,13 @@ class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin)
         self._refuse_unsupported()
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
-        self.callback_handler.callbacks.insert(0, TrainingWatch(self, ImportanceTrainerMixin))
+        limit_console_logs(self.callback_handler.callbacks)
         self._effective: EffectiveEpochs | None = None
         if self.importance_config.budget == "auto":
-            self._effective = EffectiveEpochs(self._sum_over_processes, self._say)
-            self.add_callback(self._effective)
-            for bar in list(self.callback_handler.callbacks):
-                if type(bar) is ProgressCallback:  # subclasses, written by users, are kept
-                    self.remove_callback(bar)
-                    self.add_callback(EffectiveProgress(self._effective))
-        limit_console_logs(self.callback_handler.callbacks, EffectiveProgress)
+            handler = self.callback_handler
+            self._effective = EffectiveEpochs(self._sum_over_processes, self._say, lambda: handler.callbacks)
+            handler.callbacks.insert(0, self._effective)
+        self.callback_handler.callbacks.insert(0, TrainingWatch(self, ImportanceTrainerMixin))
 
     def _refuse_unsupported(self) -> None:
         refuse_arguments(self)

@@ -10,6 +10,8 @@ from transformers.utils import logging
 
 from hf_importance.checkpoint import explaining_errors, load_states, newest_complete, resume, save_state
 from hf_importance.config import ImportanceConfig
+from hf_importance.epochs import LoopEpochs
+from hf_importance.sampling.progress import EffectiveVisits
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.schedule import EffectiveEpochs
 from hf_importance.support import seed_of
@@ -47,36 +49,57 @@ class CheckpointMixin:
         settings["budget"] = 1.0 if self.importance_config.budget == "auto" else self.importance_config.budget
         return {name: value for name, value in settings.items() if name != "record"}
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, *args: Any
+    ) -> tuple[int, int]:
+        """Also restore the sampler, and return epoch and batches of the loop, whose epochs may have been shorter."""
+        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, *args)
+        self._checkpoint_states = []
+        if checkpoint is None:
+            return position
+        states = self._checkpoint_states = load_states(checkpoint)
+        rank = self.args.process_index
+        with explaining_errors(checkpoint):
+            dropped = resume(self._sampler, states, rank, self._fingerprint(), self._settings())
+            self._resumes_exactly = dropped is None
+            if self._effective is not None and states and states[0]["effective"] is not None:
+                position = self._position(states, max_steps, epochs)
+        self._sampler.skip(position[1])
+        if dropped:
+            logger.warning(f"{checkpoint} {dropped}")
+        return position
+
+    def _position(self, states: list[dict[str, Any]], max_steps: int, epochs: int) -> tuple[int, int]:
+        """Epoch of the loop, and batches that were used in it."""
+        progress = EffectiveVisits(max_steps, self._steps_per_epoch)
+        progress.load_state_dict(states[0]["effective"]["progress"])
+        if progress.finished:
+            return epochs, 0
+        if self._resumes_exactly:
+            loop = LoopEpochs(progress, epochs)
+            loop.load_state_dict(states[0]["effective"]["loop"])
+            return loop.finished, loop.steps * self.args.gradient_accumulation_steps
+        return int(progress.epochs), 0
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Also load the importance state; at this point the sampler exists, but nothing was drawn."""
+        """Also load what else was saved; at this point the schedule exists, but nothing was drawn."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        accumulation = self.args.gradient_accumulation_steps
-        done = self.state.global_step
-        skip = done % self._steps_per_epoch * accumulation  # `Trainer` skips these batches later
-        states = load_states(checkpoint)
-        rank, data = self.args.process_index, self._fingerprint()
+        states, self._checkpoint_states = self._checkpoint_states, []
+        rank = self.args.process_index
         with explaining_errors(checkpoint):
-            dropped = resume(self._sampler, states, rank, skip, data, self._settings())
-            if dropped is None:
+            if self._resumes_exactly:
                 self._reported.load_state_dict(states[rank]["reported"])
                 self._get_objective().load_state_dict(states[rank]["objective"])
-            if self._effective is not None:
-                self._resume_effective(states, done, exactly=dropped is None)
-        if dropped:
-            logger.warning(f"{checkpoint} {dropped}")
-
-    def _resume_effective(self, states: list[dict[str, Any]], done: int, exactly: bool) -> None:
-        rank = self.args.process_index if exactly else 0
-        if states and states[rank]["effective"] is not None:
-            self._effective.load_state_dict(states[rank]["effective"], exactly)
-            if not exactly:  # steps may differ in size: count at least those of `Trainer`
-                self._effective.progress.value = max(self._effective.progress.value, float(done))
-        else:  # without budget="auto", each step counted as one
-            self._effective.progress.value = float(done)
-        if self._effective.progress.finished:
-            self._sampler.end()
+            if self._effective is None:
+                return
+            if states and states[0]["effective"] is not None:
+                self._effective.load_state_dict(
+                    states[rank if self._resumes_exactly else 0]["effective"], self._resumes_exactly
+                )
+            else:  # without budget="auto", each step counted as one
+                self._effective.count_all(self.state.global_step)
 
     def _newest_checkpoint(self) -> str | bool:
         newest = newest_complete(self.args.output_dir)

@@ -33,15 +33,10 @@ def say(line: str) -> None:
     _logger.info(line)
 
 
-def limit_console_logs(callbacks: Iterable[TrainerCallback], *more: type[TrainerCallback]) -> None:
-    """Make the printing callbacks of transformers show only `CONSOLE` of our logs.
-
-    Args:
-        callbacks: callbacks of a trainer.
-        more: other printing callbacks, by class.
-    """
+def limit_console_logs(callbacks: Iterable[TrainerCallback]) -> None:
+    """Make the printing callbacks of transformers show only `CONSOLE` of our logs."""
     for callback in callbacks:
-        if type(callback) in (ProgressCallback, PrinterCallback, *more):
+        if type(callback) in (ProgressCallback, PrinterCallback):
             callback.on_log = partial(_shortened, callback.on_log)
 
 

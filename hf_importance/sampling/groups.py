@@ -48,7 +48,7 @@ class LengthGroups:
 
     def add(self, index: Tensor, rate: Tensor) -> None:
         """Add the planned visits of a segment: examples int64 `[visits]` and rates float `[visits]`."""
-        index, rate = _join(self._waiting, (index, rate.double()))
+        index, rate = join(self._waiting, (index, rate.double()))
         length = self._length[index]
         pair = torch.stack([length[: self.size].argmax(), length.argmax()])
         index[pair], rate[pair] = index[pair.flip(0)], rate[pair.flip(0)]
@@ -58,7 +58,7 @@ class LengthGroups:
         """Take the next `size` visits, which must be held: examples int64 and rates float64, `[size]`."""
         if len(self._sorted[0]) < size:
             self._sort(size)
-        taken, self._sorted = _split(self._sorted, size)
+        taken, self._sorted = split(self._sorted, size)
         return taken
 
     def _sort(self, least: int) -> None:
@@ -68,8 +68,8 @@ class LengthGroups:
         """
         parts = max(1, len(self) // self.size)
         whole = -(-len(self) // parts) // self._batch_size * self._batch_size
-        part, self._waiting = _split(self._waiting, max(least, whole) - len(self._sorted[0]))
-        index, rate = _join(self._sorted, part)
+        part, self._waiting = split(self._waiting, max(least, whole) - len(self._sorted[0]))
+        index, rate = join(self._sorted, part)
         order = self._length[index].sort(descending=True, stable=True).indices
         self._sorted = index[order], rate[order]
 
@@ -88,10 +88,12 @@ class LengthGroups:
         self._waiting, self._sorted = pairs
 
 
-def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Visits one after the other: examples and rates, `[visits]` each."""
     return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
 
-def _split(visits: tuple[Tensor, Tensor], size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def split(visits: tuple[Tensor, Tensor], size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The first `size` visits, or all if there are fewer, and the rest."""
     index, rate = visits
     return (index[:size], rate[:size]), (index[size:], rate[size:])

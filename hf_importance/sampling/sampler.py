@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 
 from hf_importance.record import VisitRecord, part
 from hf_importance.sampling.draw import SKIPPED, Draw, Shard
-from hf_importance.sampling.groups import LengthGroups
+from hf_importance.sampling.groups import LengthGroups, join, split
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import weights
 from hf_importance.sampling.replacement import IndependentVisits
@@ -41,7 +41,8 @@ class _Measured:
 class ImportanceBatchSampler(Sampler[Draw]):
     """Draws batches of examples in proportion to their rates.
 
-    An epoch has a fixed number of visits, `budget` · examples / ranks, taken from an endless stream of visits.
+    An epoch has a fixed number of visits, `budget` · examples / ranks, taken from an endless stream of visits. If it
+    ends before all were used, those that were drawn ahead are handed back, and drawn first in the next epoch.
 
     Args:
         memory: memory of the examples of the shard.
@@ -93,7 +94,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._measured: deque[_Measured] = deque()  # measured but not yet remembered
         self._lags = False  # whether the last measurement is still being transferred
         self._moments = torch.zeros(len(_SUMS), dtype=torch.float64)
-        self._replays, self._skip, self._ended = False, 0, False
+        self._returned = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)  # visits and rates
+        self._skip = 0
 
     def __len__(self) -> int:
         """Batches per epoch, equal on all ranks and independent of pruning, as learning rate schedules require."""
@@ -101,17 +103,30 @@ class ImportanceBatchSampler(Sampler[Draw]):
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Draw]:
-        """Iterate over one epoch. After [`load_state_dict`], skipped batches come first, then the outstanding draws."""
-        again = deque(self._outstanding.values() if self._replays else ())
-        skip, self._skip, self._replays = self._skip, 0, False
-        if not again:
-            self._outstanding.clear()
+        """Iterate over one epoch. After [`skip`], skipped batches come first, then the outstanding draws."""
+        skip, self._skip = self._skip, 0
+        again = deque(self._outstanding.values() if skip else ())
+        if not skip:
+            self._hand_back()
         for _ in range(skip):
             yield SKIPPED
-        if self._ended:
-            return
         for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield again.popleft() if again else self._draw(min(self.batch_size, self.visits_per_epoch - start))
+
+    def skip(self, batches: int) -> None:
+        """Begin the next epoch after this many batches, which were used before training was interrupted.
+
+        Empty batches take their place, as the caller skips them.
+        """
+        self._skip = batches
+
+    def _hand_back(self) -> None:
+        """Take back the visits of all draws that were not used."""
+        draws = list(self._outstanding.values())
+        self._outstanding.clear()
+        index = self.shard.local(_joined((draw.index for draw in draws), np.int64))
+        rate = _joined((draw.rate for draw in draws), np.float64)
+        self._returned = torch.cat([self._returned[0], index]), torch.cat([self._returned[1], rate])
 
     def mark_used(self, draw: Draw) -> None:
         """Mark a draw as used by a training step."""
@@ -121,12 +136,11 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Whether a draw was not yet used by a training step."""
         return draw.number in self._outstanding
 
-    def end(self) -> None:
-        """Stop drawing, because training has ended."""
-        self._ended = True
-
     def _draw(self, size: int) -> Draw:
-        index, rate = self._next_grouped(size) if self._groups is not None else self._next(size)
+        (index, rate), self._returned = split(self._returned, size)
+        if len(index) < size:
+            new = self._next_grouped if self._groups is not None else self._next
+            index, rate = join((index, rate), new(size - len(index)))
         weight = self.shard.weight * weights(rate, self._weight_exponent)
         if self._suspects is not None:
             weight = weight * self._suspects.of(index)
@@ -272,6 +286,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
             "batch_size": self.batch_size,
             "sampling": type(self.visits).__name__,
             "draws": self._draws,
+            "returned": self._returned,
             "outstanding": [astuple(draw) for draw in self._outstanding.values()],
             "measured": [(astuple(measured.draw), measured.rows.cpu()) for measured in self._measured],
             "lags": self._lags,
@@ -286,13 +301,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         theirs = state["length"], state["batch_size"], state["sampling"], state["groups"] is None
         return same and theirs == settings
 
-    def load_state_dict(self, state: Mapping[str, Any], skip: int = 0) -> None:
-        """Restore a [`state_dict`] exactly.
-
-        Args:
-            state: a state that [`matches`].
-            skip: number of batches that the caller skips to reach its position in the epoch; empty ones are returned.
-        """
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a [`state_dict`] that [`matches`] exactly; within an epoch, [`skip`] its batches as well."""
         self._memory.load_state_dict(state["memory"])
         self.visits.load_state_dict(state["visits"])
         if self._groups is not None:
@@ -306,7 +316,9 @@ class ImportanceBatchSampler(Sampler[Draw]):
         draws = [self._read_draw(draw) for draw in state["outstanding"]]
         self._outstanding = {draw.number: draw for draw in draws}
         self._measured = deque(self._read_measured(*measured) for measured in state["measured"])
-        self._replays, self._skip = True, skip
+        index, rate = state["returned"]
+        index = read_tensor({"returned": index}, "returned", [None], torch.int64, below=len(self.shard))
+        self._returned = index, read_tensor({"rate": rate}, "rate", [len(index)], torch.float64)
 
     def _read_draw(self, values: Sequence[Any]) -> Draw:
         draw = Draw(*values)
@@ -319,15 +331,12 @@ class ImportanceBatchSampler(Sampler[Draw]):
         draw = self._read_draw(values)
         return _Measured(draw, read_tensor({"rows": rows}, "rows", [None, len(draw.index)], torch.float32), None)
 
-    def restart(
-        self, importance: Tensor, passes: int = 0, skip: int = 0, record: Mapping[str, Any] | None = None
-    ) -> None:
+    def restart(self, importance: Tensor, passes: int = 0, record: Mapping[str, Any] | None = None) -> None:
         """Begin a new pass with given importances, if the state cannot be restored exactly.
 
         Args:
             importance: importances of all examples, float32 `[all examples]`.
             passes: number of previous passes.
-            skip: as for [`load_state_dict`].
             record: state of a record of all examples.
         """
         mine = slice(None) if self.shard.index is None else self.shard.index
@@ -335,7 +344,6 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self.visits.restart(passes)
         if self._record is not None and record is not None:
             self._record.load_state_dict(part(record, mine))
-        self._skip = skip
 
 
 def _joined(lists: Iterable[Sequence[float]], kind: type) -> Tensor:

@@ -4,12 +4,10 @@ import pytest
 import tiny
 from accelerate.optimizer import AcceleratedOptimizer
 from effective_training import watched_trainer
-from tiny import opinionated_bert, texts
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance import ImportanceConfig
 from hf_importance.sampling.progress import GradientSample, gain
-from hf_importance.schedule import EffectiveProgress
 
 # ---- end of training -------------------------------------------------------------------------------------------------
 
@@ -138,7 +136,7 @@ def test_resuming_a_finished_training_does_nothing(tmp_path, strategy):
     assert events[1] == []
 
 
-# ---- summary and progress bar ----------------------------------------------------------------------------------------
+# ---- summary ---------------------------------------------------------------------------------------------------------
 
 
 class StopTraining(TrainerCallback):
@@ -155,17 +153,3 @@ def test_no_early_end_is_reported_if_a_callback_stops_training(tmp_path, caplog,
         trainer.add_callback(StopTraining())
     trainer.train()
     assert ("ended after" in caplog.text) != stopped
-
-
-class CustomBar(ProgressCallback):
-    """A progress bar written by a user."""
-
-
-def test_custom_progress_bar_is_kept(tmp_path):
-    common = {"model": opinionated_bert(), "train_dataset": texts()}
-    bars = {}
-    for name, callbacks in (("default", []), ("custom", [CustomBar()])):
-        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=False)
-        found = ImportanceTrainer(**common, args=args, callbacks=callbacks).callback_handler.callbacks
-        bars[name] = [type(bar) for bar in found if isinstance(bar, ProgressCallback)]
-    assert bars == {"default": [EffectiveProgress], "custom": [CustomBar, EffectiveProgress]}
