@@ -79,6 +79,11 @@ class LoopEpochs:
         left = (self._epochs - self.finished) * self._progress.steps_per_epoch - self.steps
         return max(0, min(left, math.ceil(self._progress.remaining_steps() - _ROUNDING)))
 
+    def count_all(self, steps: int) -> None:
+        """Go on after steps that each counted as one."""
+        self.finished, self.steps = divmod(steps, self._progress.steps_per_epoch)
+        self._start = float(steps - self.steps)
+
     def state_dict(self) -> dict[str, Any]:
         """The state as plain values."""
         return {"finished": self.finished, "steps": self.steps, "start": self._start}

@@ -80,7 +80,7 @@ class EffectiveEpochs(TrainerCallback):
                 "With budget='auto' the learning rate follows the effective epochs, but the schedule of the overridden "
                 f"create_scheduler() does not: return super().create_scheduler(...) from it. {ALL_STEPS}"
             )
-        state.max_steps = state.global_step + self.loop.remaining_steps()
+        state.max_steps = self._last_step(state.global_step)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,7 +120,7 @@ class EffectiveEpochs(TrainerCallback):
         if self.loop.step(exhausted=state.epoch >= self.loop.finished + 1):
             control.should_epoch_stop = True
         state.epoch = self.loop.epoch
-        state.max_steps = state.global_step + self.loop.remaining_steps()
+        state.max_steps = self._last_step(state.global_step)
         self._set_intervals(args, state)
         if args.eval_strategy == IntervalStrategy.STEPS and state.max_steps == state.global_step < args.eval_delay:
             control.should_evaluate = args.eval_delay <= self.progress.steps  # the last step stands for all after it
@@ -136,6 +136,10 @@ class EffectiveEpochs(TrainerCallback):
         """End an epoch that a callback ended; training that a callback ended may be resumed within the epoch."""
         if self.loop.steps and control.should_epoch_stop and not control.should_training_stop:
             self.loop.end()
+
+    def _last_step(self, step: int) -> int:
+        """Forecast of the last step; never more steps than requested, also if some do not count."""
+        return max(step, min(self.progress.steps, step + self.loop.remaining_steps()))
 
     def _set_intervals(self, args: TrainingArguments, state: TrainerState) -> None:
         """Set the intervals of logs, evaluations and checkpoints that are given as shares of the training.
@@ -176,7 +180,7 @@ class EffectiveEpochs(TrainerCallback):
                 f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless importances diverge as the "
                 f"model learns, training will take nearly all of its {steps:,} steps."
             )
-        end = min(steps, step + self.loop.remaining_steps())
+        end = self._last_step(step)
         return (
             f"Importance sampling: at step {step:,}, training is expected to end after about {end:,} of {steps:,} "
             "steps, or sooner if importances diverge as the model learns."
@@ -211,7 +215,7 @@ class EffectiveEpochs(TrainerCallback):
     def count_all(self, steps: int) -> None:
         """Resume from a training in which each of these steps counted as one."""
         self.progress.value = float(steps)
-        self.loop.finished, self.loop.steps = divmod(steps, self.progress.steps_per_epoch)
+        self.loop.count_all(steps)
 
 
 def unwrapped(scheduler: Any) -> Any:

@@ -81,7 +81,7 @@ def test_saved_state_is_small_and_loads_without_code(tmp_path):
     visits = sampler["visits"]
     assert visits["index"].untyped_storage().nbytes() == 4 * len(visits["index"]), "a view's whole storage is saved"
     assert {"format", "rank", "ranks", "settings", "data", "sampler", "effective", "objective"} <= set(state)
-    assert state["format"] == 7
+    assert state["format"] == 8
     assert state["effective"]["progress"]["value"] >= 4
     path = next((tmp_path / "checkpoint-4").glob("importance_*.pt"))
     assert path.stat().st_size < 40_000
