@@ -38,7 +38,7 @@ class CheckpointMixin:
             "reported": self._reported.state_dict(),
         }
         save_state(output_dir, self.args.process_index, self.args.world_size, state)
-        self._columns.gather(self._sum_on_device)
+        self._columns.gather(self.args.ddp_timeout)
         self.accelerator.wait_for_everyone()
 
     def _settings(self) -> dict[str, Any]:

@@ -137,12 +137,13 @@ def test_report_covers_all_ranks_and_is_written_by_one(results_of_ranks, launche
 
 @pytest.mark.parametrize("launcher", ["2", "4", "accelerate"])
 def test_collectives_are_those_of_trainer_and_one_reduction_per_segment(results_of_ranks, launcher):
-    """Another reduction gathers the columns of the examples at the end."""
+    """At the end, the main process gathers the columns of the examples, and sends their importances to the others."""
     for result in results_of_ranks(launcher):
         counts = {name: Counter(result["collectives"][name]) for name in ("trainer", "fixed", "auto")}
         segments = result["collectives"]["segments"]
-        assert counts["fixed"] - counts["trainer"] == {"gloo:all_reduce": 1}
-        assert counts["auto"] - counts["trainer"] == {"gloo:all_reduce": segments + 1}
+        columns = {"gloo:gather": 1, "gloo:broadcast": 1}
+        assert counts["fixed"] - counts["trainer"] == columns
+        assert counts["auto"] - counts["trainer"] == {"gloo:all_reduce": segments, **columns}
         assert counts["trainer"] - counts["fixed"] == counts["trainer"] - counts["auto"] == {}
         assert counts["trainer"]["gloo:all_reduce"] >= 8, "control: eight data parallel steps are profiled"
         assert segments == {"4": 8}.get(launcher, 4)
