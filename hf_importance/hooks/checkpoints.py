@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_importance.checkpoint import explaining_errors, load_states, newest_complete, resume, save_state
+from hf_importance.checkpoint import (
+    SavedStates,
+    explaining_errors,
+    load_states,
+    newest_complete,
+    resume,
+    save_state,
+)
 from hf_importance.config import ImportanceConfig
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.schedule import EffectiveEpochs
@@ -58,7 +67,7 @@ class CheckpointMixin:
         states = load_states(checkpoint)
         rank, data = self.args.process_index, self._fingerprint()
         with explaining_errors(checkpoint):
-            dropped = resume(self._sampler, states, rank, skip, data, self._settings())
+            dropped = resume(self._sampler, states, rank, skip, data, self._settings(), self._all_agree)
             if dropped is None:
                 self._reported.load_state_dict(states[rank]["reported"])
                 self._get_objective().load_state_dict(states[rank]["objective"])
@@ -67,16 +76,31 @@ class CheckpointMixin:
         if dropped:
             logger.warning(f"{checkpoint} {dropped}")
 
-    def _resume_effective(self, states: list[dict[str, Any]], done: int, exactly: bool) -> None:
-        rank = self.args.process_index if exactly else 0
-        if states and states[rank]["effective"] is not None:
-            self._effective.load_state_dict(states[rank]["effective"], exactly)
+    def _resume_effective(self, states: SavedStates, done: int, exactly: bool) -> None:
+        rank = self.args.process_index
+        state = states[rank]["effective"] if exactly else self._common_progress(states.any(rank))
+        if state is not None:
+            self._effective.load_state_dict(state, exactly)
             if not exactly:  # steps may differ in size: count at least those of `Trainer`
                 self._effective.progress.value = max(self._effective.progress.value, float(done))
         else:  # without budget="auto", each step counted as one
             self._effective.progress.value = float(done)
         if self._effective.progress.finished:
             self._sampler.end()
+
+    def _all_agree(self, mine: bool) -> bool:
+        """Whether all processes pass True."""
+        return self._sum_on_device(torch.tensor([float(mine)])).item() == self.args.world_size
+
+    def _common_progress(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The effective epochs of the first process that found any in its files: they must be the same on all."""
+        mine = None if state is None else state["effective"]
+        found = torch.zeros(self.args.world_size)
+        found[self.args.process_index] = mine is not None
+        found = self._sum_on_device(found)
+        if not 0 < found.sum() < len(found):
+            return mine
+        return broadcast_object_list([mine], from_process=int(found.argmax()))[0]
 
     def _newest_checkpoint(self) -> str | bool:
         newest = newest_complete(self.args.output_dir)
