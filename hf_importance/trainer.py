@@ -128,7 +128,7 @@ class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin)
                 self._sampler.flush(everything=True)
             if self._objective is not None:
                 self._objective.close()
-        self._columns.gather(self._sum_on_device)
+        self._columns.gather(self.args.ddp_timeout)
         self._summarise()
         return output
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_importance.checkpoint import explaining_errors, load_states, newest_complete, resume, save_state
+from hf_importance.checkpoint import (
+    SavedStates,
+    explaining_errors,
+    load_states,
+    newest_complete,
+    resume,
+    save_state,
+)
 from hf_importance.config import ImportanceConfig
 from hf_importance.epochs import LoopEpochs
 from hf_importance.sampling.progress import EffectiveVisits
@@ -17,6 +26,20 @@ from hf_importance.schedule import EffectiveEpochs
 from hf_importance.support import seed_of
 
 logger = logging.get_logger(__name__)
+
+
+class _Resumed(NamedTuple):
+    """What was found in a checkpoint.
+
+    Args:
+        states: states of the ranks.
+        exactly: whether the sampler continues exactly.
+        effective: state of the effective epochs, if there is one.
+    """
+
+    states: SavedStates
+    exactly: bool
+    effective: dict[str, Any] | None
 
 
 class CheckpointMixin:
@@ -40,7 +63,7 @@ class CheckpointMixin:
             "reported": self._reported.state_dict(),
         }
         save_state(output_dir, self.args.process_index, self.args.world_size, state)
-        self._columns.gather(self._sum_on_device)
+        self._columns.gather(self.args.ddp_timeout)
         self.accelerator.wait_for_everyone()
 
     def _settings(self) -> dict[str, Any]:
@@ -54,52 +77,63 @@ class CheckpointMixin:
     ) -> tuple[int, int]:
         """Also restore the sampler, and return epoch and batches of the loop, whose epochs may have been shorter."""
         position = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, *args)
-        self._checkpoint_states = []
+        self._resumed = None
         if checkpoint is None:
             return position
-        states = self._checkpoint_states = load_states(checkpoint)
-        rank = self.args.process_index
+        states, rank = load_states(checkpoint), self.args.process_index
         with explaining_errors(checkpoint):
-            dropped = resume(self._sampler, states, rank, self._fingerprint(), self._settings())
-            self._resumes_exactly = dropped is None
-            if self._effective is not None and states and states[0]["effective"] is not None:
-                position = self._position(states, max_steps, epochs)
+            dropped = resume(self._sampler, states, rank, self._fingerprint(), self._settings(), self._all_agree)
+            exactly = dropped is None
+            effective = states[rank]["effective"] if exactly else self._common_progress(states.any(rank))
+            self._resumed = _Resumed(states, exactly, effective)
+            if self._effective is not None and effective is not None:
+                position = self._position(max_steps, epochs)
         self._sampler.skip(position[1])
         if dropped:
             logger.warning(f"{checkpoint} {dropped}")
         return position
 
-    def _position(self, states: list[dict[str, Any]], max_steps: int, epochs: int) -> tuple[int, int]:
+    def _position(self, max_steps: int, epochs: int) -> tuple[int, int]:
         """Epoch of the loop, and batches that were used in it."""
         progress = EffectiveVisits(max_steps, self._steps_per_epoch)
-        progress.load_state_dict(states[0]["effective"]["progress"])
+        progress.load_state_dict(self._resumed.effective["progress"])
         if progress.finished:
             return epochs, 0
-        if self._resumes_exactly:
-            loop = LoopEpochs(progress, epochs)
-            loop.load_state_dict(states[0]["effective"]["loop"])
-            return loop.finished, loop.steps * self.args.gradient_accumulation_steps
-        return int(progress.epochs), 0
+        if not self._resumed.exactly:
+            return int(progress.epochs), 0
+        loop = LoopEpochs(progress, epochs)
+        loop.load_state_dict(self._resumed.effective["loop"])
+        return loop.finished, loop.steps * self.args.gradient_accumulation_steps
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Also load what else was saved; at this point the schedule exists, but nothing was drawn."""
+        """Also restore what needs the schedule and the wrapped model; at this point nothing was drawn."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        states, self._checkpoint_states = self._checkpoint_states, []
-        rank = self.args.process_index
+        (states, exactly, effective), self._resumed = self._resumed, None
         with explaining_errors(checkpoint):
-            if self._resumes_exactly:
-                self._reported.load_state_dict(states[rank]["reported"])
-                self._get_objective().load_state_dict(states[rank]["objective"])
-            if self._effective is None:
-                return
-            if states and states[0]["effective"] is not None:
-                self._effective.load_state_dict(
-                    states[rank if self._resumes_exactly else 0]["effective"], self._resumes_exactly
-                )
-            else:  # without budget="auto", each step counted as one
+            if exactly:
+                mine = states[self.args.process_index]
+                self._reported.load_state_dict(mine["reported"])
+                self._get_objective().load_state_dict(mine["objective"])
+            if self._effective is not None and effective is not None:
+                self._effective.load_state_dict(effective, exactly)
+            elif self._effective is not None:  # without budget="auto", each step counted as one
                 self._effective.count_all(self.state.global_step)
+
+    def _all_agree(self, mine: bool) -> bool:
+        """Whether all processes pass True."""
+        return self._sum_on_device(torch.tensor([float(mine)])).item() == self.args.world_size
+
+    def _common_progress(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The effective epochs of the first process that found any in its files: they must be the same on all."""
+        mine = None if state is None else state["effective"]
+        found = torch.zeros(self.args.world_size)
+        found[self.args.process_index] = mine is not None
+        found = self._sum_on_device(found)
+        if not 0 < found.sum() < len(found):
+            return mine
+        return broadcast_object_list([mine], from_process=int(found.argmax()))[0]
 
     def _newest_checkpoint(self) -> str | bool:
         newest = newest_complete(self.args.output_dir)

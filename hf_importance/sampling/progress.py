@@ -18,6 +18,7 @@ ones (κ > 1). The gain is at least 1, which does not overestimate it, because t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -132,7 +133,8 @@ class GradientSample:
 
     Consecutive gradients share the signal but not the noise: the mean of g_t·g_{t−1} estimates the squared signal, and
     the mean of (‖g_t‖² + ‖g_{t−1}‖²)/2 the sum of signal and noise. At most 2¹⁷ elements are sampled, in rows of at
-    most 32 parameters evenly spread over the model; only local ones if parameters are sharded.
+    most 32 parameters evenly spread over the model, or in parts of rows if these are wide; only local ones if
+    parameters are sharded.
 
     Args:
         parameters: parameters of the model.
@@ -140,7 +142,7 @@ class GradientSample:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._chosen: list[tuple[nn.Parameter, int]] | None = None  # parameters and strides of their rows
+        self._chosen: list[tuple[nn.Parameter, tuple[slice, ...]]] | None = None
         self._last: Tensor | None = None
         self._last_square: Tensor | None = None
         self._sums: Tensor | None = None
@@ -150,7 +152,7 @@ class GradientSample:
         """Observe the gradients of a step, before the optimizer step."""
         if self._chosen is None:
             self._chosen = _choose(self._parameters)
-        rows = [_local(p.grad)[::stride].flatten() for p, stride in self._chosen if p.grad is not None]
+        rows = [_local(p.grad)[part].flatten() for p, part in self._chosen if p.grad is not None]
         if len(rows) < max(1, len(self._chosen)):
             self._last = None
             return
@@ -187,11 +189,42 @@ def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
-def _choose(parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, int]]:
-    """Choose the sampled parameters and the strides of their rows: matrices, or others if there are none."""
+def _choose(parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
+    """Choose the sampled parameters and the parts of their gradients: matrices, or others if there are none."""
     usable = [p for p in parameters if p.grad is not None and not p.grad.is_sparse and _local(p.grad).numel()]
     matrices = [p for p in usable if p.dim() > 1] or [p for p in usable if p.dim() > 0]
-    step = -(-len(matrices) // _MAX_TENSORS) if matrices else 1
-    chosen = matrices[::-1][::step]
+    chosen = matrices[:: -_ceil(len(matrices), _MAX_TENSORS)] if matrices else []
     each = _MAX_ELEMENTS // max(1, len(chosen))
-    return [(p, max(1, -(-_local(p.grad).numel() // each))) for p in chosen]
+    shapes = [_local(p.grad).shape for p in chosen]
+    strides = [[_ceil(shape.numel(), each)] for shape in shapes]
+    if sum(map(_remaining, shapes, strides)) > _MAX_ELEMENTS:  # by part of a row each, or wide rows
+        strides = [_strides(shape, each) for shape in shapes]
+    return [(p, tuple(slice(None, None, stride) for stride in mine)) for p, mine in zip(chosen, strides, strict=True)]
+
+
+def _strides(shape: torch.Size, most: int) -> list[int]:
+    """Strides along the first dimensions with which at most `most` elements remain, in whole rows if two of them fit.
+
+    Otherwise at most √most rows remain, thinned out too: a single row may be that of an output that is never used.
+
+    >>> _strides(torch.Size([100, 10]), most=500), _strides(torch.Size([100, 10_000]), most=400)
+    ([2], [5, 500])
+    """
+    strides = []
+    for dim, size in enumerate(shape):
+        fit = most // shape[dim + 1 :].numel()
+        whole = fit >= min(size, 2)
+        strides.append(_ceil(size, fit if whole else math.isqrt(most)))
+        if whole:
+            break
+        most //= _ceil(size, strides[-1])
+    return strides
+
+
+def _remaining(shape: torch.Size, strides: list[int]) -> int:
+    """Number of elements of a tensor that remain with strides along its first dimensions."""
+    return math.prod(map(_ceil, shape, strides)) * shape[len(strides) :].numel()
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)

@@ -4,8 +4,10 @@ torchrun --nproc_per_node 2 tests/processes/distributed_worker.py FOLDER
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 import transformers
 from tiny import Recorder
 from torch.profiler import ProfilerActivity, profile
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_importance import ImportanceTrainer
 from hf_importance.sampling.draw import Draw
@@ -72,6 +74,40 @@ def resumed(folder, step, **settings):
     run = new_trainer(folder / "resumed", model=tiny.bert(dropout=0.1, initializer_range=0.5), **settings)
     run.train(resume_from_checkpoint=str(folder / "uninterrupted" / f"checkpoint-{step}"))
     return {"uninterrupted": results_of(uninterrupted), "resumed": results_of(run)}
+
+
+class EffectiveSteps(TrainerCallback):
+    """Records the effective steps before each step."""
+
+    def __init__(self, run):
+        self._run, self.recorded = run, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.recorded.append(tiny.progress_of(self._run).value)
+
+
+def resumed_elsewhere(folder, checkpoint, owners, **settings):
+    """Resume with one folder per process, as on different machines, each of which has the files of its process only.
+
+    Args:
+        folder: output folder.
+        checkpoint: a complete checkpoint.
+        owners: the processes that have their file.
+        **settings: those of the checkpoint.
+    """
+    rank = int(os.environ["RANK"])
+    copy = folder / f"machine-{rank}" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    for path in copy.glob("importance_*.pt"):
+        if not (path.name.startswith(f"importance_{rank:05d}") and rank in owners):
+            path.unlink()
+    with patch("hf_importance.hooks.checkpoints.logger.warning") as warning:
+        run = new_trainer(folder / "resumed", model=tiny.bert(dropout=0.1, initializer_range=0.5), **settings)
+        progress = EffectiveSteps(run)
+        run.add_callback(progress)
+        run.train(resume_from_checkpoint=str(copy))
+    warnings = [call.args[0] for call in warning.call_args_list]
+    return results_of(run) | {"warnings": warnings, "effective steps": progress.recorded}
 
 
 def resumed_from_single_process(folder):
@@ -173,11 +209,14 @@ def main(folder):
         "half budget": results_of(trained(folder / "half", **half)),
     }
     if ranks == 2:
+        early_end = folder / "resumed-early-end" / "uninterrupted" / "checkpoint-60"
         results |= {
             "resumed": resumed(folder / "resumed", 7, dataloader_num_workers=2, importance=REPLACEMENT),
             "resumed, fixed budget": resumed(folder / "resumed-fixed", 7, importance=tiny.FIXED),
             "resumed, early end": resumed(folder / "resumed-early-end", 60, **EARLY_END),
             "resumed, grouped": resumed(folder / "resumed-grouped", 7, **GROUPED),
+            "resumed elsewhere": resumed_elsewhere(folder / "elsewhere", early_end, (0, 1), **EARLY_END),
+            "resumed, file lost": resumed_elsewhere(folder / "lost", early_end, (1,), **EARLY_END),
             "resumed from single process": resumed_from_single_process(folder),
             "one step, classes": one_step(folder / "classes", 6, 2, "classes", ranks, rank),
             "one step, tokens": one_step(folder / "tokens", 6, 2, "tokens", ranks, rank),

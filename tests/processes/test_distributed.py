@@ -137,12 +137,13 @@ def test_report_covers_all_ranks_and_is_written_by_one(results_of_ranks, launche
 
 @pytest.mark.parametrize("launcher", ["2", "4", "accelerate"])
 def test_collectives_are_those_of_trainer_and_one_reduction_per_segment(results_of_ranks, launcher):
-    """Another reduction gathers the columns of the examples at the end."""
+    """At the end, the main process gathers the columns of the examples, and sends their importances to the others."""
     for result in results_of_ranks(launcher):
         counts = {name: Counter(result["collectives"][name]) for name in ("trainer", "fixed", "auto")}
         segments = result["collectives"]["segments"]
-        assert counts["fixed"] - counts["trainer"] == {"gloo:all_reduce": 1}
-        assert counts["auto"] - counts["trainer"] == {"gloo:all_reduce": segments + 1}
+        columns = {"gloo:gather": 1, "gloo:broadcast": 1}
+        assert counts["fixed"] - counts["trainer"] == columns
+        assert counts["auto"] - counts["trainer"] == {"gloo:all_reduce": segments, **columns}
         assert counts["trainer"] - counts["fixed"] == counts["trainer"] - counts["auto"] == {}
         assert counts["trainer"]["gloo:all_reduce"] >= 8, "control: eight data parallel steps are profiled"
         assert segments == {"4": 8}.get(launcher, 4)
@@ -163,6 +164,37 @@ def test_resumed_training_is_identical(results_of_ranks, run, step):
             assert torch.equal(resumed["progress"].pop("sums"), uninterrupted["progress"].pop("sums"))
         assert resumed["progress"] == uninterrupted["progress"]
     assert (uninterrupted["steps"] < 10 * uninterrupted["batches"]) or run != "resumed, early end"
+
+
+def test_training_resumed_on_machines_with_their_own_files_is_identical(results_of_ranks):
+    for result in results_of_ranks("2"):
+        uninterrupted, resumed = result["resumed, early end"]["uninterrupted"], result["resumed elsewhere"]
+        assert resumed["warnings"] == []
+        assert torch.equal(resumed["parameters"], uninterrupted["parameters"])
+        assert torch.equal(resumed["importances"], uninterrupted["importances"])
+        assert resumed["draws"] == uninterrupted["draws"][60:] != []
+        assert resumed["steps"] == uninterrupted["steps"]
+
+
+def test_all_processes_start_over_with_one_progress_if_one_has_no_file(folder, results_of_ranks):
+    """The main process has none: it knows no importances, and gets the effective epochs from the other."""
+    results = [result["resumed, file lost"] for result in results_of_ranks("2")]
+    first, second = results
+    assert "contains no importances" in first["warnings"][0]
+    assert "has no importances of another process: those of this one are kept" in second["warnings"][0]
+    for name in ("parameters", "importances"):
+        assert torch.equal(first[name], second[name])
+    assert first["steps"] == second["steps"]
+    assert set(first["draws"][0][1]) == {21 * 2 / EXAMPLES}
+    assert len(set(second["draws"][0][1])) > 1, "weights follow from the importances that are kept"
+    checkpoint = folder / "launched-2" / "resumed-early-end" / "uninterrupted" / "checkpoint-60"
+    saved = load_states(checkpoint)[1]["effective"]["progress"]
+    assert saved["value"] > 61, "premise: steps count as more than one"
+    for before, result in zip(results_of_ranks("2"), results, strict=True):
+        before = before["resumed, early end"]["uninterrupted"]
+        assert result["draws"][0] != before["draws"][60], "control: neither continues exactly"
+        assert result["effective steps"] == first["effective steps"]
+        assert result["effective steps"][0] == saved["value"]
 
 
 @pytest.mark.parametrize("task", ["classes", "tokens"])

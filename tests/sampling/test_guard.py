@@ -150,6 +150,27 @@ def test_floor_is_the_lowest_within_one_percent_of_the_minimum():
             assert guard.next_floor() == pytest.approx(wanted)
 
 
+def test_evidence_is_of_capped_rates():
+    """A few very important examples would otherwise seem to be visited far more often than they are."""
+    remembered, mean, measured, rate = uniform_visits(noise=0.5)
+    cost = torch.linspace(0.5, 1.5, 400)
+    floors = [0.2 + 0.1 * k for k in range(9)]
+    lists = remembered.tolist(), mean, measured.tolist(), rate.tolist()
+    states = {}
+    for cap in (1.5, math.inf):
+        guard = Guard(0.2)
+        guard.observe(remembered, mean, measured, rate, cap, cost)
+        states[cap] = state = guard.state_dict()
+        moments = oracles.second_moments(*lists, floors, cap)
+        costs = oracles.expected_costs(*lists, cost.tolist(), floors, cap)
+        assert state["second_moments"].tolist() == pytest.approx(moments)
+        assert state["costs"].tolist() == pytest.approx(costs)
+    for name in ("second_moments", "costs"):
+        capped, free = states[1.5][name], states[math.inf][name]
+        assert (capped[0] / free[0] - 1).abs() > 0.05, "control: rates above the cap change the evidence"
+        assert capped[-1] == free[-1], "control: uniform rates are below it"
+
+
 def test_floor_rises_with_noise():
     floors = []
     for noise in (0.0, 0.7, 1.5, 3.0):
