@@ -21,10 +21,9 @@ class LoopEpochs:
 
     Args:
         progress: the effective steps.
-        epochs: number of epochs of the loop; the last may be a part of one.
 
     >>> progress = EffectiveVisits(steps=20, steps_per_epoch=10)
-    >>> loop = LoopEpochs(progress, epochs=2)
+    >>> loop = LoopEpochs(progress)
     >>> loop.begin()
     >>> progress.gain = 4.0
     >>> for _ in range(3):
@@ -37,9 +36,8 @@ class LoopEpochs:
     2
     """
 
-    def __init__(self, progress: EffectiveVisits, epochs: int) -> None:
+    def __init__(self, progress: EffectiveVisits) -> None:
         self._progress = progress
-        self._epochs = epochs
         self.finished = 0  # epochs
         self.steps = 0  # in the current epoch
         self._start = 0.0  # effective steps at its start
@@ -75,8 +73,11 @@ class LoopEpochs:
         return self.finished + (min(self._earned, 1.0) if self.steps else 0.0)
 
     def remaining_steps(self) -> int:
-        """Expected number of remaining steps with the current gain; 0 only if training has ended."""
-        left = (self._epochs - self.finished) * self._progress.steps_per_epoch - self.steps
+        """Expected number of remaining steps with the current gain; 0 only after the last.
+
+        There are not more than remain of the requested ones, also if some did not count.
+        """
+        left = self._progress.steps - self.finished * self._progress.steps_per_epoch - self.steps
         return max(0, min(left, math.ceil(self._progress.remaining_steps() - _ROUNDING)))
 
     def count_all(self, steps: int) -> None:

@@ -21,7 +21,9 @@ from hf_importance.sampling.segments import SEGMENTS
 from hf_importance.state import read_number, read_tensor
 
 _FORECAST_AFTER = 0.2
-"""Share of the effective steps after which the expected end of training is announced."""
+"""Share of the effective steps after which the expected end of training is announced, …"""
+_FORECAST_EPOCH = 1.25
+"""… but not before this effective epoch: until examples are visited again, each step counts as one."""
 _NO_GAIN_ABOVE = 0.95
 """If the smallest possible variance ratio is above this, there is little to gain."""
 _ROUNDING = 1e-9
@@ -62,7 +64,7 @@ class EffectiveEpochs(TrainerCallback):
     def start(self, model: nn.Module, sampler: ImportanceBatchSampler, steps: int, steps_per_epoch: int) -> None:
         """Start counting for a training run of `steps` uniform steps."""
         self.progress = EffectiveVisits(steps, steps_per_epoch)
-        self.loop = LoopEpochs(self.progress, -(-steps // steps_per_epoch))
+        self.loop = LoopEpochs(self.progress)
         self._sampler, self._gradients = sampler, GradientSample(model.parameters())
         self._measured_until.zero_()
         self._pending, self._forecast = None, True
@@ -80,7 +82,7 @@ class EffectiveEpochs(TrainerCallback):
                 "With budget='auto' the learning rate follows the effective epochs, but the schedule of the overridden "
                 f"create_scheduler() does not: return super().create_scheduler(...) from it. {ALL_STEPS}"
             )
-        state.max_steps = self._last_step(state.global_step)
+        state.max_steps = state.global_step + self.loop.remaining_steps()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,7 +112,8 @@ class EffectiveEpochs(TrainerCallback):
         step = state.global_step + 1
         if step % max(1, self.progress.steps_per_epoch // SEGMENTS) == 0:
             self._measure(args.device)
-        if self._forecast and self.progress.value >= _FORECAST_AFTER * self.progress.steps:
+        wait = max(_FORECAST_AFTER * self.progress.steps, _FORECAST_EPOCH * self.progress.steps_per_epoch)
+        if self._forecast and self.progress.value >= min(wait, self.progress.steps):
             self._forecast = False
             self._say(self.forecast(step))
         _recompute_learning_rates(kwargs.get("lr_scheduler"))
@@ -120,7 +123,7 @@ class EffectiveEpochs(TrainerCallback):
         if self.loop.step(exhausted=state.epoch >= self.loop.finished + 1):
             control.should_epoch_stop = True
         state.epoch = self.loop.epoch
-        state.max_steps = self._last_step(state.global_step)
+        state.max_steps = state.global_step + self.loop.remaining_steps()
         self._set_intervals(args, state)
         if args.eval_strategy == IntervalStrategy.STEPS and state.max_steps == state.global_step < args.eval_delay:
             control.should_evaluate = args.eval_delay <= self.progress.steps  # the last step stands for all after it
@@ -136,10 +139,6 @@ class EffectiveEpochs(TrainerCallback):
         """End an epoch that a callback ended; training that a callback ended may be resumed within the epoch."""
         if self.loop.steps and control.should_epoch_stop and not control.should_training_stop:
             self.loop.end()
-
-    def _last_step(self, step: int) -> int:
-        """Forecast of the last step; never more steps than requested, also if some do not count."""
-        return max(step, min(self.progress.steps, step + self.loop.remaining_steps()))
 
     def _set_intervals(self, args: TrainingArguments, state: TrainerState) -> None:
         """Set the intervals of logs, evaluations and checkpoints that are given as shares of the training.
@@ -172,6 +171,8 @@ class EffectiveEpochs(TrainerCallback):
     def forecast(self, step: int) -> str:
         """A message on when training is expected to end, or why it will not end early."""
         steps = self.progress.steps
+        if steps <= self.progress.steps_per_epoch:
+            return "Importance sampling saves nothing in a single epoch, in which every example is visited once."
         least = self._sampler.memory.least_variance_ratio()
         if least > _NO_GAIN_ABOVE:
             return (
@@ -180,7 +181,7 @@ class EffectiveEpochs(TrainerCallback):
                 f"{'' if self._sampler.memory.cost is None else ' at equal cost'}. Unless importances diverge as the "
                 f"model learns, training will take nearly all of its {steps:,} steps."
             )
-        end = self._last_step(step)
+        end = step + self.loop.remaining_steps()
         return (
             f"Importance sampling: at step {step:,}, training is expected to end after about {end:,} of {steps:,} "
             "steps, or sooner if importances diverge as the model learns."

@@ -108,6 +108,18 @@ def texts(n=40, task="single"):
     return rows
 
 
+def mostly_easy_texts(n=40):
+    """Rows of which three in four have the same words and label, after the first token; they are soon learnt."""
+    rows = texts(n)
+    easy = rows[0]["input_ids"]
+    return [
+        row
+        if i % 4 == 0
+        else {**row, "input_ids": torch.cat([row["input_ids"][:1], easy[1:]]), "labels": rows[0]["labels"]}
+        for i, row in enumerate(rows)
+    ]
+
+
 def token_rows(n=40, classes=CLASSES):
     """Rows of different lengths for [`token_bert`]; some tokens have no label."""
     g = torch.Generator().manual_seed(3)

@@ -101,7 +101,7 @@ class CheckpointMixin:
             return epochs, 0
         if not self._resumed.exactly:
             return int(progress.epochs), 0
-        loop = LoopEpochs(progress, epochs)
+        loop = LoopEpochs(progress)
         loop.load_state_dict(self._resumed.effective["loop"])
         return loop.finished, loop.steps * self.args.gradient_accumulation_steps
 

@@ -143,7 +143,11 @@ DAMAGE = {
     "99 rates": replaced(torch.ones(99), "sampler", "visits", "rate"),
     "planned visits above the range": replaced(torch.full((3,), 40, dtype=torch.int32), "sampler", "visits", "index"),
     "planned visits below the range": replaced(torch.full((3,), -1, dtype=torch.int32), "sampler", "visits", "index"),
-    "half of the credits": replaced(torch.zeros(20), "sampler", "visits", "credit"),
+    "half of the strata": replaced(
+        {"importance": torch.ones(40), "place": torch.ones(20)}, "sampler", "visits", "strata"
+    ),
+    "half of the returned visits": replaced((torch.zeros(2).long(), torch.zeros(1).double()), "sampler", "returned"),
+    "no epoch": replaced(None, "effective", "loop"),
     "passes are text": replaced("two", "sampler", "visits", "passes"),
     "floor is None": replaced(None, "sampler", "visits", "floor"),
     "half of the guard's moments": halved("sampler", "visits", "guard", "second_moments"),

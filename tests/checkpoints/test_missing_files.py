@@ -57,7 +57,7 @@ def resumed(folder, rank, ranks, others_agree=True, **settings):
         answers.append(mine)
         return mine and others_agree
 
-    message = module.resume(sampler, load_states(folder), rank, 0, DATA, SETTINGS | settings, agree)
+    message = module.resume(sampler, load_states(folder), rank, DATA, SETTINGS | settings, agree)
     (answer,) = answers
     return sampler, message, answer
 

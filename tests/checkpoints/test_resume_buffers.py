@@ -51,8 +51,8 @@ def test_control_resumed_training_without_buffered_measurements_differs(tmp_path
     def drop_measurements(state):
         return {**state, "sampler": {**state["sampler"], "measured": []}}
 
-    importance = {"sampling": sampling, **tiny.FIXED}
-    uninterrupted, resumed, _ = train_and_resume(tmp_path, 84, drop_measurements, importance=importance)
+    settings = {"importance": {"sampling": sampling, **tiny.FIXED}, "num_train_epochs": 2}
+    uninterrupted, resumed, _ = train_and_resume(tmp_path, 84, drop_measurements, **settings)
     assert resumed.draws != uninterrupted.draws[84:]
     assert tiny.difference(resumed, uninterrupted) > 1e-6
 

@@ -1,7 +1,7 @@
 """Trainings with effective epochs: their progress, and a callback that records learning rates and effective steps."""
 
 import tiny
-from tiny import opinionated_bert, texts
+from tiny import mostly_easy_texts, opinionated_bert, texts
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
@@ -36,7 +36,7 @@ def watched_trainer(tmp_path, budget="auto", importance=None, **args):
     trainer = ImportanceTrainer(
         model=opinionated_bert(),
         args=TrainingArguments(output_dir=str(tmp_path), **{**common, **args}),
-        train_dataset=texts(),
+        train_dataset=mostly_easy_texts(),
         eval_dataset=texts(8),
         importance=ImportanceConfig(budget=budget) if importance is None else importance,
         callbacks=[watch],

@@ -13,7 +13,7 @@ from hf_importance.sampling.progress import GradientSample, gain
 
 
 def test_training_ends_early_and_reports_the_savings(tmp_path, caplog):
-    trainer, watch = watched_trainer(tmp_path)
+    trainer, watch = watched_trainer(tmp_path, learning_rate=5e-3)
     output = trainer.train()
     assert 12 < output.global_step < 60
     assert watch.effective_steps[-1] >= 60 > watch.effective_steps[-2], "ends with the step that reaches the total"
@@ -68,7 +68,7 @@ def test_last_step_is_evaluated_and_saved_and_the_best_model_loaded(tmp_path, st
     ids=["accumulation", "bf16", "worker"],
 )
 def test_training_ends_early_with_other_settings(tmp_path, settings):
-    trainer, watch = watched_trainer(tmp_path, num_train_epochs=8, **settings)
+    trainer, watch = watched_trainer(tmp_path, num_train_epochs=8, learning_rate=5e-3, **settings)
     planned = 8 * 10 // settings.get("gradient_accumulation_steps", 1)
     assert trainer.train().global_step < planned
     assert watch.effective_steps[-1] >= planned
