@@ -16,7 +16,8 @@ The modules, in the order of their imports (each imports only those above it):
 - `step`: the batches of one training step and their draws.
 - `columns`: per-example columns, gathered from all processes.
 - `loader`: the dataloader of the training loop, and one for previews.
-- `schedule`: learning rate and end of training by effective epochs.
+- `epochs`: where each epoch of the training loop ends.
+- `schedule`: learning rate, epochs and end of training by effective steps.
 - `support`: checks for unsupported settings, with the fix.
 - `overrides`: checks for overrides by users, with the fix.
 - `report`: findings about the data as table, plots, page and model card.

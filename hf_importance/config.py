@@ -56,8 +56,9 @@ class ImportanceConfig:
 
     budget: Budget = _setting(
         "auto",
-        "auto: num_train_epochs or max_steps count uniform-equivalent steps. Training ends, and the learning rate has "
-        "decayed, once they are reached; while a step is worth g uniform steps, the learning rate is √g times as high. "
+        "auto: num_train_epochs or max_steps count uniform-equivalent steps. Each epoch ends once it has those of a "
+        "uniform epoch, and training after the last, when the learning rate has decayed; while a step is worth g uniform "
+        "steps, the learning rate is √g times as high. "
         "A number above 0 and at most 10: run all epochs or steps, with this many visits per epoch relative to the "
         "dataset size.",
     )
@@ -78,13 +79,14 @@ class ImportanceConfig:
     )
     sampling: Sampling = _setting(
         "reshuffled",
-        "reshuffled: visits as evenly spaced as the rates allow, with rates updated eight times per pass, and a guard "
-        "that makes them uniform if importances are not informative. replacement: independent draws, as in the paper.",
+        "reshuffled: visits in strata, one in each stretch of 1/rate passes, with rates updated eight times per pass, "
+        "and a guard that makes them uniform if importances are not informative. replacement: independent draws, as in "
+        "the paper.",
     )
     memory_momentum: float = _setting(0.2, "Weight of the old importance when a new one is measured, in [0, 1).")
     uniform_fraction: float = _setting(
         0.3,
-        "Minimum share of the visits that is uniform, in [0, 1]; importance weights are at most its inverse.",
+        "Minimum share of the visits that is uniform, in [0, 1]; importance weights are at most about its inverse.",
     )
     weight_exponent: float = _setting(
         1.0,

@@ -43,6 +43,7 @@ ORDER = [
     "step",
     "columns",
     "loader",
+    "epochs",
     "schedule",
     "support",
     "overrides",
