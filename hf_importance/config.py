@@ -57,8 +57,8 @@ class ImportanceConfig:
     budget: Budget = _setting(
         "auto",
         "auto: num_train_epochs or max_steps count uniform-equivalent steps. Each epoch ends once it has those of a "
-        "uniform epoch, and training after the last, when the learning rate has decayed; while a step is worth g uniform "
-        "steps, the learning rate is √g times as high. "
+        "uniform epoch, and training after the last, when the learning rate has decayed; while a step is worth g "
+        "uniform steps, the learning rate is √g times as high. "
         "A number above 0 and at most 10: run all epochs or steps, with this many visits per epoch relative to the "
         "dataset size.",
     )
