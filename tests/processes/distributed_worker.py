@@ -27,7 +27,8 @@ from hf_importance.sampling.segments import SEGMENTS
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 BACKEND = "gloo" if "RANK" in os.environ else None
 EXAMPLES = 41  # 21 + 20, or 11 + 10 + 10 + 10
-EARLY_END = {"per_device_train_batch_size": 2, "learning_rate": 2e-2, "num_train_epochs": 10}
+EARLY_END = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "num_train_epochs": 10}
+EARLY_END["data"] = tiny.mostly_easy_texts(EXAMPLES)
 REPLACEMENT = {"sampling": "replacement"}
 GROUPED = {
     "train_sampling_strategy": "group_by_length",

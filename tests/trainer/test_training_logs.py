@@ -31,6 +31,7 @@ def test_logged_measurements_follow_their_definitions(tmp_path, sampling):
         )
         q = torch.cat(run.measured[4 * k : 4 * k + 4])
         expected = {
+            "importance/mean_weight": weight.mean(),
             "importance/effective_sample_size": weight.sum() ** 2 / weight.square().sum() / len(weight),
             "importance/variance_ratio": (weight * q).square().sum() / (q.square() / rate).sum(),
             "importance/mean": (q / rate).sum() / (1 / rate).sum(),
