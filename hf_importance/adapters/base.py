@@ -76,7 +76,7 @@ class LossAdapter(ABC):
         if self._batches.due():
             losses = theirs.detach().as_subclass(Tensor), self.mean_of(measured).detach()
             _, finite = self._batches.together(partial(self._compare_finite, *losses), 1)
-            self._batches.decide("" if finite.any() else "it is not finite")
+            self._batches.decide(bool(finite.any()), "it is not finite")
         return measured
 
     def mean_of(self, measured: Measured) -> Tensor:

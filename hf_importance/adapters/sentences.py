@@ -132,7 +132,7 @@ class SentenceLoss(LossAdapter):
         _, found = self._coupling.together(partial(self._refuse_terms, *given), 2)
         if found[:, 1].any():
             self._coupling.together(partial(self._refuse_coupled, *given), 0)
-        self._coupling.decide("" if found[:, 0].any() else "its losses are not finite")
+        self._coupling.decide(bool(found[:, 0].any()), "its losses are not finite")
 
     def _refuse_terms(self, *given: Any) -> tuple[None, list[bool]]:
         """Refuse sums and data without labels; return whether the first losses are finite, and whether they change."""

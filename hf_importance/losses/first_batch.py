@@ -46,7 +46,7 @@ class FirstBatches:
         self._gather, self._hint = gather, hint
         self.done = False
         self.batches = 0
-        self.open = ""  # what was not decided in the last check
+        self.open = ""  # what the last check left open
 
     def due(self) -> bool:
         """Whether to check the next batch."""
@@ -78,19 +78,24 @@ class FirstBatches:
             raise ValueError(f"A check failed in process {failed[0]}, whose error says why; training stops in all.")
         return found, table[:, 1:]
 
-    def decide(self, still_open: str) -> None:
-        """End the checks if nothing is open, or after the last of them, with a warning."""
-        self.open = still_open
-        self.done = not still_open or self.batches >= _LAST
+    @property
+    def last(self) -> bool:
+        """Whether this check is the last one."""
+        return self.batches >= _LAST
+
+    def decide(self, settled: bool, still_open: str = "") -> None:
+        """End the checks if all is settled, or after the last of them, with a warning of what is still open."""
+        self.open = "" if settled else still_open
+        self.done = settled or self.last
         if self.done:
             self.warn()
 
     def warn(self) -> None:
-        """Name what was not decided, once; also at the end of a training."""
+        """Name what was not settled, once; also at the end of a training."""
         if self.open:
             logger.warning(
-                f"The model's own loss could not be compared on the first {self.batches} batches: {self.open}. If it "
-                f"is not the usual one, training differs from that of Trainer. {self._hint}"
+                f"On the first {self.batches} batches, the loss could not be compared with that of the model itself: "
+                f"{self.open}. If it is another one, training differs from that of Trainer. {self._hint}"
             )
         self.open = ""
 
@@ -142,7 +147,7 @@ def judge(comparisons: list[Compared], adds: bool = False) -> Verdict:
         comparisons: comparisons on one batch.
         adds: whether the model adds a term that does not depend on the labels, so that only changes are compared.
     """
-    finite = [c for c in comparisons if math.isfinite(c.theirs)]
+    finite = [c for c in comparisons if math.isfinite(c.theirs) and any(map(math.isfinite, c.ours))]
     since = finite.pop(0) if adds and finite else None
     if not finite:
         return Verdict()

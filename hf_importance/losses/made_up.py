@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_importance.losses.per_example import IGNORE_INDEX
 
 _CLASSES_AT_ONCE = 32  # more would make the share of each too small to show
+_SAMPLES = 2  # tensors of labels for a sample of the classes
 _ELEMENTS = 2**24  # logits per piece
 _MASKED = 1e4  # a logit this far below the largest is masked: its class cannot occur
 _CANDIDATES = 64
@@ -58,24 +59,27 @@ class ClassLabels:
         Args:
             start: first class.
             most: at most so many tensors of labels, and as many again for classes that those do not show.
-            sample: if there are too many classes, take some spread evenly over all, as for the words of a language.
+            sample: if there are more classes, take some spread evenly over all, as for the words of a language.
         """
         classes = self._logits.shape[1]
         at_once = max(1, min(_CLASSES_AT_ONCE, len(self._kept) // 2))
         wanted = range(start, min(classes, start + most * at_once))
-        if sample and wanted.stop < classes:
-            wanted = range(0, classes, -(-classes // (most * at_once)))
+        sample &= wanted.stop < classes
+        if sample:
+            wanted = range(0, classes, -(-classes // (_SAMPLES * at_once)))
         made, shown = [], torch.zeros(classes, dtype=torch.bool)
         for beside, first in ((self._likely, 0), (self._unlikely, 1)):
             missing = [c for c in wanted if not shown[c]]
-            if beside is self._unlikely and len(missing) == len(wanted):
+            if first and len(missing) == len(wanted):
                 return MadeUp([], start)  # all losses are equal
             for part in torch.tensor(missing, dtype=torch.long).split(at_once) if missing else ():
                 labels = self._mixed(part.to(beside.device), beside, first)
                 made.append(labels)
                 shown |= self._shown(labels, part)
-        reached = classes if sample else wanted.stop
-        return MadeUp(made, reached if all(shown[c] for c in wanted) else start)
+        missing = sum(not shown[c] for c in wanted)
+        if sample:
+            return MadeUp(made, classes if 2 * missing < len(wanted) else start)
+        return MadeUp(made, start if missing else wanted.stop)
 
     def _mixed(self, classes: Tensor, beside: Tensor, first: int) -> Tensor:
         labels = beside.clone()

@@ -319,7 +319,7 @@ class Objective:
         row, found = together(lambda: self._first_loss(inputs, labels, batch), 2)
         if found[:, 1].any():
             together(lambda: self._refuse_coupled(inputs, labels, batch, row), 0)
-        self._first_batches.decide("" if found[:, 0].any() else "no loss of per_example_loss_func is finite")
+        self._first_batches.decide(bool(found[:, 0].any()), "no loss of per_example_loss_func is finite")
 
     def _first_loss(self, inputs: dict[str, Any], labels: Labels, batch: int) -> tuple[int | None, list[bool]]:
         """An example, whether there is one with a finite loss, and whether that differs in a batch of its copies."""

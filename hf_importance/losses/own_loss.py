@@ -74,7 +74,7 @@ class OwnLoss:
         """
         look, calls = self._batches.together(partial(self._look, inputs, labels, batch), 1)
         if look is None:
-            self._batches.decide("")
+            self._batches.decide(settled=True)
             return
         compare = partial(self._compare_made_up, inputs, look, batch, int(calls.max()))
         _, found = self._batches.together(compare, 4)
@@ -86,17 +86,22 @@ class OwnLoss:
             )
         if kept or shifted:
             self.shifts = bool(shifted)
+        progress = int(reached) > self.reached
         self.reached = max(self.reached, int(reached))
-        self._batches.decide(self._still_open(look, bool(compared)))
+        self._settle(look, bool(compared), progress)
 
-    def _still_open(self, look: _Look, compared: bool) -> str:
+    def _settle(self, look: _Look, compared: bool, progress: bool) -> None:
+        decide = self._batches.decide
         if not compared:
-            return "its loss is not finite"
-        if self.adds:
-            return ""
-        if len(look.own.ours) > 1 and self.shifts is None:
-            return "it is the same for shifted labels and for labels as they are"
-        return "its losses are too much alike to show class weights" if self.reached < look.classes else ""
+            decide(False, "its loss is not finite")
+        elif self.adds:
+            decide(settled=True)
+        elif len(look.own.ours) > 1 and self.shifts is None:
+            decide(False, "it is the same for shifted labels and for labels as they are")
+        else:
+            alike = self._batches.last and not progress
+            message = "its losses are too much alike for class weights to show" if alike else ""
+            decide(self.reached >= look.classes, message)
 
     # ---- comparisons -------------------------------------------------------------------------------------------------
 
@@ -230,8 +235,9 @@ class OwnLoss:
         """For several classes per example, and for regression."""
         if not target.is_floating_point() or self.adds:
             return []
-        if target.dim() == 2 and target.shape[1] > 1 and self._objective.problem_type != "regression":
-            several = self._objective.problem_type != "single_label_classification"
+        problem_type = self._objective.problem_type
+        if target.dim() == 2 and target.shape[1] > 1 and problem_type != "regression":
+            several = problem_type != "single_label_classification" and target.shape == logits.shape
             return made_up.several_classes(target) if several else []
         made = made_up.numbers_between(target)
         error = (logits.float().flatten() - (made or [target])[0].flatten()).abs()
