@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class OwnLoss:
         if not given:
             _refuse_logits_of_labels(usual, with_labels)
         look = _Look(outputs, given, labels, own, MadeUp(), 0, self.adds)
-        self._make_up(look, inputs, batch)
+        self._make_up(look, objective.with_decoder_inputs(inputs, labels), batch)
         return look, [len(look.made.labels)]
 
     def _compare(
@@ -151,8 +151,8 @@ class OwnLoss:
         ours = [terms.mean()]
         if objective.are_tokens(heads.decision_of(*made_of), labels):
             ours = [objective.terms(*made_of, inputs, labels, batch, shifts).mean() for shifts in (False, True)]
-        resized = terms.are_sums and len(ours) == 1  # masks, maybe in another precision
-        relative = precision_of(theirs, coarse=fused or resized)
+        resized = terms.are_sums and len(ours) == 1  # masks
+        relative = precision_of(theirs, coarse=fused or resized or self._mixes_precisions)
         return Compared(theirs.float().mean().item(), [mean.item() for mean in ours], relative), terms.mean()
 
     def _compare_made_up(self, inputs: dict[str, Any], look: _Look, batch: int, calls: int) -> tuple[None, list[float]]:
@@ -161,7 +161,11 @@ class OwnLoss:
         inputs = self._objective.with_decoder_inputs(inputs, look.labels)
         for call in range(calls):
             made = look.made.labels[call] if call < len(look.made.labels) else look.labels
-            compared, _ = self._compare(inputs, made, batch, (look.outputs, look.given))
+            try:
+                compared, _ = self._compare(inputs, made, batch, (look.outputs, look.given))
+            except ValueError:  # the model demands more of its labels
+                look.made.reached = look.classes
+                continue
             compared.made_up = True
             comparisons.append(compared)
         verdict = judge(comparisons, self.adds)
@@ -171,6 +175,13 @@ class OwnLoss:
         votes = verdict.agree if sum(verdict.agree) == 1 < len(verdict.agree) else [False, False]
         compared = bool(verdict.agree) or (self.adds and not look.made.labels)
         return None, [compared, *votes, look.made.reached]
+
+    @cached_property
+    def _mixes_precisions(self) -> bool:
+        """Whether the loss may be computed of logits in another precision than those that are returned."""
+        model = self._objective.model
+        of_accelerate = hasattr(model, "_original_forward")  # in mixed precision
+        return of_accelerate or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
 
     # ---- labels that are made up -------------------------------------------------------------------------------------
 
