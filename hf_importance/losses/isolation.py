@@ -25,7 +25,8 @@ def without_side_effects(model: nn.Module, separately: bool = False) -> Iterator
     `eval()` and `train()` are not called, because models override them: LoRA layers merge their weights, frozen batch
     normalisation keeps its mode. Inside, buffers are copies, and random generators start from a fixed seed. Afterwards
     the attributes of every module (modes, counters, lists, caches), buffers and random states are those of before.
-    What a module does elsewhere (global variables, hooks that fill lists, objects in its attributes) is not undone.
+    What a module does elsewhere is not undone: parameters that its forward pass changes, global variables, lists that
+    hooks fill, objects in its attributes.
 
     Args:
         model: the model.
@@ -35,6 +36,7 @@ def without_side_effects(model: nn.Module, separately: bool = False) -> Iterator
     """
     modules = list(model.modules())
     devices = {parameter.device for parameter in model.parameters()}
+    modes = [module.training for module in modules]
     restore = [_remember(module) for module in modules]
     _copy_buffers(modules)
     try:
@@ -47,6 +49,9 @@ def without_side_effects(model: nn.Module, separately: bool = False) -> Iterator
     finally:
         for undo in restore:
             undo()
+        for module, mode in zip(modules, modes, strict=True):
+            if module.training != mode:  # of a compiled module, which has it elsewhere
+                module.training = mode
 
 
 def _remember(module: nn.Module) -> Callable[[], None]:

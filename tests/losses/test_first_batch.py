@@ -90,6 +90,21 @@ def test_control_effects_on_such_a_model_change_its_training(tmp_path, act):
     assert tiny.difference(tiny.trained(tmp_path, Acting(), rows, Disturbed), plain) > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_modes_of_compiled_modules_are_restored():
+    norm = torch.jit.script(nn.BatchNorm1d(4))
+    model = nn.Sequential(nn.Linear(4, 4), norm)
+    with without_side_effects(model, separately=True):
+        model(torch.randn(8, 4))
+        assert [module.training for module in model.modules()] == [False, True, False]
+    assert all(module.training for module in model.modules())
+    assert norm.num_batches_tracked == 0
+    with without_side_effects(model):
+        model(torch.randn(8, 4))
+        assert norm.num_batches_tracked == 1, "control"
+    assert norm.num_batches_tracked == 0
+
+
 def test_effects_are_undone(tmp_path):
     """Attributes, containers, shared buffers; a buffer that is saved for a backward pass may be used afterwards."""
     model = nn.Module()

@@ -192,6 +192,9 @@ def test_shift_is_found_if_the_first_batches_have_no_labels(tmp_path, shifts, ba
     order = tiny.trained(tmp_path, model, causal_rows(), tiny.Recorder, uniform, **{**settings, "max_steps": 2}).draws
     first = {i for draw in order[:2] for i in draw.index}
     data = without_labels(causal_rows(), first)
+    start = tiny.trained(tmp_path, model, data, tiny.Recorder, uniform, **{**settings, "max_steps": 1})
+    known = start._get_objective().state_dict()["known"]
+    assert known is not zero, "labels are made up, so that it is known before the first update if anything shows it"
     ours = tiny.trained(tmp_path, model, data, tiny.Recorder, uniform, **settings)
     assert {i for draw in ours.draws[:2] for i in draw.index} == first, "premise"
     assert ours._get_objective().shifts is shifts
