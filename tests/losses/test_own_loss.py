@@ -114,7 +114,7 @@ OTHER_HEADS = {
 }
 
 
-@pytest.mark.parametrize(("classes", "batch"), [(20, 8), (100, 8), (3, 1), (300, 2)])
+@pytest.mark.parametrize(("classes", "batch"), [(20, 8), (100, 8), (100, 2), (3, 1), (300, 2)])
 def test_more_classes_than_rows(tmp_path, classes, batch):
     """The usual loss is accepted, and the weight of a single class is refused, at the latest on a later batch."""
     data = rows_without(classes - 1, 64, total=classes)
