@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_importance.randomness import isolated_randomness
 
+_OF_TORCH = vars(nn.Module()).keys()  # parameters and hooks, which engines exchange: FSDP2 gathers the former
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 
 
@@ -58,7 +59,8 @@ def _remember(module: nn.Module) -> Callable[[], None]:
     """A function that restores the attributes of a module, its buffers included."""
     attributes = vars(module)
     before = dict(attributes)
-    contents = [(value, copy.copy(value)) for value in before.values() if type(value) in _CONTAINERS]
+    containers = [before[name] for name in before.keys() - _OF_TORCH if type(before[name]) in _CONTAINERS]
+    contents = [(value, copy.copy(value)) for value in containers]
     buffers = dict(module._buffers.items())
     for name, value in before.items():
         if type(value) is Tensor:
