@@ -14,17 +14,18 @@ from torch import nn
 
 @contextmanager
 def isolated_randomness(
-    seed: int = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = ()
+    seed: int = 0, devices: Iterable[torch.device] = (), owners: Iterable[Any] = (), depth: int = 3
 ) -> Iterator[None]:
     """Restore the random state of Python, NumPy and torch on exit, as if nothing had been drawn inside.
 
     Args:
         seed: seed of the global generators inside.
         devices: GPUs whose generators are restored, in addition to the CPU.
-        owners: datasets and collators whose own generators are restored as well.
+        owners: datasets, collators or modules whose own generators are restored as well.
+        depth: how deep generators are looked for in the attributes of owners.
     """
     python, arrays = random.getstate(), numpy.random.get_state()
-    restore = [undo for owner in owners for undo in _restoring(owner)]
+    restore = [undo for owner in owners for undo in _restoring(owner, depth)]
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
@@ -38,7 +39,7 @@ def isolated_randomness(
                 undo()
 
 
-def _restoring(owner: Any, depth: int = 3) -> Iterator[Callable[[], None]]:
+def _restoring(owner: Any, depth: int) -> Iterator[Callable[[], None]]:
     """Functions that restore each generator in an object and its attributes, and remove those created later."""
     attributes = getattr(owner, "__dict__", {})
     for name, value in list(attributes.items()):

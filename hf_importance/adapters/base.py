@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_importance.losses.first_batch import losses_agree
+from hf_importance.losses.first_batch import FirstBatches, losses_agree
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
 
@@ -24,8 +25,8 @@ ComputeLoss = Callable[[Any, dict[str, Any]], Any]
 class LossAdapter(ABC):
     """Calls the `compute_loss` of a trainer, and extracts per-example losses and importances.
 
-    Side effects of `compute_loss`, such as metrics, are kept. On the first batch, its loss is compared with the mean of
-    the per-example losses.
+    Side effects of `compute_loss`, such as metrics, are kept. On the first batch with a finite loss, it is compared
+    with the mean of the per-example losses.
 
     Args:
         trainer: the adapted trainer, with its model.
@@ -42,7 +43,7 @@ class LossAdapter(ABC):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._metric = trainer.importance_config.metric
-        self._compared = False
+        self._batches = FirstBatches(trainer._gather_values, UNKNOWN)
         if self._metric not in _METRICS:
             raise ValueError(
                 f"metric must be one of {list(_METRICS)} for {self.name}, but is {self._metric!r}: it needs the "
@@ -72,14 +73,21 @@ class LossAdapter(ABC):
 
         measured = self.measure(kept, model, inputs, draw)
         theirs, measured.outputs = returned[-1] if isinstance(returned[-1], tuple) else (returned[-1], None)
-        if not self._compared:
-            self._compare(theirs.detach().as_subclass(Tensor), self.mean_of(measured).detach())
-            self._compared = True
+        if self._batches.due():
+            losses = theirs.detach().as_subclass(Tensor), self.mean_of(measured).detach()
+            _, finite = self._batches.together(partial(self._compare_finite, *losses), 1)
+            self._batches.decide(bool(finite.any()), "it is not finite")
         return measured
 
     def mean_of(self, measured: Measured) -> Tensor:
         """The loss that the trainer computes from these losses, for a single batch."""
         return measured.weighted_mean(torch.ones_like(measured.losses))
+
+    def _compare_finite(self, theirs: Tensor, ours: Tensor) -> tuple[None, list[bool]]:
+        finite = bool(theirs.isfinite().all())
+        if finite:
+            self._compare(theirs, ours)
+        return None, [finite]
 
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
         if not losses_agree(theirs, ours):
@@ -105,10 +113,11 @@ class LossAdapter(ABC):
 
     def start(self) -> None:
         """Reset at the start of training, possibly with another model."""
-        self._compared = False
+        self._batches = FirstBatches(self.trainer._gather_values, UNKNOWN)
 
-    def close(self) -> None:  # noqa: B027
-        """Nothing to clean up by default."""
+    def close(self) -> None:
+        """Warn if the losses were never compared."""
+        self._batches.warn()
 
     def state_dict(self) -> dict[str, Any]:
         """A state that makes [`objective.Objective`] repeat its checks."""

@@ -16,7 +16,8 @@ from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, LossAdapter
-from hf_importance.losses.first_batch import copies_of_the_first, losses_agree, without_side_effects
+from hf_importance.losses.first_batch import FirstBatches, copies_of, losses_agree
+from hf_importance.losses.isolation import without_side_effects
 from hf_importance.losses.objective import Measured, observed_of
 from hf_importance.sampling.draw import Draw
 
@@ -51,16 +52,15 @@ class SentenceLoss(LossAdapter):
     def start(self) -> None:
         """See [`LossAdapter`]."""
         super().start()
-        self._checked = False
+        self._coupling = FirstBatches(self.trainer._gather_values, _TRAINER)
         of_model = set(self.trainer.model.modules())
         self._modules = [m for m in self.trainer.loss.modules() if isinstance(m, _Loss) and m not in of_model]
 
     def measure(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], draw: Draw) -> Measured:
         """See [`LossAdapter`]."""
         size = len(draw.index)
-        if not self._checked:
-            self._check_first_batch(compute_loss, model, inputs, size)
-            self._checked = True
+        if self._coupling.due():
+            self._check_coupling(compute_loss, model, inputs, size)
         loss, calls = self._record_losses(compute_loss, model, inputs)
         calls = [call for call in calls if call.mean.requires_grad]
         factors = torch.autograd.grad(loss, [c.mean for c in calls], retain_graph=True, allow_unused=True)
@@ -122,21 +122,24 @@ class SentenceLoss(LossAdapter):
                 f"is {ours.item():.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
             )
 
-    def _check_first_batch(
-        self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int
-    ) -> None:
+    def _check_coupling(self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int) -> None:
         """Refuse losses that compare examples, which change in a batch of copies of the first example.
 
-        Untrained models hardly distinguish examples, so losses without labels are refused as well.
+        Untrained models hardly distinguish examples, so losses without labels are refused as well. A change may be due
+        to dropout or batch statistics: then both batches are evaluated without these.
         """
-        trainer = self.trainer
+        given = (compute_loss, model, inputs, size)
+        _, found = self._coupling.together(partial(self._refuse_terms, *given), 2)
+        if found[:, 1].any():
+            self._coupling.together(partial(self._refuse_coupled, *given), 0)
+        self._coupling.decide(bool(found[:, 0].any()), "its losses are not finite")
+
+    def _refuse_terms(self, *given: Any) -> tuple[None, list[bool]]:
+        """Refuse sums and data without labels; return whether the first losses are finite, and whether they change."""
+        trainer, inputs = self.trainer, given[2]
         components, trainer.accum_loss_components = trainer.accum_loss_components, {"train": {}, "eval": {}}
         try:
-            with without_side_effects(nn.ModuleList([trainer.model, trainer.loss])):
-                _, calls = self._record_losses(compute_loss, model, inputs)
-                losses = [call.losses(size)[0] for call in calls]
-                _, calls = self._record_losses(compute_loss, model, copies_of_the_first(inputs, size))
-                alone = [call.losses(size)[0] for call in calls]
+            finite, alike = self._first_losses_alone(*given)
             terms = {name for found in trainer.accum_loss_components.values() for name in found} - {"steps"}
         finally:
             trainer.accum_loss_components = components
@@ -150,12 +153,35 @@ class SentenceLoss(LossAdapter):
                 f"The training data has no label, so {self._loss_name} is assumed to compare the examples of a batch "
                 f"with each other (in-batch negatives): such losses have no per-example loss to weight. {_TRAINER}"
             )
-        precisely = trainer.accelerator.mixed_precision == "no"
-        if len(losses) != len(alone) or not all(map(partial(losses_agree, precisely=precisely), losses, alone)):
+        return None, [finite, finite and not alike]
+
+    def _refuse_coupled(self, *given: Any) -> tuple[None, list[bool]]:
+        trainer = self.trainer
+        components, trainer.accum_loss_components = trainer.accum_loss_components, {"train": {}, "eval": {}}
+        try:
+            finite, alike = self._first_losses_alone(*given, separately=True)
+        finally:
+            trainer.accum_loss_components = components
+        if finite and not alike:
             raise ValueError(
                 f"{self._loss_name} compares the examples of a batch with each other (in-batch negatives): the loss "
                 f"of the first one changes with the others, so it cannot be weighted on its own. {_TRAINER}"
             )
+        return None, []
+
+    def _first_losses_alone(
+        self, compute_loss: ComputeLoss, model: nn.Module, inputs: dict[str, Any], size: int, separately: bool = False
+    ) -> tuple[bool, bool]:
+        """Whether the losses of the first example are finite, and the same in a batch of its copies."""
+        trainer, found = self.trainer, []
+        for batch in (inputs, copies_of(inputs, size)):
+            with without_side_effects(nn.ModuleList([trainer.model, trainer.loss]), separately):
+                _, calls = self._record_losses(compute_loss, model, batch)
+                found.append([call.losses(size)[0] for call in calls])
+        losses, alone = found
+        precisely = trainer.accelerator.mixed_precision == "no"
+        agree = map(partial(losses_agree, precisely=precisely), losses, alone)
+        return all(loss.isfinite() for loss in losses), len(losses) == len(alone) and all(agree)
 
 
 def _refuse_arguments(trainer: Any) -> None:

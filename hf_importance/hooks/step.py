@@ -142,7 +142,14 @@ class StepMixin:
             smoothing,
             self.per_example_loss_func,
             causal or (not smoothing and self._loss_shifts_labels),  # with smoothing, `Trainer` only checks the former
+            self._gather_values,
         )
+
+    def _gather_values(self, values: list[float]) -> Tensor:
+        """Values of this process to those of all, `[processes, values]`, on the CPU."""
+        table = torch.zeros(self.args.world_size, len(values))
+        table[self.args.process_index] = torch.tensor(values)
+        return self._sum_on_device(table)
 
     def _labels_in(self, inputs: dict[str, Any]) -> list[str]:
         return [name for name in self.label_names or ["labels"] if name in inputs]

@@ -12,22 +12,24 @@ from torch import Tensor, nn
 
 from hf_importance.losses import heads, per_example
 from hf_importance.losses.first_batch import (
-    accepts,
-    copies_of_the_first,
+    FirstBatches,
+    Gather,
+    alone,
+    copies_of,
+    coupled,
     losses_agree,
     may_skip_logits,
-    refuse_another_loss,
     refuse_coupled,
-    refuse_coupled_by_model,
     requires,
-    without_side_effects,
+    telling_row,
 )
 from hf_importance.losses.heads import Labels, PerExampleLoss, Terms
+from hf_importance.losses.isolation import without_side_effects
 from hf_importance.losses.last_layer import LastLayer
+from hf_importance.losses.own_loss import OwnLoss
 from hf_importance.record import OBSERVED
 from hf_importance.state import read_number
 
-_AUXILIARY_LOSSES = ("aux_loss", "z_loss")
 _MASK_IGNORES = 255
 
 
@@ -82,15 +84,16 @@ class Objective:
     The loss is computed outside the model, from its logits. Its kind follows from labels and outputs by the rules of
     the heads of transformers: cross-entropy, binary cross-entropy or squared error per example (`config.problem_type`,
     else from the number of logits and the type of the labels); cross-entropy of tokens (shifted by one for causal
-    language models), of pixels, or of the start and end of a span; or `per_example_loss_func`. On the first batch it is
-    compared with the model's own loss.
+    language models), of pixels, or of the start and end of a span; or `per_example_loss_func`. On the first batches it
+    is compared with the model's own loss, see [`OwnLoss`].
 
     Args:
         model: the unwrapped model.
         metric: see `ImportanceConfig`.
         label_smoothing: `TrainingArguments.label_smoothing_factor`, for cross-entropy.
         per_example_loss_func: see `ImportanceTrainerMixin`.
-        causal: whether tokens are predicted from the previous ones; the first batch may correct this.
+        causal: whether tokens are predicted from the previous ones; the first batches may correct this.
+        gather: collects what the processes find on the first batches, to decide together.
     """
 
     def __init__(
@@ -100,22 +103,24 @@ class Objective:
         label_smoothing: float = 0.0,
         per_example_loss_func: PerExampleLoss | None = None,
         causal: bool = False,
+        gather: Gather = alone,
     ) -> None:
-        self._model = model
+        self.model = model
         self._config = getattr(model, "config", None)
         self._metric = metric
-        self._label_smoothing = label_smoothing
+        self.label_smoothing = label_smoothing
         self._per_example_loss_func = per_example_loss_func
         self._own_losses = None if per_example_loss_func is None else heads.with_inputs(per_example_loss_func)
-        self._shifts = causal
+        self._causal = causal
         self._last_layer: LastLayer | None = None
-        self._checked = False
-        self._has_auxiliary_loss = False
+        self._first_batches = FirstBatches(gather)
+        self._own_loss = OwnLoss(self, self._first_batches)
         self._needs: bool | None = None
         self._classes = 0  # number of classes, for masks
 
     def close(self) -> None:
-        """Remove the hooks from the model."""
+        """Remove the hooks from the model; warn if its own loss was never compared."""
+        self._first_batches.warn()
         if self._last_layer is not None:
             self._last_layer.remove()
 
@@ -133,13 +138,13 @@ class Objective:
         """
         labels = heads.whole_numbers(labels)
         if self._metric == "last_layer_gradient" and self._last_layer is None:
-            self._last_layer = LastLayer(self._model)
-        if not self._checked:
-            self._check_first_batch(inputs, labels, batch)
-            self._checked = True
-        outputs, labels_given = self._forward(model, inputs, labels)
-        terms = self._terms(outputs, labels_given, inputs, labels, batch)
-        added = heads.loss_of(outputs) - terms.mean() if self._has_auxiliary_loss else 0.0
+            self._last_layer = LastLayer(self.model)
+        if self._first_batches.due():
+            check = self._own_loss.check if self._own_losses is None else self._check_function
+            check(inputs, labels, batch)
+        outputs, labels_given = self.forward(model, inputs, labels)
+        terms = self.terms(outputs, labels_given, inputs, labels, batch)
+        added = heads.loss_of(outputs) - terms.mean() if self._own_loss.adds else 0.0
         shown = terms.losses / terms.counted.clamp(min=1) if terms.are_sums else terms.losses
         observed, importance = _observe(shown, outputs, labels_given, labels), self._importance(terms)
         return Measured(terms.losses, importance, observed, added, outputs, terms.counted, terms.are_sums)
@@ -147,7 +152,7 @@ class Objective:
     def evaluate(self, model: nn.Module, inputs: dict[str, Any], labels: Labels) -> tuple[Tensor, Any]:
         """The mean loss of `per_example_loss_func`, and the outputs; the loss is prepended to a tuple of outputs."""
         labels = heads.whole_numbers(labels)
-        outputs, labels_given = self._forward(model, inputs, labels)
+        outputs, labels_given = self.forward(model, inputs, labels)
         loss = self._own_losses(outputs, *_as_arguments(inputs, labels)).mean()
         if isinstance(outputs, Mapping):
             return loss, outputs
@@ -157,56 +162,67 @@ class Objective:
     @property
     def shifts(self) -> bool:
         """Whether tokens are predicted from the previous ones."""
-        return self._shifts
+        return self._causal if self._own_loss.shifts is None else self._own_loss.shifts
 
     def state_dict(self) -> dict[str, Any]:
-        """Results of the checks on the first batch, so a resumed training does not repeat them."""
+        """Results of the checks on the first batches, so a resumed training does not repeat them."""
         return {
             "loss": self._loss_identity,
-            "looked": self._checked,
-            "shifts": self._shifts,
-            "adds": self._has_auxiliary_loss,
+            "looked": self._first_batches.done,
+            "shifts": self.shifts,
+            "adds": self._own_loss.adds,
+            "batches": self._first_batches.batches,
+            "known": self._own_loss.shifts is not None,
+            "reached": self._own_loss.reached,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a [`state_dict`]; with a different model or loss, the first batch is checked again."""
+        """Restore a [`state_dict`]; with a different model or loss, the first batches are checked again."""
         looked, shifts, adds = (read_number(state, name, bool) for name in ("looked", "shifts", "adds"))
+        since = {"batches": 0, "reached": 0, "known": looked, **state}  # not in checkpoints of 0.2
+        batches, reached = (read_number(since, name, int, 0) for name in ("batches", "reached"))
+        known = read_number(since, "known", bool)
         if state["loss"] == self._loss_identity:
-            self._checked, self._shifts, self._has_auxiliary_loss = looked, shifts, adds
+            self._first_batches.done, self._first_batches.batches = looked, batches
+            self._own_loss.shifts, self._own_loss.adds = shifts if known else None, adds
+            self._own_loss.reached = reached
 
     @property
     def _loss_identity(self) -> list[Any]:
         """Model and loss for which the checks on the first batch are valid."""
         function = self._per_example_loss_func
         name = None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
-        return [type(self._model).__name__, self._label_smoothing, name]
+        return [type(self.model).__name__, self.label_smoothing, name]
 
     # ---- the forward pass --------------------------------------------------------------------------------------------
 
-    def _forward(
-        self, model: nn.Module, inputs: dict[str, Any], labels: Labels, give: bool = False
-    ) -> tuple[Any, bool]:
+    def forward(self, model: nn.Module, inputs: dict[str, Any], labels: Labels, give: bool = False) -> tuple[Any, bool]:
         """Return the outputs, and whether the model was given the labels: for an auxiliary loss, or if required."""
-        if {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs) or not self._decodes(labels):
-            must = self._needs_labels(labels)
-        elif hasattr(self._model, "prepare_decoder_input_ids_from_labels"):
-            inputs = {**inputs, "decoder_input_ids": self._model.prepare_decoder_input_ids_from_labels(**labels)}
-            must = False
-        else:  # the model derives them from the labels
-            must = True
-        labels_given = give or must or self._has_auxiliary_loss
+        inputs = self.with_decoder_inputs(inputs, labels)
+        must = self.makes_inputs(inputs, labels) or self._needs_labels(labels)
+        labels_given = give or must or self._own_loss.adds
         if labels_given and self._may_skip_logits:
             inputs = {**inputs, "skip_logits": False}
         return (model(**{**inputs, **labels}) if labels_given else model(**inputs)), labels_given
 
+    def with_decoder_inputs(self, inputs: dict[str, Any], labels: Labels) -> dict[str, Any]:
+        """The inputs, with those of the decoder that an encoder-decoder makes of its labels, if it can be asked to."""
+        if not self.makes_inputs(inputs, labels) or not hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
+            return inputs
+        return {**inputs, "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(**labels)}
+
+    def makes_inputs(self, inputs: dict[str, Any], labels: Labels) -> bool:
+        """Whether the model makes the inputs of its decoder of the labels."""
+        return not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs) and self._decodes(labels)
+
     def _needs_labels(self, labels: Labels) -> bool:
         if self._needs is None:  # cached: it takes as long as a small layer
-            self._needs = requires(self._model, labels)
+            self._needs = requires(self.model, labels)
         return self._needs
 
     @cached_property
     def _may_skip_logits(self) -> bool:
-        return may_skip_logits(self._model)
+        return may_skip_logits(self.model)
 
     def _decodes(self, labels: Labels) -> bool:
         """Whether the model is an encoder-decoder that generates its labels."""
@@ -216,35 +232,57 @@ class Objective:
 
     # ---- kind of loss ------------------------------------------------------------------------------------------------
 
-    def _terms(self, outputs: Any, labels_given: bool, inputs: dict[str, Any], labels: Labels, batch: int) -> Terms:
+    def terms(
+        self,
+        outputs: Any,
+        labels_given: bool,
+        inputs: dict[str, Any],
+        labels: Labels,
+        batch: int,
+        shifts: bool | None = None,
+    ) -> Terms:
+        """Losses of a batch, with token labels shifted as `shifts` says; by default as the model does."""
         if self._per_example_loss_func is not None:
             return heads.custom(self._own_losses, outputs, *_as_arguments(inputs, labels), batch, labels_given)
         if set(heads.SPAN) <= set(labels):
             return heads.span(*heads.logits_of(outputs, batch, labels_given, span=True), labels)
         (logits,) = heads.logits_of(outputs, batch, labels_given)
-        target = self._target(logits, labels)
+        target = self.target(logits, labels)
         try:
-            if _is_mask(logits, target):
-                return heads.pixels(logits, target, self._label_smoothing)
-            if target.dim() == 2 and logits.dim() == 3 and not target.is_floating_point():
-                return heads.tokens(logits, target, self._shifts, self._label_smoothing)
-            return heads.classification(logits, target, self._problem_type, self._label_smoothing)
+            if self.is_mask(logits, target):
+                return heads.pixels(logits, target, self.label_smoothing)
+            if self.are_tokens(logits, labels):
+                return heads.tokens(logits, target, self.shifts if shifts is None else shifts, self.label_smoothing)
+            return heads.classification(logits, target, self.problem_type, self.label_smoothing)
         except (IndexError, RuntimeError) as error:
             heads.refuse_out_of_range(logits, target)
             shapes = f"{list(target.shape)} ({target.dtype}) do not fit logits {list(logits.shape)}"
             raise ValueError(f"Labels {shapes} ({error}). {heads.HINT}") from error
 
-    def _target(self, logits: Tensor, labels: Labels) -> Tensor:
-        """The labels in the form that the loss of these logits requires."""
+    def target(self, logits: Tensor, labels: Labels) -> Tensor:
+        """The labels in the form that the loss of these logits requires: ignored positions are -100."""
         ((name, target),) = list(labels.items())[:1]
         if not isinstance(target, Tensor):
             raise ValueError(
                 f"{name} must be a tensor, but is {_kind(target)}, for which there is no standard loss. {heads.HINT}"
             )
-        if _is_mask(logits, target):
+        if self.is_mask(logits, target):
             self._classes = logits.shape[1]
             return self._with_ignored(target)
-        return heads.read_labels(target, logits, self._problem_type)
+        return heads.read_labels(target, logits, self.problem_type)
+
+    @staticmethod
+    def is_mask(logits: Tensor, labels: Tensor) -> bool:
+        """Whether labels are one class per pixel."""
+        usual = labels.shape == logits.shape[:-1]  # classes on the last axis, as for word pairs
+        return logits.dim() == 4 and labels.dim() == 3 and not labels.is_floating_point() and not usual
+
+    @staticmethod
+    def are_tokens(logits: Tensor | None, labels: Labels) -> bool:
+        """Whether labels are one class per token."""
+        target = next(iter(labels.values()))
+        known = len(labels) == 1 and isinstance(target, Tensor) and logits is not None
+        return known and target.dim() == 2 and logits.dim() == 3 and not target.is_floating_point()
 
     def _with_ignored(self, mask: Tensor) -> Tensor:
         usual = _MASK_IGNORES if self._classes <= _MASK_IGNORES else per_example.IGNORE_INDEX
@@ -252,13 +290,14 @@ class Objective:
         return mask.masked_fill(mask == ignored, per_example.IGNORE_INDEX)
 
     @property
-    def _problem_type(self) -> str | None:
+    def problem_type(self) -> str | None:
+        """`config.problem_type` of the model; None if it has none."""
         return getattr(self._config, "problem_type", None)
 
     def count(self, labels: Tensor, lengths: list[int] | None = None) -> Tensor:
         """Number of tokens or pixels with a loss per example, `[batch]`, from collated labels."""
         labels = labels.long()
-        return heads.count(heads.predicted(labels, self._shifts) if labels.dim() == 2 else self._with_ignored(labels))
+        return heads.count(heads.predicted(labels, self.shifts) if labels.dim() == 2 else self._with_ignored(labels))
 
     def _importance(self, terms: Terms) -> Tensor:
         if self._metric == "uniform":
@@ -268,65 +307,44 @@ class Objective:
         importance = terms.importance().detach()
         return importance if self._last_layer is None else self._last_layer.importance(importance)
 
-    # ---- the first batch ---------------------------------------------------------------------------------------------
+    # ---- a user-defined loss on the first batches --------------------------------------------------------------------
 
-    def _check_first_batch(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
-        """Compare with the model's own loss, which also shows whether it shifts labels or adds an auxiliary loss."""
-        with without_side_effects(self._model):
-            outputs, labels_given = self._forward(self._model, inputs, labels)
-        if self._per_example_loss_func is not None:
-            losses = refuse_coupled(
-                outputs, lambda o: self._terms(o, labels_given, inputs, labels, batch), batch, labels_given
-            )
-            refuse_coupled_by_model(losses, self._losses_of_copies(inputs, labels, batch))
-            return
-        logits = heads.decision_of(outputs, labels_given)
-        if logits is not None and len(labels) == 1:
-            heads.refuse_out_of_range(logits, self._target(logits, labels))  # before a device-side assertion on a GPU
-        self._terms(outputs, labels_given, inputs, labels, batch)
-        if self._label_smoothing:  # `Trainer` then computes the loss from the logits
-            return
-        self._compare(inputs, self._as_read(outputs, labels_given, labels, batch), batch, (outputs, labels_given))
+    def _check_function(self, inputs: dict[str, Any], labels: Labels, batch: int) -> None:
+        """Refuse losses that couple the examples of a batch, in the function or in the model.
 
-    def _losses_of_copies(self, inputs: dict[str, Any], labels: Labels, batch: int) -> Tensor:
-        """Losses `[batch]` of a batch of copies of the first example."""
-        inputs, labels = copies_of_the_first(inputs, batch), copies_of_the_first(labels, batch)
-        with without_side_effects(self._model):
-            outputs, _ = self._forward(self._model, inputs, labels)
+        A loss must be the same in a batch of copies of its example. If it is not, it may be due to dropout or to batch
+        statistics, which couple examples in every training: then both are evaluated without these.
+        """
+        together = self._first_batches.together
+        row, found = together(lambda: self._first_loss(inputs, labels, batch), 2)
+        if found[:, 1].any():
+            together(lambda: self._refuse_coupled(inputs, labels, batch, row), 0)
+        self._first_batches.decide(bool(found[:, 0].any()), "no loss of per_example_loss_func is finite")
+
+    def _first_loss(self, inputs: dict[str, Any], labels: Labels, batch: int) -> tuple[int | None, list[bool]]:
+        """An example, whether there is one with a finite loss, and whether that differs in a batch of its copies."""
+        with without_side_effects(self.model):
+            outputs, given = self.forward(self.model, inputs, labels)
+        losses = refuse_coupled(outputs, lambda o: self.terms(o, given, inputs, labels, batch), batch, given)
+        row = telling_row(losses)
+        alone = self._losses(*(copies_of(part, batch, row or 0) for part in (inputs, labels)))
+        finite = row is not None
+        return row, [finite, finite and not losses_agree(losses[row], alone[row])]
+
+    def _refuse_coupled(
+        self, inputs: dict[str, Any], labels: Labels, batch: int, row: int | None
+    ) -> tuple[None, list[float]]:
+        losses = self._losses(inputs, labels, separately=True)
+        alone = self._losses(*(copies_of(part, batch, row or 0) for part in (inputs, labels)), separately=True)
+        if row is not None and not losses_agree(losses[row], alone[row]):
+            raise coupled("changes with the other examples")
+        return None, []
+
+    def _losses(self, inputs: dict[str, Any], labels: Labels, separately: bool = False) -> Tensor:
+        """Losses `[batch]` of the user-defined function, without gradient or effects."""
+        with without_side_effects(self.model, separately):
+            outputs, _ = self.forward(self.model, inputs, labels)
             return self._own_losses(outputs, *_as_arguments(inputs, labels))
-
-    def _as_read(self, outputs: Any, labels_given: bool, labels: Labels, batch: int) -> Labels:
-        """Labels in the form that the model expects, see [`heads.read_labels`]."""
-        if len(labels) > 1:
-            return labels
-        (logits,) = heads.logits_of(outputs, batch, labels_given)
-        return {name: heads.read_labels(target, logits, self._problem_type) for name, target in labels.items()}
-
-    def _compare(self, inputs: dict[str, Any], labels: Labels, batch: int, usual: tuple[Any, bool]) -> None:
-        """Compare with the loss of the model given labels; `usual` provides the logits if it then returns none."""
-        if not accepts(self._model, labels):
-            raise ValueError(f"The model does not accept {list(labels)}, so its loss is unknown. {heads.HINT}")
-        try:
-            with without_side_effects(self._model):
-                outputs, _ = self._forward(self._model, inputs, labels, give=True)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"The model cannot compute its own loss for these labels ({error}). {heads.HINT}"
-            ) from error
-        theirs = heads.loss_of(outputs)
-        if theirs is None:
-            raise ValueError(f"The model returned no 'loss' for its labels, so its loss is unknown. {heads.HINT}")
-        made_of = usual if heads.decision_of(outputs, True) is None else (outputs, True)
-        by_rule = self._terms(*made_of, inputs, labels, batch)
-        if isinstance(outputs, Mapping):
-            self._has_auxiliary_loss = any(
-                key.endswith(_AUXILIARY_LOSSES) and isinstance(value, Tensor) for key, value in outputs.items()
-            )
-        if self._has_auxiliary_loss:  # an auxiliary loss makes them differ
-            return
-        if by_rule.are_sums and not losses_agree(theirs, by_rule.mean()):
-            self._shifts = not self._shifts
-        refuse_another_loss(theirs, self._terms(*made_of, inputs, labels, batch).mean())
 
 
 def _observe(losses: Tensor, outputs: Any, labels_given: bool, labels: Labels) -> Tensor:
@@ -362,11 +380,6 @@ def _as_arguments(inputs: dict[str, Any], labels: Labels) -> tuple[Any, dict[str
     if not labels:
         return inputs, inputs
     return (next(iter(labels.values())) if len(labels) == 1 else labels), inputs
-
-
-def _is_mask(logits: Tensor, labels: Tensor) -> bool:
-    usual = labels.shape == logits.shape[:-1]  # classes on the last axis, as for word pairs
-    return logits.dim() == 4 and labels.dim() == 3 and not labels.is_floating_point() and not usual
 
 
 def _kind(value: Any) -> str:

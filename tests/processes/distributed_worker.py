@@ -146,6 +146,58 @@ def reported(folder):
     return {"page": page, "kept": kept, **results_of(run)}
 
 
+class RankModel(torch.nn.Module):
+    """A causal token model, whose own loss is another one in some process."""
+
+    def __init__(self, factor):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = torch.nn.Embedding(tiny.WORDS, 16), torch.nn.Linear(16, tiny.WORDS)
+        self.factor = factor
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.head(self.embedding(input_ids))
+        if labels is None:
+            return {"logits": logits}
+        given = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return {"loss": self.factor * torch.nn.functional.cross_entropy(*given), "logits": logits}
+
+
+def first_batches(folder, rank):
+    """The first three batches of the first process say nothing; the last process has another loss, or not."""
+
+    def train(factor):
+        collated = []
+
+        def collate(rows):
+            batch = tiny.pad([{**row, "labels": row["input_ids"].clone()} for row in rows])
+            collated.append(len(rows))
+            if rank == 0 and len(rows) > 1 and len(collated) <= 4:  # a single one is inspected before
+                batch = {name: value[:, :1] for name, value in batch.items()}
+                batch["labels"] = torch.full_like(batch["labels"], -100)
+            return batch
+
+        settings = {"data": tiny.token_rows(EXAMPLES), "max_steps": 6, "importance": tiny.FIXED}
+        run = tiny.trainer(
+            folder,
+            RankModel(factor),
+            settings.pop("data"),
+            Recorder,
+            settings.pop("importance"),
+            {"data_collator": collate},
+            per_device_train_batch_size=4,
+            ddp_backend=BACKEND,
+            **settings,
+        )
+        try:
+            run.train()
+        except ValueError as error:
+            return str(error)
+        return {"state": run._get_objective().state_dict(), "parameters": parameters(run)}
+
+    return {"usual": train(1.0), "other": train(1.0 if rank == 0 else 1.5)}
+
+
 def sampler_of_visits(index, weight, ranks=1, rank=0):
     """A sampler class that distributes given visits over the ranks, one micro-batch at a time."""
 
@@ -221,6 +273,7 @@ def main(folder):
             "resumed from single process": resumed_from_single_process(folder),
             "one step, classes": one_step(folder / "classes", 6, 2, "classes", ranks, rank),
             "one step, tokens": one_step(folder / "tokens", 6, 2, "tokens", ranks, rank),
+            "first batches": first_batches(folder / "first-batches", rank),
         }
     if ranks > 1:
         results["collectives"] = collectives(folder / "collectives")

@@ -137,13 +137,13 @@ def test_report_covers_all_ranks_and_is_written_by_one(results_of_ranks, launche
 
 @pytest.mark.parametrize("launcher", ["2", "4", "accelerate"])
 def test_collectives_are_those_of_trainer_and_one_reduction_per_segment(results_of_ranks, launcher):
-    """At the end, the main process gathers the columns of the examples, and sends their importances to the others."""
+    """Two more say what the first batch shows. At the end, the main process gathers columns and sends importances."""
     for result in results_of_ranks(launcher):
         counts = {name: Counter(result["collectives"][name]) for name in ("trainer", "fixed", "auto")}
         segments = result["collectives"]["segments"]
         columns = {"gloo:gather": 1, "gloo:broadcast": 1}
-        assert counts["fixed"] - counts["trainer"] == columns
-        assert counts["auto"] - counts["trainer"] == {"gloo:all_reduce": segments, **columns}
+        assert counts["fixed"] - counts["trainer"] == {"gloo:all_reduce": 2, **columns}
+        assert counts["auto"] - counts["trainer"] == {"gloo:all_reduce": segments + 2, **columns}
         assert counts["trainer"] - counts["fixed"] == counts["trainer"] - counts["auto"] == {}
         assert counts["trainer"]["gloo:all_reduce"] >= 8, "control: eight data parallel steps are profiled"
         assert segments == {"4": 8}.get(launcher, 4)
@@ -210,6 +210,18 @@ def test_ranks_batch_and_accumulation_are_interchangeable(folder, results_of_ran
         [p.detach().flatten() for p in (tiny.bert() if task == "classes" else tiny.token_bert()).parameters()]
     )
     assert (one_batch - untrained).abs().max() > 1e-2, "control: the step is large"
+
+
+def test_processes_decide_together_on_the_first_batches(results_of_ranks):
+    """What one of them finds holds for all, and an error in one ends all."""
+    first, second = (result["first batches"] for result in results_of_ranks("2"))
+    assert first["usual"]["state"] == second["usual"]["state"]
+    assert first["usual"]["state"]["looked"]
+    assert first["usual"]["state"]["shifts"], "the batches of the first process do not show it"
+    assert first["usual"]["state"]["batches"] == 1
+    assert torch.equal(first["usual"]["parameters"], second["usual"]["parameters"])
+    assert "A check failed in process 1, whose error says why" in first["other"]
+    assert "its own loss (class weights" in second["other"]
 
 
 # ---- another number of processes -------------------------------------------------------------------------------------
