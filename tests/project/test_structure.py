@@ -23,6 +23,7 @@ ORDER = [
     "sampling.rates",
     "sampling.memory",
     "sampling.guard",
+    "sampling.strata",
     "sampling.segments",
     "sampling.replacement",
     "sampling.groups",
