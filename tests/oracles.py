@@ -130,17 +130,27 @@ def advance(place, position, rate, next_rate, time, places):
         places: places of the strata that begin, in their order.
     """
     visits, places = [], iter(places)
-    for number, (rate, start, end, begun) in enumerate(pieces(position, rate, next_rate, time)):
+    for number, (now, start, end, begun) in enumerate(pieces(position, rate, next_rate, time)):
         place = next(places) if number else place
         if start <= place < end:
-            visits.append((begun + (place - start) / rate, rate))
+            visits.append((begun + (place - start) / now, now))
         position = end
     return visits, place, position
 
 
 def in_rounds(columns):
-    """Places of the strata that begin, given per example, in the order in which they are drawn: first ones, second …"""
+    """Places of the strata that begin, given by example, in the order in which they are drawn: all first ones, …"""
     return [[column[k] for column in columns if k < len(column)] for k in range(max(map(len, columns), default=0))]
+
+
+def by_example(begins, rand):
+    """Places of the strata that begin, by example, if `rand` draws so many in the order of [`in_rounds`]."""
+    columns = [[] for _ in begins]
+    for k in range(max(begins, default=0)):
+        drawing = [column for column, number in zip(columns, begins, strict=True) if number > k]
+        for column, place in zip(drawing, rand(len(drawing)), strict=True):
+            column.append(place)
+    return columns
 
 
 def plan_visits(begun, now, strata, visits, floor, pruned=None, cost=None, max_rate=64.0, rand=None):
@@ -167,11 +177,7 @@ def plan_visits(begun, now, strata, visits, floor, pruned=None, cost=None, max_r
     scale = visits / expected
     both = [[scale * r for r in column] for column in both]
     begins = [len(pieces(strata[i][1], both[0][i], both[1][i], time)) - 1 for i in range(n)]
-    places = [[] for _ in range(n)]
-    for k in range(max(begins)):
-        who = [i for i in range(n) if begins[i] > k]
-        for i, place in zip(who, rand(len(who)), strict=True):
-            places[i].append(place)
+    places = by_example(begins, rand)
     found, after = [], []
     for i in range(n):
         seen, *left = advance(*strata[i], both[0][i], both[1][i], time, places[i])
