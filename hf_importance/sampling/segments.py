@@ -122,6 +122,8 @@ class SegmentedVisits:
     def _begin_pass(self) -> None:
         if self.passes and self._increment:
             self.memory.increase(self._increment)
+            if self._strata is not None:  # pruned examples also return
+                self._strata.importance += self._increment
         # same seed, and so same permutation, as the sampler of accelerate in this epoch
         seed = self._seed + self.passes * self._stride
         if self._strata is None:

@@ -97,6 +97,20 @@ def test_pruning_ends_after_resuming_without_prune_mass():
         assert (visits.pruned is None) == (mass == 0)
 
 
+@pytest.mark.parametrize("increment", [0.1, 0.0])
+def test_pruned_examples_return_through_the_increment(increment):
+    """Their stratum stands still, so that only the increment changes the importance with which it began."""
+    memory = memory_of([0.01, 0.01] + [1.0] * 8)
+    visits = segmented_visits(memory, 10, prune_mass=0.05, increment=increment)
+    next_segment(visits)
+    pruned = []
+    for _ in range(8):
+        next_segment(visits)
+        pruned.append(visits.pruned is not None)
+    assert pruned[0]
+    assert pruned[-1] == (increment == 0), "control: without it they stay"
+
+
 def test_increment_is_added_at_the_end_of_each_pass():
     memory = memory_of([0.0, 1.0, math.nan, 2.0])
     visits = segmented_visits(memory, 4, increment=0.5)
