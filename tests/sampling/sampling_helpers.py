@@ -87,21 +87,22 @@ def visited_examples(visits, number):
     return [i for index, _ in next_segments(visits, number) for i in index]
 
 
-def next_by_reference(visits, size, seed, floor=0.3, pruned=None):
+def next_by_reference(visits, size, seed, floor=0.3, pruned=None, now=None):
     """Visits (when, example, rate) of the next segment of this length, and places and positions after it, by oracle.
 
     Args:
         seed: seed of the permutation of the next pass, from which strata begin if they have not yet.
         pruned: mask of the pruned examples, as a list.
+        now: importances when the segment is planned, by default those of the memory.
     """
     memory, state = visits.memory, visits.state_dict()["strata"]
     if state is None:
-        state = Strata(memory.importances, seed + 2**31).state_dict()
+        state = Strata(memory.importances if now is None else tensor(now), seed + 2**31).state_dict()
     rng = torch.Generator()
     rng.set_state(state["rng"])
     return oracles.plan_visits(
         state["importance"].tolist(),
-        memory.importances.tolist(),
+        memory.importances.tolist() if now is None else now,
         list(zip(state["place"].tolist(), state["position"].tolist(), strict=True)),
         size,
         floor,
