@@ -148,7 +148,7 @@ DAMAGE = {
     "99 rates": replaced(torch.ones(99), "sampler", "visits", "rate"),
     "planned visits above the range": replaced(torch.full((3,), 40, dtype=torch.int32), "sampler", "visits", "index"),
     "planned visits below the range": replaced(torch.full((3,), -1, dtype=torch.int32), "sampler", "visits", "index"),
-    "half of the credits": replaced(torch.zeros(20), "sampler", "visits", "credit"),
+    "half of the strata": replaced({"importance": torch.zeros(20)}, "sampler", "visits", "strata"),
     "passes are text": replaced("two", "sampler", "visits", "passes"),
     "floor is None": replaced(None, "sampler", "visits", "floor"),
     "half of the guard's moments": halved("sampler", "visits", "guard", "second_moments"),

@@ -78,6 +78,20 @@ def test_pruned_examples_return_when_others_become_less_important():
     assert {0, 1} <= set(drawn)
 
 
+def test_pruning_looks_at_the_start_of_the_stratum():
+    """What a visit measures does not end its stratum, or the weight of the visit would be too large for its time."""
+    memory = memory_of([0.6] * 5 + [1.4] * 5)
+    visits = segmented_visits(memory, 10, uniform_fraction=0.0, prune_mass=0.05)
+    for _ in range(2):
+        next_segment(visits)
+        memory.importances[0] = 0.001
+        assert memory.unimportant(0.05).tolist() == [True] + [False] * 9, "premise"
+        assert visits.pruned is None
+    assert visits.state_dict()["strata"]["importance"][0] == tensor(0.001), "its stratum has ended in the second pass"
+    next_segment(visits)
+    assert visits.pruned.tolist() == [True] + [False] * 9
+
+
 def test_unknown_examples_are_never_pruned():
     memory = memory_of([math.nan, 0.001, math.nan, *[1.0] * 7])
     visits = segmented_visits(memory, 10, prune_mass=0.2)
