@@ -48,9 +48,8 @@ def gradient_norm(loss, z, y, *more):
 # ---- rates and their moments -----------------------------------------------------------------------------------------
 
 
-def rates(importance, uniform_fraction, max_rate=math.inf, fresh=math.nan):
+def rates(importance, uniform_fraction, max_rate=math.inf):
     """Rates by definition, as Python floats, one example at a time."""
-    importance = [fresh if math.isnan(q) else q for q in importance]
     known = [q for q in importance if not math.isnan(q)]
     mean = sum(known) / len(known) if known else 0.0
     found = [unnormalised_rate(q, mean, uniform_fraction, max_rate) for q in importance]
@@ -113,20 +112,75 @@ def remember(importance, index, measured, momentum):
     return before
 
 
-def first_credits(permutation):
-    """Credits of all examples at the start of a pass, by their position in its permutation."""
-    credit = [0.0] * len(permutation)
-    for place, i in enumerate(permutation):
-        credit[i] = 1 - (place + 0.5) / len(permutation)
-    return credit
+def pieces(position, rate, next_rate, time):
+    """The pieces of strata that an example passes through: (rate, start, end) as positions in the stratum, and when."""
+    found, now = [], 0.0
+    while True:
+        length = (1 - position) / rate if rate else math.inf
+        found.append((rate, position, min(1.0, position + rate * (time - now)), now))
+        if now + length >= time:
+            return found
+        now, position, rate = now + length, 0.0, next_rate
 
 
-def spend(credit, rate, visits):
-    """Visits of a segment, in the order in which credits cross 1, and the credits after it. Rate 0 means pruned."""
-    drawable = sum(r > 0 for r in rate)
-    passed, left = [], []
-    for i, (c, r) in enumerate(zip(credit, rate, strict=True)):
-        added = visits * r / drawable
-        passed += [((k - c) / added, i) for k in range(1, math.floor(c + added) + 1)]
-        left.append((c + added) % 1)
-    return [i for _, i in sorted(passed)], left
+def advance(place, position, rate, next_rate, time, places):
+    """One example through some time: its visits (when, rate), and its place and position afterwards.
+
+    Args:
+        places: places of the strata that begin, in their order.
+    """
+    visits, places = [], iter(places)
+    for number, (now, start, end, begun) in enumerate(pieces(position, rate, next_rate, time)):
+        place = next(places) if number else place
+        if start <= place < end:
+            visits.append((begun + (place - start) / now, now))
+        position = end
+    return visits, place, position
+
+
+def in_rounds(columns):
+    """Places of the strata that begin, given by example, in the order in which they are drawn: all first ones, …"""
+    return [[column[k] for column in columns if k < len(column)] for k in range(max(map(len, columns), default=0))]
+
+
+def by_example(begins, rand):
+    """Places of the strata that begin, by example, if `rand` draws so many in the order of [`in_rounds`]."""
+    columns = [[] for _ in begins]
+    for k in range(max(begins, default=0)):
+        drawing = [column for column, number in zip(columns, begins, strict=True) if number > k]
+        for column, place in zip(drawing, rand(len(drawing)), strict=True):
+            column.append(place)
+    return columns
+
+
+def plan_visits(begun, now, strata, visits, floor, pruned=None, cost=None, max_rate=64.0, rand=None):
+    """Visits of a segment (when, example, rate) in order, and the place and position of each example afterwards.
+
+    Args:
+        begun: importances with which the current strata began.
+        now: those of the memory, with which the next begin.
+        strata: place and position of each example.
+        visits: length of the segment.
+        rand: draws this many places.
+    """
+    n = len(begun)
+    pruned, cost = pruned or [False] * n, cost or [1.0] * n
+    drawable = n - sum(pruned)
+    time = visits / drawable
+    both = []
+    for importance in (begun, now):
+        importance = [q / c**0.5 for q, c in zip(importance, cost, strict=True)]
+        drawn = iter(rates([q for q, gone in zip(importance, pruned, strict=True) if not gone], floor, max_rate))
+        both.append([0.0 if gone else next(drawn) for gone in pruned])
+    passed = [pieces(strata[i][1], both[0][i], both[1][i], time) for i in range(n)]
+    expected = sum(end - start for of_one in passed for _, start, end, _ in of_one)
+    scale = visits / expected
+    both = [[scale * r for r in column] for column in both]
+    begins = [len(pieces(strata[i][1], both[0][i], both[1][i], time)) - 1 for i in range(n)]
+    places = by_example(begins, rand)
+    found, after = [], []
+    for i in range(n):
+        seen, *left = advance(*strata[i], both[0][i], both[1][i], time, places[i])
+        found += [(when, i, rate) for when, rate in seen]
+        after.append((*left, begins[i] > 0))
+    return sorted(found), after

@@ -49,6 +49,8 @@ class LengthGroups:
     def add(self, index: Tensor, rate: Tensor) -> None:
         """Add the planned visits of a segment: examples int64 `[visits]` and rates float `[visits]`."""
         index, rate = join(self._waiting, (index, rate.double()))
+        if not len(index):  # a segment of few visits may have none
+            return
         length = self._length[index]
         pair = torch.stack([length[: self.size].argmax(), length.argmax()])
         index[pair], rate[pair] = index[pair.flip(0)], rate[pair.flip(0)]

@@ -19,8 +19,9 @@ SEGMENTS = 8
 """Segments per pass; a pass is the time of as many visits as there are examples."""
 _LARGEST_RATE = 64.0
 """Upper bound of the rates, before normalisation."""
-_PLACES = 2**62
-"""Added to the seed of a permutation (modulo 2⁶³) for that of the places, so that the two are independent."""
+_PLACES = 2**31
+"""Added to the seed of a permutation for that of the places, so that the two are independent; generators of the CPU
+read the lowest 32 bits of a seed."""
 _COUNTERS = ("passes", "segment", "floor", "mean")
 
 
@@ -121,6 +122,8 @@ class SegmentedVisits:
     def _begin_pass(self) -> None:
         if self.passes and self._increment:
             self.memory.increase(self._increment)
+            if self._strata is not None:  # pruned examples also return
+                self._strata.importance += self._increment
         # same seed, and so same permutation, as the sampler of accelerate in this epoch
         seed = self._seed + self.passes * self._stride
         if self._strata is None:
@@ -131,7 +134,7 @@ class SegmentedVisits:
                 self._order = torch.randperm(len(self.memory), generator=rng, dtype=self._kind)
             else:
                 self._order = None
-                self._strata = Strata(self.memory.importances, (seed + _PLACES) % 2**63)
+                self._strata = Strata(self.memory.importances, seed + _PLACES)
         if self._strata is not None and self.passes:
             pruned = self.memory.unimportant(self._prune_mass, self._strata.importance)
             self.pruned = pruned if pruned.any() else None

@@ -26,6 +26,7 @@ ORDER = [
     "sampling.rates",
     "sampling.memory",
     "sampling.guard",
+    "sampling.strata",
     "sampling.segments",
     "sampling.replacement",
     "sampling.groups",

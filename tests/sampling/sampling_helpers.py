@@ -1,5 +1,6 @@
 """Memories, samplers and segments with given importances, and what is drawn from them."""
 
+import oracles
 import pytest
 import torch
 from torch import tensor
@@ -8,6 +9,7 @@ from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import relative_costs
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SegmentedVisits
+from hf_importance.sampling.strata import Strata
 
 UNEQUAL = [0.2, 1.0, 0.4, 3.0, float("nan"), 0.7]
 """Unequal importances, one of them unknown."""
@@ -83,3 +85,28 @@ def next_segments(visits, number):
 def visited_examples(visits, number):
     """Examples of the next `number` segments, in order."""
     return [i for index, _ in next_segments(visits, number) for i in index]
+
+
+def next_by_reference(visits, size, seed, floor=0.3, pruned=None, now=None):
+    """Visits (when, example, rate) of the next segment of this length, and places and positions after it, by oracle.
+
+    Args:
+        seed: seed of the permutation of the next pass, from which strata begin if they have not yet.
+        pruned: mask of the pruned examples, as a list.
+        now: importances when the segment is planned, by default those of the memory.
+    """
+    memory, state = visits.memory, visits.state_dict()["strata"]
+    if state is None:
+        state = Strata(memory.importances if now is None else tensor(now), seed + 2**31).state_dict()
+    rng = torch.Generator()
+    rng.set_state(state["rng"])
+    return oracles.plan_visits(
+        state["importance"].tolist(),
+        memory.importances.tolist() if now is None else now,
+        list(zip(state["place"].tolist(), state["position"].tolist(), strict=True)),
+        size,
+        floor,
+        pruned,
+        None if memory.cost is None else memory.cost.tolist(),
+        rand=lambda number: torch.rand(number, generator=rng).tolist(),
+    )

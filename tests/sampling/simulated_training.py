@@ -74,11 +74,13 @@ class SimulatedTraining:
         sampler.flush(everything=True)
         visits = sampler.visits.state_dict()
         guard = (visits.get("guard") or {}).get("second_moments", torch.zeros(1))
-        numbers = [visits.get(name, 0.0) for name in ("fresh_sum", "fresh_count", "fresh", "mean", "total", "largest")]
+        numbers = [visits.get(name, 0.0) for name in ("floor", "mean", "total", "largest")]
+        strata = visits.get("strata") or {}
         return {
             "importance": sampler.importances,
             "guard": guard,
             "moments": tensor(list(sampler.moments.values()), dtype=torch.float64),
             "numbers": tensor(numbers, dtype=torch.float64),
+            **{name: strata.get(name, torch.zeros(1)) for name in ("place", "position")},
             **sampler.record.columns(),
         }

@@ -107,6 +107,17 @@ def test_leftover_visits_are_taken_first_in_the_next_segment():
         assert len(groups) < 4
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_segments_without_visits_are_grouped(seed):
+    """With a batch of 1, a segment is planned for 2 visits, and often has none."""
+    length = torch.arange(1, 9)
+    sampler = grouped_sampler(length, 1, seed=seed, guard=False)
+    draws = draws_of(sampler, 20)
+    assert [len(draw.index) for draw in draws] == [1] * 160
+    visits = SegmentedVisits(memory_with_costs(length), 2, seed=seed, guard=False)
+    assert any(len(visits.next(2**62)[0]) == 0 for _ in range(80)), "premise"
+
+
 # ---- the sampler -----------------------------------------------------------------------------------------------------
 
 

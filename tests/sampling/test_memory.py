@@ -173,12 +173,10 @@ def test_mean_importance_by_hand():
     memory = updated_memory([1.0, 3.0, math.nan, 8.0])
     pruned = tensor([True, False, False, False])
     assert mean_importance(memory) == 4.0
-    assert mean_importance(memory, fresh=8.0) == 5.0
+    assert mean_importance(memory, tensor([2.0, 2.0, 5.0, math.nan])) == 3.0, "of given importances"
     assert mean_importance(memory, pruned=pruned) == 5.5
-    assert mean_importance(memory, fresh=4.0, pruned=pruned) == 5.0
-    assert mean_importance(memory, fresh=0.0) == 3.0, "0 does not count as unset"
+    assert mean_importance(memory, tensor([2.0, 2.0, 5.0, math.nan]), pruned) == 3.5
     assert math.isnan(mean_importance(ImportanceMemory(3)))
-    assert mean_importance(ImportanceMemory(3), fresh=2.0) == 2.0
     assert math.isnan(mean_importance(memory, pruned=torch.ones(4, dtype=torch.bool)))
     assert equal_with_nan(memory.importances, tensor([1.0, 3.0, math.nan, 8.0])), "the memory is not modified"
 
@@ -202,7 +200,8 @@ def test_means_do_not_depend_on_the_chunk_size(monkeypatch, chunk):
     memory, pruned = updated_memory(importance.tolist()), torch.arange(1000) % 3 == 0
 
     def means():
-        return [mean_importance(memory, 2.0, pruned), mean_importance(memory), memory.least_variance_ratio()]
+        other = importance.flip(0)
+        return [mean_importance(memory, other, pruned), mean_importance(memory), memory.least_variance_ratio()]
 
     whole = means()
     monkeypatch.setattr("hf_importance.sampling.memory.CHUNK", chunk)

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import scipy.stats
 import torch
-from sampling_helpers import SAMPLING_MODES, UNEQUAL, draws_of, sampler_of, visit_counts
+from sampling_helpers import SAMPLING_MODES, UNEQUAL, draws_of, next_by_reference, sampler_of, visit_counts
 from torch import tensor
 
 from hf_importance.sampling.draw import Draw, Shard
@@ -62,23 +62,23 @@ def test_replacement_uses_the_current_memory():
 
 
 def test_segments_use_all_previous_measurements():
-    """Also buffered ones; unvisited examples have the mean of recent first visits."""
-    importance, remembered = torch.linspace(0.1, 2.0, 80).tolist(), [math.nan] * 80
-    fresh, first, outdated = math.nan, [], 0
-    sampler = ImportanceBatchSampler(ImportanceMemory(80, 0.0), 1, uniform_fraction=0.3, budget=1.5, guard=False)
-    draws, when_planned = iter(sampler), []
-    for number in range(120):
-        if not sampler.visits.planned:
-            when_planned, fresh, first = list(remembered), sum(first) / len(first) if first else fresh, []
-        draw = next(draws)
-        (i,), measured = draw.index, importance[draw.index[0]] / (1 + number / 20)
-        assert draw.rate == pytest.approx([oracles.rates(when_planned, 0.3, fresh=fresh)[i]], rel=1e-5)
-        outdated += draw.rate != pytest.approx([oracles.rates(remembered, 0.3, fresh=fresh)[i]], rel=1e-3)
-        first += [measured] if math.isnan(remembered[i]) else []
+    """Also buffered ones, with which strata begin; what is measured within a segment is used by the next."""
+    n, remembered, outdated, wanted = 80, [math.nan] * 80, 0, []
+    importance = torch.linspace(0.1, 2.0, n).tolist()
+    sampler = ImportanceBatchSampler(ImportanceMemory(n, 0.0), 1, uniform_fraction=0.3, budget=4.0, guard=False)
+    for number, draw in enumerate(sampler):
+        (i,), measured = draw.index, importance[draw.index[0]] / (1 + number / 80)
+        if number >= n:
+            assert (i, draw.rate[0]) == (wanted[0][1], pytest.approx(wanted[0][2], rel=1e-4))
+            del wanted[0]
         oracles.remember(remembered, [i], [measured], 0.0)
         sampler.update(draw, tensor([[measured]]))
-    assert sampler.importances.tolist() == pytest.approx(remembered, nan_ok=True)
-    assert outdated > 50, "control: the memory has changed since"
+        while number >= n - 1 and not sampler.visits.planned and not wanted:
+            wanted = next_by_reference(sampler.visits, 10, seed=1, now=list(remembered))[0]
+            assert len(wanted) > 0, "premise: no segment without visits"
+            outdated += sampler.visits.memory.importances.tolist() != pytest.approx(remembered, nan_ok=True)
+    assert sampler.importances.tolist() == pytest.approx(remembered)
+    assert outdated > 10, "control: measurements were buffered"
 
 
 # ---- expectation of the loss and number of visits --------------------------------------------------------------------

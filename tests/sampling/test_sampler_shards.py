@@ -1,11 +1,10 @@
 """Shards and ranks: partition of the data, weights, unbiasedness, equal numbers of batches."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from sampling_helpers import SAMPLING_MODES, draws_of, sampler_of
+from sampling_helpers import SAMPLING_MODES, draws_of, permutation, sampler_of
 from torch import tensor
 
 from hf_importance.sampling.draw import Shard
@@ -56,27 +55,29 @@ def test_measurements_are_stored_at_positions_in_the_shard(sampling):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_mean_weighted_loss_over_all_ranks_is_the_mean_loss(monkeypatch, ranks):
-    """Mean over the ranks of their means over a pass, by enumeration of all random starts; shards differ in size.
+    """Mean over the ranks of their means over a pass, by enumeration of all places; shards differ in size.
 
-    With these rates, visits · rate is an integer, so the expectation over the random starts is exact.
+    With these rates, the pass ends at a twelfth of every stratum. Each place counts on its own in a sum over visits, so
+    that all examples and strata may have the same.
     """
     losses = [3.0, -1.0, 0.5, 7.0, 2.0, 2.5, 11.0]
     rates_of_size = {2: [0.5, 1.5], 3: [2.0, 1 / 3, 2 / 3], 4: [0.25, 0.75, 2.25, 0.75]}
-    n, mean, without_shard_weight = 7, 0.0, 0.0
+    n, mean, without_shard_weight, seen = 7, 0.0, 0.0, set()
     for rank, shard in enumerate([Shard.of(n, rank, ranks, seed=4) for rank in range(ranks)]):
         size = len(shard)
-        starts = list(itertools.permutations(range(size)))
-        for start in starts:
-            monkeypatch.setattr(torch, "randperm", lambda *_, s=start, **__: tensor(s, dtype=torch.int32))
+        for place in [(k + 0.5) / 12 for k in range(12)]:
+            monkeypatch.setattr(torch, "rand", lambda number, place=place, **_: torch.full((number,), place))
             settings = {"shard": shard, "rank": rank, "uniform_fraction": 0.0, "guard": False}
             sampler = sampler_of(rates_of_size[size], size, **settings)
-            visits = zip(*sampler.visits.next(2 * size), strict=True)
-            for local, rate in [(int(i), float(r)) for i, r in visits]:
+            visits = [(int(i), float(rate)) for i, rate in zip(*sampler.visits.next(2**62), strict=True)]
+            seen.add((rank, len(visits)))
+            for local, rate in visits:
                 loss = losses[shard.index[local]]
-                mean += shard.weight / rate * loss / size / ranks / len(starts)
-                without_shard_weight += 1 / rate * loss / size / ranks / len(starts)
+                mean += shard.weight / rate * loss / size / ranks / 12
+                without_shard_weight += 1 / rate * loss / size / ranks / 12
     assert mean == pytest.approx(sum(losses) / n, rel=1e-6)
     assert without_shard_weight != pytest.approx(sum(losses) / n, rel=1e-3), "control"
+    assert len(seen) > ranks, "premise: the number of visits depends on the places"
 
 
 def test_ranks_draw_equal_numbers_of_batches():
@@ -94,12 +95,38 @@ def test_ranks_draw_equal_numbers_of_batches():
 
 
 @SAMPLING_MODES
-def test_ranks_shuffle_independently(sampling):
-    """The same rates in two shards give different orders."""
-    importance = torch.linspace(0.1, 2.0, 40).tolist()
-    passes = []
-    for rank in range(2):
+@pytest.mark.parametrize("passes", [0, 2])
+def test_ranks_draw_independently(sampling, passes):
+    """The same importances in two shards give different visits, in every pass, as with another seed."""
+    importance = torch.linspace(0.1, 2.0, 40)
+    found = []
+    for rank in (0, 1, 0):
         shard = Shard(80, 2, torch.arange(40) + 40 * rank)
         sampler = sampler_of(importance, 40, shard=shard, rank=rank, sampling=sampling)
-        passes.append([i - 40 * rank for i in next(iter(sampler)).index])
-    assert passes[0] != passes[1]
+        sampler.restart(importance.repeat(2), passes=passes)
+        found.append([i - 40 * rank for draw in draws_of(sampler, 2) for i in draw.index])
+    assert found[0] != found[1]
+    assert found[0] == found[2], "control: the same rank"
+
+
+def test_ranks_have_their_own_places():
+    """Rank r has those of the seed s + r; correlated places would visit similar examples of all shards at once."""
+    places = []
+    for rank in range(3):
+        shard = Shard(6000, 3, torch.arange(2000) + 2000 * rank)
+        sampler = sampler_of(torch.linspace(0.5, 1.5, 2000), 10, shard=shard, rank=rank, seed=4)
+        next(iter(sampler))
+        places.append(sampler.visits.state_dict()["strata"]["place"])
+        alone = sampler_of(torch.linspace(0.5, 1.5, 2000), 10, seed=4 + rank)
+        next(iter(alone))
+        assert torch.equal(alone.visits.state_dict()["strata"]["place"], places[-1])
+    assert (torch.corrcoef(torch.stack(places)) - torch.eye(3)).abs().max() < 0.1
+
+
+def test_ranks_have_their_own_permutations_in_every_pass():
+    """With equal importances, rank r of R takes that of the seed s + r + R·p in pass p, as accelerate does."""
+    for rank in range(3):
+        shard = Shard(60, 3, torch.arange(20) + 20 * rank)
+        sampler = sampler_of([1.0] * 20, 20, shard=shard, rank=rank, seed=4)
+        for number, draw in enumerate(draws_of(sampler, 4)):
+            assert [i - 20 * rank for i in draw.index] == permutation(20, 4 + rank + 3 * number)

@@ -1,12 +1,12 @@
-"""Segments: plain reshuffling with equal importances, credits, sizes, current rates, first visits, state."""
+"""Segments: plain reshuffling with equal importances, the pass at which strata begin, sizes, state and restart."""
 
 import math
 
-import oracles
 import pytest
 import torch
 from sampling_helpers import (
     memory_of,
+    next_by_reference,
     next_segment,
     next_segments,
     permutation,
@@ -53,7 +53,7 @@ def test_control_unequal_importances_do_not_give_plain_reshuffling(n, batch):
     drawn, rates = [], set()
     while len(drawn) < 4 * n:
         index, rate = next_segment(visits)
-        drawn, rates = drawn + index, rates | set(rate)
+        drawn, rates = drawn + index, rates | {round(r, 4) for r in rate}
     assert drawn[: 4 * n] != reshuffled(n, 3, passes=4)
     assert len(rates) == 2
 
@@ -66,70 +66,48 @@ def test_ranks_use_distinct_seeds_in_every_pass():
             assert visited_examples(visits, 8) == permutation(16, 5 + rank + 3 * number)
 
 
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize(("n", "batch"), SIZES[:5])
+def test_first_pass_is_the_permutation_while_importances_are_measured(n, batch, guard):
+    """Unequal importances that become known during a pass take effect with the next, at which strata begin."""
+    visits = segmented_visits(ImportanceMemory(n), batch, seed=3, guard=guard)
+    importance, drawn, rates = tensor(random_importance(n, 1)), [], []
+    while visits.passes < 3 or visits.planned:
+        index, rate = visits.next(batch)
+        assert (visits.state_dict()["strata"] is None) == (visits.passes == 1)
+        measured = importance[index]
+        visits.observe(visits.memory.update(index, measured), measured, rate.double())
+        drawn, rates = drawn + index.tolist(), rates + rate.tolist()
+    assert drawn[:n] == permutation(n, 3)
+    assert rates[:n] == [1.0] * n
+    assert len(set(rates[n : 2 * n])) > n // 3, "control: not so the second pass"
+    assert drawn[n : 2 * n] != permutation(n, 4)
+
+
+@pytest.mark.parametrize("differ_in", [1, 2, 4])
+def test_strata_begin_at_the_first_pass_that_begins_with_different_importances(differ_in):
+    """Not within the pass in which they become different."""
+    visits, n = segmented_visits(memory_of([0.7] * 40), 5, seed=3), 40
+    for number in range(differ_in):
+        drawn = []
+        for k in range(8):
+            drawn += next_segment(visits)[0]
+            if (number, k) == (differ_in - 1, 2):
+                visits.memory.importances[:] = tensor(random_importance(n, 1))
+        assert drawn == permutation(n, 3 + number)
+        assert visits.state_dict()["strata"] is None
+    importance = visits.memory.importances.clone()
+    visits.next(1)
+    state = visits.state_dict()
+    assert state["order"] is None
+    assert torch.equal(state["strata"]["importance"], importance), "of no example has the stratum ended yet"
+
+
 def test_global_generator_is_not_used():
     before = torch.get_rng_state()
     next_segments(segmented_visits(memory_of(random_importance(20, 0))), 20)
     next_segments(segmented_visits(memory_of([1.0] * 20)), 20)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---- credits ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("equal_first", [0, 1, 3, 8, 11])
-@pytest.mark.parametrize(("n", "batch", "number"), [(40, 5, 8), (37, 4, 8), (37, 10, 3), (6, 4, 1)])
-def test_visits_match_reference(n, batch, number, equal_first):
-    """The first segments have equal rates; their credits are carried on to the end of the pass."""
-    memory = memory_of([1.0] * n)
-    visits = segmented_visits(memory, batch, seed=7)
-    bounds = [n * k // number for k in range(number + 1)]
-    credit = oracles.first_credits(permutation(n, 7))
-    for k in range(equal_first + 20):
-        if k % number == 0:
-            credit = oracles.first_credits(permutation(n, 7 + k // number))
-        if k >= equal_first:
-            memory.importances[:] = tensor(random_importance(n, k))
-        wanted = oracles.rates(memory.importances.tolist(), 0.3)
-        size = bounds[k % number + 1] - bounds[k % number]
-        expected, credit = oracles.spend(credit, wanted, size)
-        index, rate = next_segment(visits)
-        assert index == expected
-        assert rate == pytest.approx([wanted[i] for i in index], rel=1e-5)
-        remaining = visits.state_dict()["credit"]
-        assert remaining is None or 0 <= remaining.min() <= remaining.max() < 1
-
-
-def test_reference_with_equal_rates_is_the_permutation():
-    credit = oracles.first_credits(permutation(7, 0))
-    first, credit = oracles.spend(credit, [1.0] * 7, 3)
-    second, credit = oracles.spend(credit, [1.0] * 7, 4)
-    assert first + second == permutation(7, 0)
-    assert credit == pytest.approx(oracles.first_credits(permutation(7, 0)))
-
-
-def test_visits_do_not_depend_on_the_chunk_size(monkeypatch):
-    def run(chunk):
-        monkeypatch.setattr("hf_importance.sampling.memory.CHUNK", chunk)
-        memory = memory_of([math.nan] * 100)
-        visits = segmented_visits(memory, 4, prune_mass=0.02, guard=True)
-        found = []
-        for _ in range(40):
-            index, rate = (tensor(x) for x in next_segment(visits))
-            measured = tensor(random_importance(100, 0))[index]
-            visits.observe(memory.update(index, measured), measured, rate)
-            found.append((index.tolist(), rate.tolist()))
-        assert visits.pruned.any()
-        return found
-
-    whole = run(2**20)
-    assert {i for index, _ in whole[:16] for i in index} == set(range(100))
-    for chunk in (16, 64):
-        found = run(chunk)
-        assert [index for index, _ in found] == [index for index, _ in whole]
-        for (_, rate), (_, wanted) in zip(found, whole, strict=True):
-            assert rate == pytest.approx(wanted, rel=1e-6)
-    monkeypatch.setattr(ImportanceMemory, "chunks", lambda _: iter([slice(0, 96)]))
-    assert [index for index, _ in run(16)] != [index for index, _ in whole], "control: a missing chunk is detected"
 
 
 # ---- segment sizes and current rates ---------------------------------------------------------------------------------
@@ -157,77 +135,6 @@ def test_pass_has_at_most_eight_segments_of_at_least_a_batch(n, batch, sizes):
     planned = [len(index) for index, _ in next_segments(unequal, 40 * len(sizes))]
     assert unequal.passes == 40
     assert abs(sum(planned) - 40 * n) <= n, "the same number of visits on average"
-
-
-def test_rates_are_those_at_the_start_of_the_segment():
-    """The memory changes at every visit."""
-    memory = memory_of([1.0] * 40)
-    visits, outdated, planned = segmented_visits(memory, 5), 0, 0
-    for k in range(400):
-        memory.importances[:] = tensor(random_importance(40, k))
-        current = oracles.rates(memory.importances.tolist(), 0.3)
-        if not visits.planned:
-            wanted, planned = current, planned + 1
-        index, rate = visits.next(1)
-        assert rate.tolist() == pytest.approx([wanted[i] for i in index.tolist()], rel=1e-5)
-        outdated += rate.tolist() != pytest.approx([current[i] for i in index.tolist()], rel=1e-5)
-    assert 76 <= planned <= 84, "8 times a pass"
-    assert outdated > 300, "control: the memory has changed since"
-
-
-def test_rates_have_an_upper_bound():
-    visits = segmented_visits(memory_of([0.0] * 999 + [1.0]), 10, uniform_fraction=0.3)
-    rates = {i: r for index, rate in next_segments(visits, 30) for i, r in zip(index, rate, strict=True)}
-    mean = (999 * 0.3 + 64) / 1000
-    assert rates[999] == pytest.approx(64 / mean)
-    assert rates[0] == pytest.approx(0.3 / mean)
-
-
-# ---- first visits ----------------------------------------------------------------------------------------------------
-
-
-def test_unvisited_examples_have_the_mean_of_recent_first_visits():
-    n = 80
-    importance = torch.linspace(0.1, 2.0, n)
-    memory = ImportanceMemory(n)
-    visits = segmented_visits(memory, 10, seed=2)
-    fresh, equal_to_mean_of_known = math.nan, []
-    for k in range(8):
-        index, rate = (tensor(x) for x in next_segment(visits))
-        wanted = oracles.rates(memory.importances.tolist(), 0.3, fresh=fresh)
-        assert rate.tolist() == pytest.approx([wanted[i] for i in index], rel=1e-5)
-        with_mean_of_known = oracles.rates(memory.importances.tolist(), 0.3)
-        equal_to_mean_of_known.append(rate.tolist() == pytest.approx([with_mean_of_known[i] for i in index], rel=1e-3))
-        measured = importance[index] / (1 + k)  # all importances decrease
-        first = measured[memory.importances[index].isnan()]
-        assert len(first), "premise"
-        fresh = first.mean().item()
-        for part in range(0, len(index), 3):
-            now = slice(part, part + 3)
-            visits.observe(memory.update(index[now], measured[now]), measured[now], rate[now])
-    assert equal_to_mean_of_known[0], "no importance is known"
-    assert sum(equal_to_mean_of_known) <= 2, "control: the mean of all known importances differs"
-
-
-def test_non_finite_measurements_do_not_count_as_first_visits():
-    memory = ImportanceMemory(8)
-    visits = segmented_visits(memory, 4, seed=2)
-    index, _ = next_segment(visits)
-    measured = tensor([math.nan, math.inf, 2.0, 4.0])
-    visits.observe(memory.update(tensor(index), measured), measured, torch.ones(4))
-    next_segment(visits)
-    assert visits.state_dict()["fresh"] == 3.0
-
-
-def test_mean_of_first_visits_is_kept_while_nothing_is_measured():
-    memory = ImportanceMemory(9)
-    visits = segmented_visits(memory, 2, seed=2)
-    index, _ = next_segment(visits)
-    visits.observe(memory.update(tensor(index), tensor([2.0, 4.0])), tensor([2.0, 4.0]), torch.ones(2))
-    for _ in range(3):
-        next_segment(visits)
-        assert visits.state_dict()["fresh"] == 3.0
-        assert visits.state_dict()["mean"] == 3.0
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -266,6 +173,23 @@ def test_segmented_visits_state_dict_restores_exactly(before, measure):
     without_state.memory.load_state_dict(memory)
     if before:
         assert draw_and_measure(without_state, 80, measure) != wanted, "control"
+    assert (state["strata"] is not None) == (before > 17 and measure), "premise: before and within strata"
+
+
+@pytest.mark.parametrize("name", ["importance", "place", "position", "rng"])
+def test_control_every_part_of_the_strata_is_needed(name):
+    def new_visits():
+        return segmented_visits(ImportanceMemory(50, 0.2), 3, guard=True)
+
+    visits = new_visits()
+    draw_and_measure(visits, 60)
+    state, memory = visits.state_dict(), visits.memory.state_dict()
+    wanted = draw_and_measure(visits, 80)
+    later = visits.state_dict()["strata"][name]
+    again = new_visits()
+    again.memory.load_state_dict(memory)
+    again.load_state_dict({**state, "strata": {**state["strata"], name: later}})
+    assert draw_and_measure(again, 80) != wanted
 
 
 def test_state_dict_stores_only_the_remaining_visits_of_a_segment():
@@ -280,3 +204,19 @@ def test_restart_begins_a_pass_with_its_own_permutation():
     assert visits.begins_pass
     assert visited_examples(visits, 8) == permutation(30, 6)
     assert visits.passes == 3
+
+
+def test_restart_with_unequal_importances_begins_strata():
+    """With the places of that pass; the rates are those of the current memory from the first visit on."""
+    importance = random_importance(30, 0)
+    visits = segmented_visits(memory_of(importance), 3, seed=4)
+    visits.restart(passes=2)
+    wanted, _ = next_by_reference(visits, 3, seed=6)
+    index, rate = next_segment(visits)
+    assert index == [i for _, i, _ in wanted]
+    assert rate == pytest.approx([r for *_, r in wanted], rel=1e-4)
+    assert visits.passes == 3
+    other = segmented_visits(memory_of(importance), 3, seed=4)
+    next_segment(other)
+    places = [v.state_dict()["strata"]["place"] for v in (visits, other)]
+    assert not torch.equal(*places), "control: places of another pass"

@@ -1,11 +1,13 @@
 """`suspect_weight`: the minimised loss, importances, clearing, training, report, resuming, refused settings."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import tiny
 import torch
+from sampling_helpers import draws_of
 from torch import nn
 
 from hf_importance import ImportanceConfig
@@ -31,7 +33,7 @@ def images(seed=0, noise=0.3):
 
 
 def trained(tmp_path, weight):
-    importance = {"suspect_weight": weight, **tiny.FIXED}
+    importance = {"suspect_weight": weight, **tiny.FIXED, "seed": 3}  # 2 to 7 of the 8 are found in 8 epochs, by seed
     return tiny.trained(tmp_path, tiny.vit(), images(), tiny.Recorder, importance, num_train_epochs=8)
 
 
@@ -62,7 +64,7 @@ def sampler_with_suspects(weight, n=40, batch=8, flagged=(3, 5), exponent=1.0):
 def test_weights_of_suspects_are_scaled(weight, exponent):
     sampler = sampler_with_suspects(weight, exponent=exponent)
     found = set()
-    for draw in sampler:
+    for draw in draws_of(sampler, epochs=5):
         for i, rate, w in zip(draw.index, draw.rate, draw.weight, strict=True):
             factor = weight if i in (3, 5) else 1.0
             assert w == pytest.approx(factor * rate**-exponent)
@@ -77,7 +79,7 @@ def test_importances_and_moments_are_those_of_the_scaled_loss(weight):
     assert sampler.memory.importances[3] == pytest.approx(1 + 3 / 40), "suspects are not yet determined"
     totals = dict.fromkeys(("ours", "uniform"), 0.0)
     visited = set()
-    for draw in sampler:
+    for draw in itertools.chain.from_iterable(sampler for _ in range(5)):  # at the floor, suspects have few visits
         visited |= set(draw.index)
         q = torch.tensor([2.0 + i / 40 for i in draw.index])
         losses = torch.tensor([9.0 if i in (3, 5) else 0.1 for i in draw.index])
