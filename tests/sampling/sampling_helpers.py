@@ -55,8 +55,15 @@ def sampler_of(importance, batch, **settings):
     return ImportanceBatchSampler(memory_of(importance, 0.2), batch, **{"uniform_fraction": 0.3, **settings})
 
 
+def used(sampler):
+    """The draws of an epoch, each of which is used at once."""
+    for draw in sampler:
+        sampler.mark_used(draw)
+        yield draw
+
+
 def draws_of(sampler, epochs=1):
-    return [draw for _ in range(epochs) for draw in sampler]
+    return [draw for _ in range(epochs) for draw in used(sampler)]
 
 
 def visit_counts(draws, length):

@@ -5,7 +5,7 @@ import math
 import oracles
 import pytest
 import torch
-from sampling_helpers import lognormal_values, memory_of, random_values, segmented_visits
+from sampling_helpers import lognormal_values, memory_of, random_values, segmented_visits, used
 from torch import tensor
 
 from hf_importance.sampling import rates as R
@@ -214,7 +214,7 @@ def test_segments_with_costs_are_unbiased():
 
 def test_moments_include_the_costs():
     sampler = ImportanceBatchSampler(memory_of([1.0, 2.0, 3.0, 4.0], cost=[1, 2, 3, 10]), 2, uniform_fraction=0.3)
-    draws = [draw for _ in range(5) for draw in sampler]
+    draws = [draw for _ in range(5) for draw in used(sampler)]
     for draw in draws:
         sampler.update(draw, torch.ones(1, len(draw.index)))
     sampler.flush()

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from sampling_helpers import SAMPLING_MODES, draws_of
+from sampling_helpers import SAMPLING_MODES, draws_of, used
 from torch import tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -158,7 +158,7 @@ def test_grouping_keeps_visits_even():
     sampler = ImportanceBatchSampler(memory, 8, groups=LengthGroups(length, 8, 1, n))
     counts = torch.zeros(n, dtype=torch.int64)
     for epochs in range(1, 9):
-        counts += torch.bincount(tensor([i for draw in sampler for i in draw.index]), minlength=n)
+        counts += torch.bincount(tensor([i for draw in used(sampler) for i in draw.index]), minlength=n)
         assert counts.min() >= epochs - 1
         assert counts.max() <= epochs + 1
         assert (counts != epochs).sum() < 16
@@ -201,7 +201,7 @@ def test_grouped_visits_are_planned_one_segment_at_a_time(n, segments):
     sampler = grouped_sampler(random_lengths(n), 4)
     planned, last = 0, None
     for _ in range(3):
-        for draw in sampler:
+        for draw in used(sampler):
             state = sampler.visits.state_dict()
             sampler.update(draw, torch.rand(1, len(draw.index)))
             planned += (state["segment"], state["passes"]) != last
@@ -226,7 +226,7 @@ def draw_and_update(sampler, stream, steps):
 
 def endless_draws(sampler):
     while True:
-        yield from sampler
+        yield from used(sampler)
 
 
 @SAMPLING_MODES
@@ -243,7 +243,8 @@ def test_grouped_sampler_state_dict_restores_exactly(sampling, before):
         groups = again.state_dict()["groups"] if empty_groups else state["groups"]
         assert again.matches(state)
         skip = before % len(again)
-        again.load_state_dict({**state, "groups": groups}, skip)
+        again.load_state_dict({**state, "groups": groups})
+        again.skip(skip)
         stream = endless_draws(again)
         for _ in range(skip):
             next(stream)

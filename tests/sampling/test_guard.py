@@ -9,6 +9,7 @@ import math
 import oracles
 import pytest
 import torch
+from sampling_helpers import used
 from torch import tensor
 
 from hf_importance.sampling.guard import Guard
@@ -33,7 +34,7 @@ def variance_ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_ex
     norm, found = noise(examples, 1.0), []
     for _ in range(PASSES):
         ours = uniform = 0.0
-        for draw in sampler:
+        for draw in used(sampler):
             if case == "drifting":
                 norm = norm * noise(examples, 0.05)
             index, rate = tensor(draw.index), tensor(draw.rate, dtype=torch.float64)
@@ -107,7 +108,7 @@ def test_floor_returns_when_importances_become_informative():
     sampler = ImportanceBatchSampler(ImportanceMemory(1000, momentum=0.0), 25, uniform_fraction=0.3)
     norm, floors = torch.linspace(0.1, 3.0, 1000), []
     for epoch in range(16):
-        for draw in sampler:
+        for draw in used(sampler):
             sampler.update(draw, norm[draw.index][None])
             if epoch < 4 and draw.number % 5 == 4:
                 importance = sampler.importances
@@ -121,7 +122,7 @@ def test_floor_returns_when_importances_become_informative():
 def test_equal_importances_have_rate_one(measured):
     sampler = ImportanceBatchSampler(ImportanceMemory(500), 20, uniform_fraction=0.3)
     for _ in range(3):
-        for draw in sampler:
+        for draw in used(sampler):
             sampler.update(draw, torch.full((1, len(draw.index)), measured))
             assert set(draw.rate) == {1.0}
 

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import scipy.stats
 import torch
-from sampling_helpers import SAMPLING_MODES, UNEQUAL, draws_of, next_by_reference, sampler_of, visit_counts
+from sampling_helpers import SAMPLING_MODES, UNEQUAL, draws_of, next_by_reference, sampler_of, used, visit_counts
 from torch import tensor
 
 from hf_importance.sampling.draw import Draw, Shard
@@ -95,7 +95,7 @@ def test_mean_weighted_loss_is_the_mean_loss(sampling, ranks):
         settings = {"shard": shard, "rank": rank, "sampling": sampling, "uniform_fraction": 0.3}
         sampler = ImportanceBatchSampler(memory, 5, **settings)
         epochs = 60 if sampling == "reshuffled" else 100
-        for draw in itertools.chain.from_iterable(sampler for _ in range(epochs)):
+        for draw in itertools.chain.from_iterable(used(sampler) for _ in range(epochs)):
             found = losses[draw.index]
             sampler.update(draw, found[None] + 0.1)
             weighted.append((tensor(draw.weight) * found).mean().item())

@@ -1,9 +1,13 @@
 """Epochs of the batch sampler: number of batches, their sizes and numbers, continuation, end."""
 
+import copy
+import itertools
 import math
 
 import pytest
-from sampling_helpers import SAMPLING_MODES, UNEQUAL, draws_of, sampler_of, visit_counts
+from sampling_helpers import SAMPLING_MODES, UNEQUAL, draws_of, sampler_of, used, visit_counts
+
+from hf_importance.sampling.draw import SKIPPED
 
 
 @SAMPLING_MODES
@@ -37,9 +41,80 @@ def test_draws_are_numbered_over_all_epochs():
     assert [draw.number for draw in draws_of(sampler_of(UNEQUAL, 2), epochs=3)] == list(range(9))
 
 
+# ---- epochs that end before all draws are used -----------------------------------------------------------------------
+
+
+def visits_used(sampler, lengths, ahead):
+    """Visits that are used in epochs of these numbers of batches, with draws made ahead; examples and rates."""
+    visits = []
+    for length in lengths:
+        for number, draw in enumerate(sampler, 1):
+            if number <= length:
+                sampler.mark_used(draw)
+                visits += zip(draw.index, draw.rate, strict=True)
+            if number == length + ahead:
+                break
+    return visits
+
+
+LENGTHS = [9, 3, 5, 1, 9, 2, 4]
+"""Batches used in each epoch, of 9, the last of which has 3 visits."""
+
+
+def sampler_of_epochs(sampling, **settings):
+    importance = [0.5 + (7 * i) % 35 / 10 for i in range(35)]
+    return sampler_of(importance, 4, sampling=sampling, seed=3, **settings)
+
+
+def lose_unused_draws(sampler):
+    """As a mutant: unused draws are forgotten at the end of an epoch."""
+    sampler._hand_back = sampler._outstanding.clear
+    return sampler
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+def test_visits_that_are_used_do_not_depend_on_what_is_drawn_ahead(ahead):
+    draws = draws_of(sampler_of_epochs("reshuffled"), epochs=9)
+    wanted = [visit for draw in draws for visit in zip(draw.index, draw.rate, strict=True)]
+    found = visits_used(sampler_of_epochs("reshuffled"), LENGTHS, ahead)
+    assert found == wanted[: len(found)]
+    lost = visits_used(lose_unused_draws(sampler_of_epochs("reshuffled")), LENGTHS, ahead)
+    assert (lost == wanted[: len(lost)]) == (ahead == 0), "control"
+
+
 @SAMPLING_MODES
-def test_nothing_is_drawn_after_end(sampling):
-    sampler = sampler_of(UNEQUAL, 2, sampling=sampling)
-    assert len(draws_of(sampler)) == 3
-    sampler.end()
-    assert draws_of(sampler) == []
+def test_unused_draws_come_first_in_the_next_epoch(sampling):
+    sampler = sampler_of_epochs(sampling)
+    first = list(itertools.islice(sampler, 3))
+    sampler.mark_used(first[0])
+    second = list(itertools.islice(sampler, 3))
+    assert [draw.index for draw in second[:2]] == [draw.index for draw in first[1:]]
+    assert [draw.weight for draw in second[:2]] == [draw.weight for draw in first[1:]]
+    assert second[2].index != first[0].index, "control"
+    assert [draw.number for draw in second] == [3, 4, 5]
+
+
+@SAMPLING_MODES
+def test_handed_back_visits_are_part_of_the_state(sampling):
+    """Also more of them than an epoch begins with."""
+    sampler = sampler_of_epochs(sampling)
+    visits_used(sampler, [2], ahead=6)
+    for draw in itertools.islice(sampler, 2):
+        sampler.mark_used(draw)
+    state = copy.deepcopy(sampler.state_dict())
+    again = sampler_of_epochs(sampling)
+    again.load_state_dict(state)
+    again.skip(2)
+    assert len(state["returned"][0]) == 4 * 4, "premise"
+    rest = [draw for draw in draws_of(again) if draw is not SKIPPED]
+    assert rest == list(itertools.islice(continued(sampler), len(rest)))
+    without = sampler_of_epochs(sampling)
+    without.load_state_dict({**state, "returned": without.state_dict()["returned"]})
+    without.skip(2)
+    assert [draw for draw in draws_of(without) if draw is not SKIPPED] != rest, "control"
+
+
+def continued(sampler):
+    """The draws of the rest of an epoch of which two batches were used."""
+    sampler.skip(2)
+    return (draw for draw in used(sampler) if draw is not SKIPPED)

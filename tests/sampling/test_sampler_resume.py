@@ -19,7 +19,8 @@ def resumed(state, sampling, n, batch, delay, skip, **settings):
     """A new training, from the state of a sampler."""
     again = SimulatedTraining(sampling, n, batch, delay, **settings)
     assert again.sampler.matches(state)
-    again.sampler.load_state_dict(copy.deepcopy(state), skip)
+    again.sampler.load_state_dict(copy.deepcopy(state))
+    again.sampler.skip(skip)
     return again
 
 
@@ -99,7 +100,8 @@ def test_restart_begins_a_pass_with_given_importances(sampling):
     shard = Shard(10, 2, tensor([1, 2, 5, 7, 9]))
     settings = {"shard": shard, "rank": 1, "sampling": sampling, "uniform_fraction": 0.3, "record": VisitRecord(5)}
     sampler = ImportanceBatchSampler(ImportanceMemory(5), 1, **settings)
-    sampler.restart(importance, passes=2, skip=2, record=record.state_dict())
+    sampler.restart(importance, passes=2, record=record.state_dict())
+    sampler.skip(2)
     assert torch.equal(sampler.importances, importance[shard.index])
     assert sampler.record.columns()["loss"].tolist() == [11.0, 12.0, 15.0, 17.0, 19.0]
     epoch = draws_of(sampler)

@@ -7,7 +7,7 @@ import math
 import pytest
 import tiny
 import torch
-from sampling_helpers import draws_of
+from sampling_helpers import draws_of, used
 from torch import nn
 
 from hf_importance import ImportanceConfig
@@ -72,6 +72,10 @@ def test_weights_of_suspects_are_scaled(weight, exponent):
     assert len(found) == 2, "premise: suspects are visited"
 
 
+def draws_in_turn(sampler, epochs):
+    return itertools.chain.from_iterable(used(sampler) for _ in range(epochs))
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 def test_importances_and_moments_are_those_of_the_scaled_loss(weight):
     """The loss is s·ℓ, so its importance is s·q."""
@@ -79,7 +83,9 @@ def test_importances_and_moments_are_those_of_the_scaled_loss(weight):
     assert sampler.memory.importances[3] == pytest.approx(1 + 3 / 40), "suspects are not yet determined"
     totals = dict.fromkeys(("ours", "uniform"), 0.0)
     visited = set()
-    for draw in itertools.chain.from_iterable(sampler for _ in range(5)):  # at the floor, suspects have few visits
+    for draw in itertools.chain.from_iterable(
+        used(sampler) for _ in range(5)
+    ):  # at the floor, suspects have few visits
         visited |= set(draw.index)
         q = torch.tensor([2.0 + i / 40 for i in draw.index])
         losses = torch.tensor([9.0 if i in (3, 5) else 0.1 for i in draw.index])
