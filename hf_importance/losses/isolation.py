@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from hf_importance.randomness import isolated_randomness
 
-_OF_TORCH = vars(nn.Module()).keys()  # parameters and hooks, which engines exchange: FSDP2 gathers the former
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 
 
@@ -25,7 +24,7 @@ def without_side_effects(model: nn.Module, separately: bool = False) -> Iterator
 
     `eval()` and `train()` are not called, because models override them: LoRA layers merge their weights, frozen batch
     normalisation keeps its mode. Inside, buffers are copies, and random generators start from a fixed seed. Afterwards
-    the attributes of every module (modes, counters, lists, caches), buffers and random states are those of before.
+    the attributes of every module (modes, counters, lists, hooks), buffers and random states are those of before.
     What a module does elsewhere is not undone: parameters that its forward pass changes, global variables, lists that
     hooks fill, objects in its attributes.
 
@@ -59,7 +58,8 @@ def _remember(module: nn.Module) -> Callable[[], None]:
     """A function that restores the attributes of a module, its buffers included."""
     attributes = vars(module)
     before = dict(attributes)
-    containers = [before[name] for name in before.keys() - _OF_TORCH if type(before[name]) in _CONTAINERS]
+    # hooks as well, with what says that they are there; but not parameters, which FSDP2 exchanges in a forward pass
+    containers = [before[name] for name in before.keys() - {"_parameters"} if type(before[name]) in _CONTAINERS]
     contents = [(value, copy.copy(value)) for value in containers]
     buffers = dict(module._buffers.items())
     for name, value in before.items():

@@ -53,7 +53,9 @@ class _Ours:
     def bytes(self) -> int:
         """Bytes of all tensors that are kept, just after a segment was planned."""
         self.plan()
-        held = [*vars(self.sampler.memory).values(), *vars(self.sampler.visits).values()]
+        visits = self.sampler.visits
+        parts = [self.sampler.memory, visits, getattr(visits, "_strata", None)]
+        held = [value for part in parts if part is not None for value in vars(part).values()]
         return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
 
 

@@ -58,7 +58,7 @@ def test_control_training_without_saved_effective_steps_does_not_end(tmp_path):
 @pytest.mark.parametrize("part", ["progress", "gradients", "measured_until", "pending"])
 def test_control_effective_steps_depend_on_each_saved_part(tmp_path, part):
     """The part is replaced by that of an earlier checkpoint."""
-    settings = {**EARLY_END, "num_train_epochs": 3, "logging_steps": 1000}
+    settings = {**EARLY_END, "num_train_epochs": 5, "logging_steps": 1000}
     uninterrupted = train(tmp_path, **settings)
     (earlier,), (state,) = (load_states(tmp_path / f"checkpoint-{step}") for step in (1, 12))
     state["effective"][part] = earlier["effective"][part]

@@ -20,7 +20,7 @@ def test_console_shows_only_two_of_the_importance_logs(tmp_path, capsys, bar):
     trainer.train()
     printed = capsys.readouterr().out
     logged = {name for log in trainer.state.log_history for name in log if name.startswith("importance/")}
-    assert len(logged) == 7
+    assert len(logged) == 8
     assert {name for name in logged if f"'{name}'" in printed} == set(CONSOLE)
     trainer = tiny.trainer(tmp_path, tiny.opinionated_bert(), tiny.texts(), more={"callbacks": [CustomPrinter()]})
     trainer.train()
@@ -51,7 +51,7 @@ def test_tensorboard_has_all_importance_logs(tmp_path, monkeypatch):
     trainer = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), report_to=["tensorboard"])
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     names = {log for logs in trainer.state.log_history for log in logs if log.startswith("importance/")}
-    assert len(names) == 7
+    assert len(names) == 8
     for name in names:
         written = {event.step: event.value for event in events.Scalars(f"train/{name}")}
         logged = {log["step"]: log[name] for log in trainer.state.log_history if name in log}

@@ -125,7 +125,7 @@ def test_create_scheduler_without_super_is_refused_before_the_first_step(tmp_pat
 
 def test_schedule_kept_between_trainings_is_scaled_once(tmp_path):
     schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), lambda step: 1.0)
-    epochs = EffectiveEpochs(lambda values: values, print)
+    epochs = EffectiveEpochs(lambda values: values, print, list)
     epochs.progress = EffectiveVisits(10, 5)
     epochs.progress.gain = 4.0
     for _ in range(2):

@@ -117,7 +117,7 @@ def test_savings_are_also_reported_in_tokens(tmp_path, caplog, per_token, settin
 
 def test_logged_variance_ratio_is_at_equal_cost(tmp_path):
     rows = make_rows(200)
-    run = train(tmp_path, rows, logging_steps=1000, save_strategy="no", importance={})
+    run = train(tmp_path, rows, logging_steps=1000, save_strategy="no", importance={}, num_train_epochs=3)
     moments = run._sampler.moments
     cost = moments["cost"] / moments["visits"]
     expected = moments["ours"] / moments["uniform"] * cost

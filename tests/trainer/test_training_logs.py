@@ -40,8 +40,9 @@ def test_logged_measurements_follow_their_definitions(tmp_path, sampling):
             "loss": sum(step.loss for step in steps) / 4,
         }
         assert {name: log[name] for name in expected} == pytest.approx({k: float(x) for k, x in expected.items()})
-        assert log["importance/uniform_fraction"] == pytest.approx(run._sampler.visits.floor)
+        assert 0.3 <= log["importance/uniform_fraction"] <= 1
         assert "importance/effective_epoch" not in log
+    assert logs[-1]["importance/uniform_fraction"] == pytest.approx(run._sampler.visits.floor)
     assert logs[-1]["importance/variance_ratio"] < 0.99
     assert logs[-1]["importance/effective_sample_size"] < 0.99
     assert "importance/mean" not in next(iter(run.evaluate(tiny.texts()))), "only logged with a training loss"
