@@ -10,9 +10,8 @@ import torch
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
-from transformers.utils.notebook import NotebookProgressCallback
 
 from hf_importance.epochs import LoopEpochs
 from hf_importance.sampling.progress import EffectiveVisits, GradientSample, learning_rate_factor
@@ -127,11 +126,8 @@ class EffectiveEpochs(TrainerCallback):
         self._set_intervals(args, state)
         if args.eval_strategy == IntervalStrategy.STEPS and state.max_steps == state.global_step < args.eval_delay:
             control.should_evaluate = args.eval_delay <= self.progress.steps  # the last step stands for all after it
-        for bar in self._callbacks():
-            if isinstance(bar, ProgressCallback) and bar.training_bar is not None:
-                bar.training_bar.total = state.max_steps
-            elif isinstance(bar, NotebookProgressCallback) and bar.training_tracker is not None:
-                bar.training_tracker.total = state.max_steps
+        for callback in self._callbacks():
+            _set_total(callback, state.max_steps)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -217,6 +213,16 @@ class EffectiveEpochs(TrainerCallback):
         """Resume from a training in which each of these steps counted as one."""
         self.progress.value = float(steps)
         self.loop.count_all(steps)
+
+
+def _set_total(callback: TrainerCallback, total: int) -> None:
+    """Set the total of the progress bar of a callback of transformers (console or notebook) or TRL, or one like these."""
+    bar, task = (getattr(callback, name, None) for name in ("training_bar", "training_task"))
+    bar = getattr(callback, "training_tracker", None) if bar is None else bar
+    if task is not None:
+        bar.update(task, total=total)
+    elif hasattr(bar, "total"):
+        bar.total = total
 
 
 def unwrapped(scheduler: Any) -> Any:

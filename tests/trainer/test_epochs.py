@@ -278,6 +278,22 @@ def test_progress_bar_of_notebooks_ends_at_100_percent(tmp_path, monkeypatch):
     assert shown[-1].count("<tr") == 1 + EPOCHS
 
 
+def test_progress_bar_of_trl_ends_at_100_percent(tmp_path):
+    bars = pytest.importorskip("trl.trainer.callbacks")
+
+    class Watched(bars.RichProgressCallback):
+        def on_train_end(self, *args, **kwargs):
+            self.last = self.training_bar.tasks[0]
+            super().on_train_end(*args, **kwargs)
+
+    trainer, _ = watched_trainer(tmp_path)
+    bar = Watched()
+    trainer.add_callback(bar)
+    steps = trainer.train().global_step
+    assert (bar.last.completed, bar.last.total) == (steps, steps)
+    assert steps < 60
+
+
 # ---- LoopEpochs by hand ----------------------------------------------------------------------------------------------
 
 
