@@ -216,7 +216,7 @@ class EffectiveEpochs(TrainerCallback):
 
 
 def _set_total(callback: TrainerCallback, total: int) -> None:
-    """Set the total of the progress bar of a callback of transformers (console or notebook) or TRL, or one like these."""
+    """Set the total of the progress bar of a callback: those of transformers and TRL, and others like these."""
     bar, task = (getattr(callback, name, None) for name in ("training_bar", "training_task"))
     bar = getattr(callback, "training_tracker", None) if bar is None else bar
     if task is not None:
