@@ -56,7 +56,8 @@ class _Ours:
         visits = self.sampler.visits
         parts = [self.sampler.memory, visits, getattr(visits, "_strata", None)]
         held = [value for part in parts if part is not None for value in vars(part).values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in held if isinstance(tensor, Tensor))
+        storages = [tensor.untyped_storage() for tensor in held if isinstance(tensor, Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _cumulative(examples: int) -> Iterator[Tensor]:
