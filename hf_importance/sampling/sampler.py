@@ -126,7 +126,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._outstanding.clear()
         index = self.shard.local(_joined((draw.index for draw in draws), np.int64))
         rate = _joined((draw.rate for draw in draws), np.float64)
-        self._returned = torch.cat([self._returned[0], index]), torch.cat([self._returned[1], rate])
+        self._returned = join((index, rate), self._returned)  # what is left of the last time was to be drawn later
 
     def mark_used(self, draw: Draw) -> None:
         """Mark a draw as used by a training step."""

@@ -94,6 +94,16 @@ def test_unused_draws_come_first_in_the_next_epoch(sampling):
     assert [draw.number for draw in second] == [3, 4, 5]
 
 
+def test_visits_that_are_handed_back_twice_keep_their_order():
+    """Of 5 draws handed back, the next epoch makes 3 and uses 1."""
+    sampler = sampler_of_epochs("reshuffled")
+    first = list(itertools.islice(sampler, 5))
+    second = list(itertools.islice(sampler, 3))
+    sampler.mark_used(second[0])
+    last = list(itertools.islice(sampler, 4))
+    assert [draw.index for draw in last] == [draw.index for draw in first[1:]]
+
+
 @SAMPLING_MODES
 def test_handed_back_visits_are_part_of_the_state(sampling):
     """Also more of them than an epoch begins with."""
