@@ -12,23 +12,23 @@ from transformers import Trainer
 from hf_importance.adapters.base import LossAdapter
 from hf_importance.adapters.known import adapted_class, adapter_of
 from hf_importance.config import ImportanceConfig
-from hf_importance.data import LABEL_COLUMNS
+from hf_importance.data.dataset import LABEL_COLUMNS
 from hf_importance.hooks.checkpoints import CheckpointMixin
 from hf_importance.hooks.data import DataMixin
 from hf_importance.hooks.report import ReportMixin
 from hf_importance.hooks.step import StepMixin
 from hf_importance.losses.heads import PerExampleLoss
-from hf_importance.overrides import TrainingWatch, refuse_overrides
 from hf_importance.randomness import isolated_randomness
-from hf_importance.record import suspects
 from hf_importance.report.logs import limit_console_logs
 from hf_importance.report.tokens import Token, token_losses
 from hf_importance.report.training import Training
+from hf_importance.run.overrides import TrainingWatch, refuse_overrides
+from hf_importance.run.schedule import EffectiveEpochs
+from hf_importance.run.step import StepDraws
+from hf_importance.run.validation import refuse_arguments, refuse_training, refuse_version
 from hf_importance.sampling.memory import unimportant
 from hf_importance.sampling.rates import per_cost
-from hf_importance.schedule import EffectiveEpochs
-from hf_importance.step import StepDraws
-from hf_importance.support import refuse_arguments, refuse_training, refuse_version
+from hf_importance.sampling.record import suspects
 
 refuse_version()
 

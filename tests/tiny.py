@@ -16,8 +16,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.run.schedule import EffectiveEpochs
 from hf_importance.sampling import guard
-from hf_importance.schedule import EffectiveEpochs
 
 WORDS, LENGTH, CLASSES = 60, 8, 4
 FIXED = {"budget": 1.0}

@@ -10,7 +10,8 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_importance.checkpoint import (
+from hf_importance.config import ImportanceConfig
+from hf_importance.run.checkpoints import (
     SavedStates,
     explaining_errors,
     load_states,
@@ -18,12 +19,11 @@ from hf_importance.checkpoint import (
     resume,
     save_state,
 )
-from hf_importance.config import ImportanceConfig
-from hf_importance.epochs import LoopEpochs
+from hf_importance.run.epochs import LoopEpochs
+from hf_importance.run.schedule import EffectiveEpochs
+from hf_importance.run.validation import seed_of
 from hf_importance.sampling.progress import EffectiveVisits
 from hf_importance.sampling.sampler import ImportanceBatchSampler
-from hf_importance.schedule import EffectiveEpochs
-from hf_importance.support import seed_of
 
 logger = logging.get_logger(__name__)
 

@@ -9,22 +9,22 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from hf_importance.columns import Columns
 from hf_importance.config import ImportanceConfig
-from hf_importance.data import LABEL_COLUMNS, mean_over_examples
-from hf_importance.fingerprint import fingerprint
-from hf_importance.lengths import Lengths, find_lengths, name_of_tokens
-from hf_importance.loader import PreviewLoader, training_loader
-from hf_importance.overrides import refuse_loader
-from hf_importance.record import VisitRecord
+from hf_importance.data.dataset import LABEL_COLUMNS, mean_over_examples
+from hf_importance.data.fingerprint import fingerprint
+from hf_importance.data.lengths import Lengths, find_lengths, name_of_tokens
+from hf_importance.data.loader import PreviewLoader, training_loader
+from hf_importance.report.columns import Columns
 from hf_importance.report.training import Training
+from hf_importance.run.overrides import refuse_loader
+from hf_importance.run.schedule import EffectiveEpochs, follow, unwrapped
+from hf_importance.run.step import StepDraws
+from hf_importance.run.validation import seed_of
 from hf_importance.sampling.draw import Shard
 from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.suspects import SuspectWeights
-from hf_importance.schedule import EffectiveEpochs, follow, unwrapped
-from hf_importance.step import StepDraws
-from hf_importance.support import seed_of
 
 
 class DataMixin:

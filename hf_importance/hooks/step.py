@@ -12,14 +12,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_importance.adapters.base import ComputeLoss, LossAdapter
 from hf_importance.config import ImportanceConfig
-from hf_importance.data import refuse_texts_as_labels
+from hf_importance.data.dataset import refuse_texts_as_labels
 from hf_importance.losses.first_batch import without_peft
 from hf_importance.losses.heads import Labels, PerExampleLoss
 from hf_importance.losses.objective import Measured, Objective
-from hf_importance.overrides import unmeasured
+from hf_importance.run.overrides import unmeasured
+from hf_importance.run.step import StepDraws
 from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.sampler import ImportanceBatchSampler
-from hf_importance.step import StepDraws
 
 
 class StepMixin:

@@ -27,8 +27,8 @@ from hf_importance.losses.heads import Labels, PerExampleLoss, Terms
 from hf_importance.losses.isolation import without_side_effects
 from hf_importance.losses.last_layer import LastLayer
 from hf_importance.losses.own_loss import OwnLoss
-from hf_importance.record import OBSERVED
-from hf_importance.state import read_number
+from hf_importance.sampling.record import OBSERVED
+from hf_importance.sampling.state import read_number
 
 _MASK_IGNORES = 255
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.record import Distribution, loss_of_chance, suspects
 from hf_importance.report.texts import readable
+from hf_importance.sampling.record import Distribution, loss_of_chance, suspects
 
 _MAX_CLASSES = 1000
 """Maximum number of classes that are listed."""

@@ -14,8 +14,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from hf_importance.record import distribution
 from hf_importance.report.findings import Findings
+from hf_importance.sampling.record import distribution
 
 THEMES = {
     "light": {"page": "#ffffff", "ink": "#1f2933", "grid": "#d5dae0", "cool": "#2f6f9f"},

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_importance.columns import Columns
-from hf_importance.record import Distribution
+from hf_importance.report.columns import Columns
+from hf_importance.run.schedule import EffectiveEpochs
 from hf_importance.sampling.progress import EffectiveVisits
+from hf_importance.sampling.record import Distribution
 from hf_importance.sampling.sampler import ImportanceBatchSampler
-from hf_importance.schedule import EffectiveEpochs
-from hf_importance.state import read_number
+from hf_importance.sampling.state import read_number
 
 
 class Training:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_importance.sampling.rates import expected_costs, second_moments
-from hf_importance.state import read_tensor
+from hf_importance.sampling.state import read_tensor
 
 _FLOORS = 8
 """Number of steps between the lowest floor and 1."""

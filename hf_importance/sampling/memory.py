@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_importance.sampling.rates import per_cost
-from hf_importance.state import read_tensor
+from hf_importance.sampling.state import read_tensor
 
 CHUNK = 2**20
 """Examples per chunk when iterating over all of them."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_importance.state import read_number, read_tensor
+from hf_importance.sampling.state import read_number, read_tensor
 
 _MAX_ELEMENTS = 2**17
 """Elements of the gradient that are sampled."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance
 from hf_importance.sampling.rates import per_cost, unnormalised_rates
-from hf_importance.state import read_number, read_tensor
+from hf_importance.sampling.state import read_number, read_tensor
 
 _MAX_CANDIDATES = 2**16
 """Candidates per call: bounds the memory if one rate is far above the others."""

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from hf_importance.record import VisitRecord, part
 from hf_importance.sampling.draw import SKIPPED, Draw, Shard
 from hf_importance.sampling.groups import LengthGroups, join, split
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import weights
+from hf_importance.sampling.record import VisitRecord, part
 from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.segments import SegmentedVisits
+from hf_importance.sampling.state import read_number, read_tensor
 from hf_importance.sampling.suspects import SuspectWeights
-from hf_importance.state import read_number, read_tensor
 
 _MAX_WAITING = 64
 """Batches that are buffered before the memory is updated; one update for many costs hardly more than for one."""

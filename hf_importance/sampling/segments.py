@@ -12,8 +12,8 @@ from torch import Tensor
 from hf_importance.sampling.guard import Guard
 from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance
 from hf_importance.sampling.rates import per_cost, unnormalised_rates
+from hf_importance.sampling.state import read_number, read_tensor
 from hf_importance.sampling.strata import Strata
-from hf_importance.state import read_number, read_tensor
 
 SEGMENTS = 8
 """Segments per pass; a pass is the time of as many visits as there are examples."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.state import read_tensor
+from hf_importance.sampling.state import read_tensor
 
 _COLUMNS = ("importance", "place", "position")
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.record import VisitRecord, loss_of_chance, suspects
 from hf_importance.sampling.memory import ImportanceMemory
-from hf_importance.state import read_tensor
+from hf_importance.sampling.record import VisitRecord, loss_of_chance, suspects
+from hf_importance.sampling.state import read_tensor
 
 
 class SuspectWeights:

@@ -24,7 +24,7 @@ from transformers import Trainer
 
 from benchmarks.task import Columns, Rows, collate
 from hf_importance.losses.objective import Measured, Objective
-from hf_importance.record import OBSERVED
+from hf_importance.sampling.record import OBSERVED
 
 _UNSEEN = 3.0
 """Loss assumed for unvisited examples in InfoBatch and SeTa."""

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from hf_importance import ImportanceTrainer
-from hf_importance.checkpoint import newest_complete
+from hf_importance.run.checkpoints import newest_complete
 
 KILL_AFTER = 0.1, 0.8
 """Time until the kill, relative to an uninterrupted training: from the first steps to the end."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from resuming import assert_identical, resume, train
 
-from hf_importance.checkpoint import load_states, save_state
+from hf_importance.run.checkpoints import load_states, save_state
 
 
 def importance_file(folder, step):

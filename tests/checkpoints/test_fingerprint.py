@@ -6,7 +6,7 @@ import tiny
 import torch
 from noisy_texts import NoisyTexts
 
-from hf_importance.fingerprint import differences, fingerprint
+from hf_importance.data.fingerprint import differences, fingerprint
 
 
 class Features:

@@ -8,12 +8,12 @@ import tiny
 import torch
 from resuming import assert_identical, collect_warnings, record_of, resume, train
 
-from hf_importance import checkpoint as module
-from hf_importance.checkpoint import load_states, save_state
-from hf_importance.record import VisitRecord, part
+from hf_importance.run import checkpoints as module
+from hf_importance.run.checkpoints import load_states, save_state
 from hf_importance.sampling.draw import Shard
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import rates
+from hf_importance.sampling.record import VisitRecord, part
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 EXAMPLES, SETTINGS, DATA = 20, {"metric": "logit_gradient"}, {}

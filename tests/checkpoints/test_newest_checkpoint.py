@@ -9,7 +9,7 @@ import torch
 from resuming import MODEL, SAVING, collect_warnings, train
 from tiny import Recorder
 
-from hf_importance.checkpoint import newest_complete
+from hf_importance.run.checkpoints import newest_complete
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import tiny
 import torch
 from resuming import assert_identical, resume, train
 
-from hf_importance.checkpoint import load_states
+from hf_importance.run.checkpoints import load_states
 
 SETTINGS = {
     "default": {},

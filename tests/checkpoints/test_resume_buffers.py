@@ -6,7 +6,7 @@ import torch
 from resuming import MODEL, SAVING, assert_identical, resume
 from tiny import Recorder
 
-from hf_importance.checkpoint import load_states, save_state
+from hf_importance.run.checkpoints import load_states, save_state
 
 LARGE = {"save_steps": 28, "logging_steps": 1000, "num_train_epochs": 1.3}
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from resuming import EARLY_END, assert_identical, resume, train
 
-from hf_importance.checkpoint import load_states, save_state
+from hf_importance.run.checkpoints import load_states, save_state
 
 SETTINGS = {
     "default": {},

@@ -13,7 +13,7 @@ from noisy_texts import NoisyTexts
 from resuming import EARLY_END, MODEL, SAVING, collect_warnings, record_of, resume, train, visits_of
 
 from hf_importance import ImportanceConfig
-from hf_importance.checkpoint import load_states
+from hf_importance.run.checkpoints import load_states
 from hf_importance.sampling.rates import rates
 
 

@@ -166,6 +166,6 @@ def test_class_weights_are_refused_after_resuming(tmp_path):
 
 
 def _objective_state(checkpoint):
-    from hf_importance.checkpoint import load_states
+    from hf_importance.run.checkpoints import load_states
 
     return load_states(checkpoint)[0]["objective"]

@@ -11,10 +11,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from hf_importance.columns import Columns
-from hf_importance.record import OBSERVED, VisitRecord
+from hf_importance.report.columns import Columns
 from hf_importance.sampling.draw import Shard
 from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.record import OBSERVED, VisitRecord
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 EXAMPLES = 10  # 4 + 3 + 3

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import workers
 
-from hf_importance.columns import Columns
+from hf_importance.report.columns import Columns
 from hf_importance.sampling.draw import Shard
 
 EXAMPLES, RANKS = columns_worker.EXAMPLES, 3

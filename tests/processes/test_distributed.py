@@ -10,7 +10,7 @@ import tiny
 import torch
 import workers
 
-from hf_importance.checkpoint import load_states
+from hf_importance.run.checkpoints import load_states
 from hf_importance.sampling.rates import rates
 
 EXAMPLES = distributed_worker.EXAMPLES

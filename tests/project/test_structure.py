@@ -121,7 +121,7 @@ def test_module_imports_only_modules_before_it(module):
         ("sampling.memory", "from hf_importance.sampling.sampler import ImportanceBatchSampler"),
         ("record", "from hf_importance import checkpoint"),
         ("sampling.segments", "def f():\n    import hf_importance.trainer"),
-        ("sampling.sampler", "from hf_importance.schedule import follow"),
+        ("sampling.sampler", "from hf_importance.run.schedule import follow"),
         ("sampling.progress", "import transformers"),
         ("data", "import transformers"),
         ("losses.objective", "from transformers.utils import logging"),

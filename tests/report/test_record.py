@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
-from hf_importance import record
-from hf_importance.record import COLUMNS, OBSERVED, VisitRecord, distribution, join, part, suspects
+from hf_importance.sampling import record
+from hf_importance.sampling.record import COLUMNS, OBSERVED, VisitRecord, distribution, join, part, suspects
 
 # ---- record ----------------------------------------------------------------------------------------------------------
 

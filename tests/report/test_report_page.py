@@ -7,11 +7,11 @@ import pytest
 import torch
 from report_data import HOSTILE, findings, page_of
 
-from hf_importance.record import Distribution
 from hf_importance.report.examples import png_url
 from hf_importance.report.findings import Findings
 from hf_importance.report.page import write_report
 from hf_importance.report.plots import THEMES, plots
+from hf_importance.sampling.record import Distribution
 
 # ---- page ------------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import tensor
 
-from hf_importance.record import VisitRecord
 from hf_importance.sampling.draw import SKIPPED
 from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 

@@ -8,8 +8,8 @@ from sampling_helpers import memory_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_importance.record import VisitRecord
 from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 N = 100_000

@@ -11,8 +11,8 @@ from sampling_helpers import draws_of, used
 from torch import nn
 
 from hf_importance import ImportanceConfig
-from hf_importance.record import VisitRecord, suspects
 from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.record import VisitRecord, suspects
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.suspects import SuspectWeights
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
+from hf_importance.data.dataset import DRAW_KEY, ImportanceCollator, ImportanceDataset, mean_over_examples
 from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.sampler import ImportanceBatchSampler

@@ -12,7 +12,7 @@ from tiny import Recorder
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils.notebook import NotebookProgressCallback
 
-from hf_importance.epochs import LoopEpochs
+from hf_importance.run.epochs import LoopEpochs
 from hf_importance.sampling.progress import EffectiveVisits
 
 EPOCHS, STEPS_PER_EPOCH = 6, 10

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.run.schedule import EffectiveEpochs, follow
 from hf_importance.sampling.progress import EffectiveVisits
-from hf_importance.schedule import EffectiveEpochs, follow
 
 SCHEDULES = {
     "linear": {},

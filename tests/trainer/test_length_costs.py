@@ -56,7 +56,7 @@ def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch, s
 
     settings = {"num_train_epochs": 6, "learning_rate": 1e-3}
     of_importance, of_rate = correlations(train(tmp_path, rows, **settings))
-    monkeypatch.setattr("hf_importance.lengths.Lengths.cost", lambda *_: None)
+    monkeypatch.setattr("hf_importance.data.lengths.Lengths.cost", lambda *_: None)
     _, of_rate_without_costs = correlations(train(tmp_path, rows, **settings))
     assert of_importance > 0.9, "premise: importance is mostly length"
     assert of_rate_without_costs > 0.9, "control"
@@ -144,6 +144,6 @@ def test_pruning_does_not_prefer_short_answers(tmp_path, monkeypatch):
         return (answers[~kept].median() / answers[kept].median()).item()
 
     found = length_of_pruned_answers()
-    monkeypatch.setattr("hf_importance.lengths.labels_of", lambda *_: None)
+    monkeypatch.setattr("hf_importance.data.lengths.labels_of", lambda *_: None)
     assert length_of_pruned_answers() < 0.5, "control: tokens are not counted"
     assert found > 0.75

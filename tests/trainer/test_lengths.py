@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 from length_training import lengths, make_rows, pad
 
-from hf_importance.lengths import has_token_losses, labels_of, lengths_of
+from hf_importance.data.lengths import has_token_losses, labels_of, lengths_of
 
 
 def test_lengths_and_labels_are_counted_in_all_kinds_of_datasets():

@@ -9,7 +9,7 @@ from overridden_losses import LossInALaterBase
 from torch.utils.data import IterableDataset
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
-from hf_importance.support import refuse_version
+from hf_importance.run.validation import refuse_version
 
 
 class Stream(IterableDataset):

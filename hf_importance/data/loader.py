@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Sampler
 
-from hf_importance.data import DRAW_KEY, ImportanceCollator, ImportanceDataset
+from hf_importance.data.dataset import DRAW_KEY, ImportanceCollator, ImportanceDataset
 from hf_importance.randomness import isolated_randomness
 from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.sampler import ImportanceBatchSampler

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.data import LABEL_COLUMNS
+from hf_importance.data.dataset import LABEL_COLUMNS
 from hf_importance.randomness import isolated_randomness
 
 _MAX_READ, _MAX_BYTES = 128, 2**22

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_importance.sampling.progress import EffectiveVisits
-from hf_importance.state import read_number
+from hf_importance.sampling.state import read_number
 
 _ROUNDING = 1e-9
 

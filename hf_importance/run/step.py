@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.data import DRAW_KEY
+from hf_importance.data.dataset import DRAW_KEY
 from hf_importance.sampling.draw import Draw
 
 

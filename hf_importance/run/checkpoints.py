@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_importance.fingerprint import differences
-from hf_importance.record import join
+from hf_importance.data.fingerprint import differences
+from hf_importance.sampling.record import join
 from hf_importance.sampling.sampler import ImportanceBatchSampler
-from hf_importance.state import read_number, read_tensor
+from hf_importance.sampling.state import read_number, read_tensor
 
 _FORMAT = 8
 _FILES = "importance_*.pt"

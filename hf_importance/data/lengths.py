@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.utils.logging import tqdm
 
-from hf_importance.data import ImportanceCollator
+from hf_importance.data.dataset import ImportanceCollator
 from hf_importance.losses.per_example import IGNORE_INDEX
 from hf_importance.randomness import isolated_randomness
 from hf_importance.sampling.draw import SKIPPED, Shard

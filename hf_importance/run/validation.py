@@ -12,9 +12,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import SchedulerType
 
 from hf_importance.config import ImportanceConfig
-from hf_importance.lengths import name_of_tokens, refuse_unknown_lengths
+from hf_importance.data.lengths import name_of_tokens, refuse_unknown_lengths
 from hf_importance.losses.heads import with_inputs
-from hf_importance.schedule import ALL_STEPS
+from hf_importance.run.schedule import ALL_STEPS
 
 _PRIVATE_HOOKS = (
     "_inner_training_loop",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_importance.state import read_number, read_tensor
+from hf_importance.sampling.state import read_number, read_tensor
 
 OBSERVED = ("label", "loss", "prediction", "probability")
 """What is observed at a visit; NaN where the task does not define it."""

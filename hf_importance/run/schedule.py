@@ -13,11 +13,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_importance.epochs import LoopEpochs
+from hf_importance.run.epochs import LoopEpochs
 from hf_importance.sampling.progress import EffectiveVisits, GradientSample, learning_rate_factor
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SEGMENTS
-from hf_importance.state import read_number, read_tensor
+from hf_importance.sampling.state import read_number, read_tensor
 
 _FORECAST_AFTER = 0.2
 """Share of the effective steps after which the expected end of training is announced, …"""
