@@ -56,6 +56,11 @@ def rates(importance, uniform_fraction, max_rate=math.inf):
     return [s / (sum(found) / len(found)) for s in found]
 
 
+def rates_of(importance, uniform_fraction, max_rate=math.inf):
+    """[`rates`] of a tensor, as a tensor of its type."""
+    return torch.tensor(rates(importance.tolist(), uniform_fraction, max_rate), dtype=importance.dtype)
+
+
 def unnormalised_rate(q, mean, uniform_fraction, max_rate=math.inf):
     if math.isnan(q) or math.isnan(mean) or mean == 0:
         return 1.0
@@ -80,6 +85,17 @@ def expected_costs(remembered, mean, measured, rate, cost, fractions, max_rate=m
             for k, f in enumerate(fractions):
                 found[k] += c / r * unnormalised_rate(before, mean, f, max_rate)
     return found
+
+
+def variance_ratio(importance, rate, weight, cost=None):
+    """Variance ratio ρ = mean(w² q²) / mean(q² / r) of visits `[visits]`: second moment over that of uniform sampling.
+
+    With costs, it is taken at equal cost: ρ κ, where κ = mean(c) / mean(c / r) is the cost of a visit relative to
+    uniform sampling.
+    """
+    squares = importance.square()
+    ratio = (weight.square() * squares).sum() / (squares / rate).sum()
+    return ratio if cost is None else ratio * cost.sum() / (cost / rate).sum()
 
 
 def moments_of_batches(gradients, cost, rate, batch):

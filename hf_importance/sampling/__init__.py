@@ -2,15 +2,18 @@
 
 The modules, in the order of their imports:
 
-- `draw`: a drawn batch (index, rate and weight of each visit), and the examples of a rank.
-- `rates`: importance and cost → sampling rate → importance weight, and statistics of them. Pure tensors.
+- `state`: checks of what is read from a checkpoint.
+- `draw`: a drawn batch: index, rate and weight of each visit.
+- `shard`: the examples that one process draws from.
+- `rates`: importance and cost → sampling rate → importance weight, and what other rates would have given.
 - `memory`: the importance of every example, and the cost of visiting it.
 - `guard`: the floor of the rates, chosen by how reliable the remembered importances are.
 - `strata`: the time of every example, cut into pieces with one visit each.
 - `segments`: visits as evenly spaced as with reshuffling, planned one segment at a time.
-- `replacement`: independent draws, as in the paper.
-- `groups`: groups visits of texts of similar length.
-- `suspects`: smaller weights for examples whose label is probably wrong.
-- `progress`: effective steps: progress of training in steps of uniform sampling.
+- `replacement`: independent draws with the rates of the moment, as in the paper.
+- `groups`: sorts planned visits of texts by length.
+- `record`: statistics of the visits of every example.
+- `suspects`: which labels are probably wrong, and the smaller weights of their examples.
+- `effective_steps`: progress of training in steps of uniform sampling.
 - `sampler`: batches and epochs, including draws not yet used and measurements not yet remembered.
 """

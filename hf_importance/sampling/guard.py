@@ -1,7 +1,5 @@
 """Chooses the floor of the rates by how reliable the remembered importances are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +9,11 @@ from torch import Tensor
 from hf_importance.sampling.rates import expected_costs, second_moments
 from hf_importance.sampling.state import read_tensor
 
-_FLOORS = 8
-"""Number of steps between the lowest floor and 1."""
-_TOLERANCE = 1.01
-"""The lowest floor within 1 % of the smallest second moment is chosen."""
+_FLOORS = 8  # number of steps between the lowest floor and 1
+_TOLERANCE = 1.01  # the lowest floor within 1 % of the smallest second moment is chosen
 _MAX_RELATIVE_SPENDING = 0.9
 """With different costs, sampling is uniform unless it saves a tenth; smaller savings did not pay off in training."""
-_DECAY = 0.9
-"""Decay of the evidence per segment: about one half per pass."""
+_DECAY = 0.9  # decay of the evidence per segment: about one half per pass
 
 
 class Guard:
@@ -30,13 +25,8 @@ class Guard:
 
     If visits differ in cost, second moments are compared at equal cost: a visit with second moment M and cost C yields
     M/n after n visits at cost n C, so M C is minimised. M itself must not exceed that of uniform sampling, or a step
-    would make less progress than a uniform one and training would take more steps than requested. If the best floor
-    needs more than nine tenths of the M C of uniform sampling, sampling is uniform. Language models are such a case: at
-    equal cost the importances of texts differ little, and preferring hard texts for 3 to 5 % of the variance overfits
-    to them.
-
-    Args:
-        uniform_fraction: the lowest floor, in [0, 1].
+    would make less progress than a uniform one. Sampling is uniform unless a tenth of M C is saved: at equal cost the
+    importances of texts differ little, and preferring hard texts for 3 to 5 % of the variance overfits to them.
     """
 
     def __init__(self, uniform_fraction: float) -> None:
@@ -55,10 +45,10 @@ class Guard:
     ) -> None:
         """Add visits, with arguments of [`rates.expected_costs`]. The split into calls has no effect, bit for bit."""
         terms = second_moments(remembered, mean, measured, rate, self._floors, max_rate)
-        self._second_moments = torch.cat([self._second_moments[None], terms]).cumsum(0)[-1]
+        self._second_moments = add_in_order(self._second_moments, terms)
         if cost is not None:
             terms = expected_costs(remembered, mean, measured, rate, cost, self._floors, max_rate)
-            self._costs = torch.cat([self._costs[None], terms]).cumsum(0)[-1]
+            self._costs = add_in_order(self._costs, terms)
 
     def next_floor(self) -> float:
         """The floor for the next segment; call it once per segment, as the evidence decays with each call."""
@@ -79,6 +69,11 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a [`state_dict`] exactly."""
-        shape = self._second_moments.shape
-        self._second_moments = read_tensor(state, "second_moments", shape, torch.float64).clone()
-        self._costs = read_tensor(state, "costs", shape, torch.float64).clone()
+        shape = self._floors.shape
+        self._second_moments = read_tensor(state, "second_moments", shape, torch.float64)
+        self._costs = read_tensor(state, "costs", shape, torch.float64)
+
+
+def add_in_order(total: Tensor, terms: Tensor) -> Tensor:
+    """Add the terms `[visits, …]` to a total one after the other, so that their split into calls has no effect."""
+    return torch.cat([total[None], terms]).cumsum(0)[-1]

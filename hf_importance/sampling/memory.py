@@ -1,8 +1,5 @@
 """The remembered importance of every example."""
 
-from __future__ import annotations
-
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,27 +10,18 @@ from torch import Tensor
 from hf_importance.sampling.rates import per_cost
 from hf_importance.sampling.state import read_tensor
 
-CHUNK = 2**20
-"""Examples per chunk when iterating over all of them."""
+CHUNK = 2**20  # examples whose visits are planned at a time
 
 
 @dataclass(frozen=True)
 class Update:
-    """The changes made by an update of the memory: one per example and batch.
+    """The changes made by an update of the memory: one per example and batch."""
 
-    Args:
-        index: the examples, int64 `[changes]`.
-        before: importances before the update, float32 `[changes]`, NaN where unknown.
-        after: importances after the update, float32 `[changes]`, NaN where unknown.
-        change: the change that each visit belongs to, int64 `[visits]`.
-        cost: costs c of the examples, float32 `[changes]`; None if all cost the same.
-    """
-
-    index: Tensor
-    before: Tensor
+    index: Tensor  # the examples, int64 [changes]
+    before: Tensor  # importances, float32 [changes], NaN where unknown
     after: Tensor
-    change: Tensor
-    cost: Tensor | None = None
+    change: Tensor  # the change that each visit belongs to, int64 [visits]
+    cost: Tensor | None = None  # of the examples, float32 [changes]; None if all cost the same
 
 
 class ImportanceMemory:
@@ -67,12 +55,9 @@ class ImportanceMemory:
     def update(self, index: Tensor, importance: Tensor, batch: Tensor | None = None) -> Update:
         """Update the moving averages: q ← α·q + (1 − α)·measured, or the measurement itself if q was unknown.
 
-        Several batches in one call give the same result as one call per batch, at hardly more than the cost of one.
-
-        Args:
-            index: examples, int64 `[visits]`. Visits of an example in the same batch are averaged.
-            importance: measurements `[visits]`, ≥ 0. An example becomes unknown again if it is not finite.
-            batch: batch of each visit, int64 `[visits]`, ascending from 0; by default a single batch.
+        `batch` numbers the batch of each visit, ascending from 0, by default a single one: many in one call give the
+        same as one call per batch, at hardly more than the cost of one. Visits of an example in the same batch are
+        averaged. An example becomes unknown again if a measurement is not finite.
         """
         batch = torch.zeros_like(index) if batch is None else batch
         batches = int(batch[-1]) + 1 if len(batch) else 1
@@ -89,50 +74,34 @@ class ImportanceMemory:
             self.known += int(unknown.sum()) - int(new.isnan().sum())
         return Update(index, before, after, change, None if self.cost is None else self.cost[index])
 
-    def per_cost(self, index: Tensor | slice, importance: Tensor | None = None) -> Tensor:
+    def per_cost(self, part: Tensor | slice, importance: Tensor | None = None) -> Tensor:
         """Importances per root cost of some examples, see [`rates.per_cost`]; must not be modified.
 
-        Args:
-            index: the examples.
-            importance: importances of all examples, by default those remembered.
+        They are those remembered, unless importances of all examples are passed.
         """
         importance = self.importances if importance is None else importance
-        return per_cost(importance[index], None if self.cost is None else self.cost[index])
+        return per_cost(importance[part], None if self.cost is None else self.cost[part])
 
     def unimportant(self, mass: float, importance: Tensor | None = None) -> Tensor:
-        """See [`unimportant`]. For losses that are sums over n tokens, the importance per token q/√n is used.
+        """[`unimportant`] examples but those that are spared, by default by the remembered importances.
 
-        Otherwise short texts would be pruned however hard they are.
-
-        Args:
-            mass: see there.
-            importance: importances of all examples, by default those remembered.
+        For losses that are sums over n tokens, the importance per token q/√n is used. Otherwise short texts would be
+        pruned however hard they are.
         """
         importance = per_cost(self.importances if importance is None else importance, self.tokens)
-        if self.spared is not None:
-            importance = importance.masked_fill(self.spared, torch.nan)
-        return unimportant(importance, mass)
-
-    def increase(self, increment: float) -> None:
-        """Add ε to every known importance, so no example is forgotten (Salaün et al. 2023, at the end of an epoch)."""
-        self.importances += increment
+        return unimportant(importance if self.spared is None else importance.masked_fill(self.spared, torch.nan), mass)
 
     def scale(self, which: Tensor, factor: float) -> None:
-        """Multiply the importances of some examples by a factor.
-
-        Args:
-            which: mask of the examples, bool `[examples]`.
-            factor: ≥ 0, or NaN to make them unknown.
-        """
+        """Multiply the importances where a mask is set by a factor ≥ 0, or NaN to make them unknown."""
         self.importances[which] *= factor
         self.known = int(self.importances.isfinite().sum())
 
     def chunks(self) -> Iterator[slice]:
-        """Slices that cover all examples, to process them with little memory."""
+        """Slices that cover all examples, to plan their visits with little memory."""
         return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))
 
     def least_variance_ratio(self) -> float:
-        """The smallest [`rates.variance_ratio`] with these importances: (mean q)² / mean q² = 1/(1 + CV²).
+        """The smallest variance ratio ρ with these importances: (mean q)² / mean q² = 1/(1 + CV²).
 
         It is reached if every visit measures the remembered importance. It is 1 if all are equal or none is known. With
         costs it is (mean q√c)² / (mean q² · mean c), and 1 if all q/√c are equal.
@@ -142,16 +111,11 @@ class ImportanceMemory:
         >>> memory.least_variance_ratio()
         0.8
         """
-        total, squares, cost = 0.0, 0.0, 0.0
-        for chunk in self.chunks():
-            known = self.importances[chunk].nan_to_num(nan=0.0).double()
-            squares += known.square().sum().item()
-            if self.cost is not None:
-                costs = self.cost[chunk].double()
-                known *= costs.sqrt()
-                cost += costs[self.importances[chunk].isfinite()].sum().item()
-            total += known.sum().item()
-        return total**2 / ((self.known if self.cost is None else cost) * squares) if squares else 1.0
+        known = self.importances.isfinite()
+        q = self.importances[known].double()
+        c = torch.ones_like(q) if self.cost is None else self.cost[known].double()
+        second_moment = q.square().sum() * c.sum()
+        return ((q * c.sqrt()).sum().square() / second_moment).item() if second_moment else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """The importances, as tensors."""
@@ -182,28 +146,17 @@ def unimportant(importance: Tensor, mass: float) -> Tensor:
     >>> unimportant(torch.tensor([3.0, 0.1, torch.nan, 1.0]), mass=0.1).tolist()
     [False, True, False, False]
     """
-    found = torch.zeros(len(importance), dtype=torch.bool)
+    mask = torch.zeros(len(importance), dtype=torch.bool)
     if mass > 0:
         importance, order = importance.sort(stable=True)  # NaN comes last
         small = importance < importance.nanmean(dtype=torch.float64)
         cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
-        found[order[small & (cumulated < mass * cumulated[-1])]] = True
-    return found
+        mask[order[small & (cumulated < mass * cumulated[-1])]] = True
+    return mask
 
 
 def mean_importance(memory: ImportanceMemory, importance: Tensor | None = None, pruned: Tensor | None = None) -> float:
-    """Mean of the known importances (per root cost) of the examples that are not pruned; NaN if none is known.
-
-    Args:
-        memory: memory of the examples.
-        importance: importances of all examples, by default those remembered.
-        pruned: mask of the pruned examples, bool `[examples]`; None for none.
-    """
-    total, counted = 0.0, 0
-    for chunk in memory.chunks():
-        values = memory.per_cost(chunk, importance)
-        if pruned is not None:
-            values = values.masked_fill(pruned[chunk], torch.nan)
-        total += values.nansum(dtype=torch.float64).item()
-        counted += len(values) - int(values.isnan().sum())
-    return total / counted if counted else math.nan
+    """Mean of the known importances (per root cost) of the examples that are not pruned; NaN if none is known."""
+    values = memory.per_cost(slice(None), importance)
+    values = values if pruned is None else values.masked_fill(pruned, torch.nan)
+    return values.nanmean(dtype=torch.float64).item()

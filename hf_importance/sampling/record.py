@@ -1,6 +1,4 @@
-"""Statistics of every example's visits, for the report. Sampling does not depend on them."""
-
-from __future__ import annotations
+"""Statistics of every example's visits, for the report and the suspects."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,34 +11,25 @@ from hf_importance.sampling.state import read_number, read_tensor
 
 OBSERVED = ("label", "loss", "prediction", "probability")
 """What is observed at a visit; NaN where the task does not define it."""
+_LOSS = OBSERVED.index("loss")
 COLUMNS = (*OBSERVED, "visits", "mean_loss")
 QUANTILES = 101
 _PER_EXAMPLE = ("seen", "visits", "total_loss", "kept_visits")
-_MAX_EXAMPLES = 2**16
-"""Examples that a distribution is computed from."""
+_MAX_EXAMPLES = 2**16  # examples that a distribution is computed from
 
 
 class Distribution(NamedTuple):
-    """Percentiles of importances and visits at one moment of training, see [`distribution`].
+    """Percentiles of importances and visits at one moment of training, see [`distribution`]."""
 
-    Args:
-        visits: mean visits per example so far.
-        importance: `[101]`.
-        visits_since: `[101]`, of the visits since the previous moment.
-    """
-
-    visits: float
-    importance: Tensor
-    visits_since: Tensor
+    visits: float  # mean visits per example so far
+    importance: Tensor  # [101]
+    visits_since: Tensor  # [101], of the visits since the previous moment
 
 
 class VisitRecord:
     """Per example: number of visits, mean loss, and the last observation; 28 bytes each.
 
     The mean loss excludes the first visit, when the model may still be untrained, unless it is the only one.
-
-    Args:
-        length: number of examples.
 
     >>> record = VisitRecord(3)
     >>> for loss in (9.0, 2.0, 1.0):
@@ -58,17 +47,12 @@ class VisitRecord:
         self.distributions: list[Distribution] = []
 
     def update(self, index: Tensor, observed: Tensor) -> None:
-        """Record visits; many at once cost hardly more than a few.
-
-        Args:
-            index: int64 `[visits]`, in the order of the visits.
-            observed: float32 `[4, visits]`, the rows named in `OBSERVED`.
-        """
+        """Record visits in their order, int64 `[visits]`, with the rows in `OBSERVED`, float32 `[4, visits]`."""
         index, visit, count = index.unique(return_inverse=True, return_counts=True)
         place = torch.arange(len(visit))
         first = torch.full_like(index, len(visit)).scatter_reduce_(0, visit, place, "amin")
         last = torch.zeros_like(index).scatter_reduce_(0, visit, place, "amax")
-        loss = observed[OBSERVED.index("loss")].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        loss = observed[_LOSS].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         loss[first[self._visits[index] == 0]] = 0.0
         self._total_loss[index] += torch.zeros(len(index)).index_add_(0, visit, loss)
         self._visits[index] += count.int()
@@ -76,13 +60,9 @@ class VisitRecord:
 
     def columns(self) -> dict[str, Tensor]:
         """The columns named in `COLUMNS`, `[examples]` each: `visits` int32, others float32, NaN if never visited."""
-        mean_loss = torch.where(
-            self._visits > 1, self._total_loss / (self._visits - 1), self._observed[OBSERVED.index("loss")]
-        )
-        return dict(zip(OBSERVED, self._observed.clone(), strict=True)) | {
-            "visits": self._visits.clone(),
-            "mean_loss": mean_loss,
-        }
+        mean_loss = (self._total_loss / (self._visits - 1)).where(self._visits > 1, self._observed[_LOSS])
+        columns = (*self._observed.clone(), self._visits.clone(), mean_loss)
+        return dict(zip(COLUMNS, columns, strict=True))
 
     def keep_distribution(self, importance: Tensor) -> None:
         """Keep the distribution of the current importances, and of the visits since the last call."""
@@ -90,23 +70,18 @@ class VisitRecord:
         self.distributions.append(Distribution(self._visits.double().mean().item(), distribution(importance), since))
         self._kept_visits.copy_(self._visits)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(zip(_PER_EXAMPLE, (self._observed, self._visits, self._total_loss, self._kept_visits), strict=True))
+
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values."""
-        return {
-            "seen": self._observed.clone(),
-            "visits": self._visits.clone(),
-            "total_loss": self._total_loss.clone(),
-            "kept_visits": self._kept_visits.clone(),
-            "distributions": [tuple(entry) for entry in self.distributions],
-        }
+        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        return tensors | {"distributions": [tuple(entry) for entry in self.distributions]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a [`state_dict`] exactly."""
-        length = len(self._visits)
-        self._observed.copy_(read_tensor(state, "seen", [len(OBSERVED), length], torch.float32))
-        self._visits.copy_(read_tensor(state, "visits", [length], torch.int32))
-        self._total_loss.copy_(read_tensor(state, "total_loss", [length], torch.float32))
-        self._kept_visits.copy_(read_tensor(state, "kept_visits", [length], torch.int32))
+        for name, tensor in self._tensors().items():
+            tensor.copy_(read_tensor(state, name, tensor.shape, tensor.dtype))
         self.distributions = [_read_distribution(*entry) for entry in state["distributions"]]
 
 
@@ -128,37 +103,11 @@ def join(states: Sequence[Mapping[str, Any]], index: Sequence[Tensor | slice], l
     whole = VisitRecord(length).state_dict()
     for state, positions in zip(states, index, strict=True):
         for name in _PER_EXAMPLE:
-            mine = whole[name][..., positions]
-            whole[name][..., positions] = read_tensor(state, name, mine.shape, mine.dtype)
+            local = whole[name][..., positions]
+            whole[name][..., positions] = read_tensor(state, name, local.shape, local.dtype)
     return whole | {"distributions": list(states[0]["distributions"])}
 
 
 def part(state: Mapping[str, Any], index: Tensor | slice) -> dict[str, Any]:
     """The state restricted to some examples."""
     return {**state, **{name: state[name][..., index] for name in _PER_EXAMPLE}}
-
-
-def suspects(columns: Mapping[str, Tensor], classes: int | None = None) -> Tensor:
-    """Which examples probably have a wrong label: bool `[examples]`.
-
-    A label is suspect if its mean probability over the visits is below chance: the mean loss is above the logarithm of
-    the number of classes. The mean over the visits is more informative than the final loss, because wrong labels are
-    learned late but may be memorised in the end (Pleiss et al. 2020, arXiv 2001.10528). No example is suspect if
-    examples have no single label.
-
-    Args:
-        columns: the columns of [`VisitRecord.columns`].
-        classes: number of classes; by default the number of distinct labels.
-
-    >>> columns = {"label": [0.0, 1.0], "probability": [0.9, 0.9], "mean_loss": [2.3, 0.1]}
-    >>> suspects({name: torch.tensor(column) for name, column in columns.items()})
-    tensor([ True, False])
-    """
-    decided = columns["probability"].isfinite()
-    return decided & (columns["mean_loss"] > loss_of_chance(columns, classes))
-
-
-def loss_of_chance(columns: Mapping[str, Tensor], classes: int | None = None) -> float:
-    """Cross-entropy of a uniform prediction: the logarithm of the number of classes."""
-    classes = classes or len(columns["label"][columns["probability"].isfinite()].unique())
-    return math.log(max(classes, 2))

@@ -1,7 +1,5 @@
 """Independent draws, as in the paper."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_importance.sampling.guard import add_in_order
 from hf_importance.sampling.memory import ImportanceMemory, Update, mean_importance
 from hf_importance.sampling.rates import per_cost, unnormalised_rates
 from hf_importance.sampling.state import read_number, read_tensor
 
-_MAX_CANDIDATES = 2**16
-"""Candidates per call: bounds the memory if one rate is far above the others."""
-_COUNTERS = ("passes", "visits", "mean", "total", "largest")
+_MAX_CANDIDATES = 2**16  # candidates per call: bounds the memory if one rate is far above the others
 
 
 class IndependentVisits:
@@ -24,17 +21,8 @@ class IndependentVisits:
     Rejection sampling: uniform candidates are accepted with probability r / r_max, so the cost of a draw does not
     depend on n. The mean importance is fixed at the start of a pass; the sum of the rates is updated incrementally.
     Unknown importances count as the mean. If visits differ in cost, "importance" means q/√c, see the module `rates`.
-
-    Args:
-        memory: memory of the examples. It is read at every draw.
-        uniform_fraction: floor of the rates, in [0, 1].
-        prune_mass: as for [`segments.SegmentedVisits`].
-        increment: as for [`segments.SegmentedVisits`].
-        seed: seed of the first pass.
-        stride: added to the seed after each pass.
+    The settings are those of [`segments.SegmentedVisits`].
     """
-
-    planned = 0
 
     def __init__(
         self,
@@ -54,18 +42,22 @@ class IndependentVisits:
         self._prune_mass, self._increment = prune_mass, increment
         self._seed, self._stride = seed, stride
         self._rng = torch.Generator()
-        self._kept: Tensor | None = None  # int64 positions of the examples that are not pruned; None for all
-        self._drawable = len(memory)
         self._mean = math.nan
         self._total, self._largest = float(len(memory)), 1.0  # sum and maximum of the rates before normalisation
+        self._prune(None)
+
+    def _prune(self, pruned: Tensor | None) -> None:
+        self.pruned = pruned
+        self._kept = None if pruned is None else (~pruned).nonzero().flatten()  # int64 positions; None for all
+        self._drawable = len(self.memory if self._kept is None else self._kept)
 
     @property
     def begins_pass(self) -> bool:
         """Whether the next draw is the first of a pass."""
         return self.passes == 0 or self._visits >= len(self.memory)
 
-    def next(self, size: int) -> tuple[Tensor, Tensor]:
-        """Up to `size` visits, from as many candidates as needed on average: examples and rates."""
+    def plan(self, size: int) -> tuple[Tensor, Tensor]:
+        """Up to `size` visits, from as many candidates as needed on average: examples int64 and rates float64."""
         if self.begins_pass:
             self._begin_pass()
         largest = self._largest / (self._total / self._drawable)
@@ -78,42 +70,34 @@ class IndependentVisits:
         self._visits += len(index)
         return index, rate
 
-    def rates(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Rates of some examples, by default all, float64 `[visits]`; their mean over unpruned examples is 1."""
+    def rates(self, index: Tensor | slice) -> Tensor:
+        """Rates of some examples, float64 `[visits]`; their mean over all that are not pruned is 1."""
         rate = self._unnormalised(self.memory.per_cost(index)).double() / (self._total / self._drawable)
         return rate if self.pruned is None else rate.masked_fill_(self.pruned[index], 0.0)
 
     def observe(self, update: Update, measured: Tensor, rate: Tensor) -> None:
         """Update the sum and the maximum of the rates after an update of the memory."""
         before, after = (self._unnormalised(per_cost(q, update.cost)).double() for q in (update.before, update.after))
-        change = (
-            after - before if self.pruned is None else (after - before).masked_fill_(self.pruned[update.index], 0.0)
-        )
+        change = after - before
+        if self.pruned is not None:
+            change.masked_fill_(self.pruned[update.index], 0.0)
         change = (change / update.change.bincount(minlength=len(change)))[update.change]  # in order of the visits
-        self._total = torch.cat([torch.tensor([self._total], dtype=torch.float64), change]).cumsum(0)[-1].item()
+        self._total = add_in_order(torch.tensor(self._total, dtype=torch.float64), change).item()
         self._largest = max([self._largest, *after.tolist()])
 
     def _begin_pass(self) -> None:
         if self.passes:
-            if self._increment:
-                self.memory.increase(self._increment)
+            self.memory.importances += self._increment
             pruned = self.memory.unimportant(self._prune_mass)
-            self.pruned = pruned if pruned.any() else None
-        self._measure()
+            self._prune(pruned if pruned.any() else None)
+        self._mean = mean_importance(self.memory, pruned=self.pruned)
+        rate = self._unnormalised(self.memory.per_cost(slice(None)))
+        if self.pruned is not None:
+            rate.masked_fill_(self.pruned, 0.0)
+        self._total, self._largest = rate.sum(dtype=torch.float64).item(), rate.max().item()
         self._rng.manual_seed(self._seed + self.passes * self._stride)
         self.passes += 1
         self._visits = 0
-
-    def _measure(self) -> None:
-        self._kept = None if self.pruned is None else (~self.pruned).nonzero().flatten()
-        self._drawable = len(self.memory) if self._kept is None else len(self._kept)
-        self._mean = mean_importance(self.memory, pruned=self.pruned)
-        self._total, self._largest = 0.0, 0.0
-        for part in self.memory.chunks():
-            rate = self._unnormalised(self.memory.per_cost(part))
-            rate = rate if self.pruned is None else rate.masked_fill_(self.pruned[part], 0.0)
-            self._total += rate.sum(dtype=torch.float64).item()
-            self._largest = max(self._largest, rate.max().item())
 
     def _unnormalised(self, importance: Tensor) -> Tensor:
         return unnormalised_rates(importance, self._mean, self.floor)
@@ -121,19 +105,20 @@ class IndependentVisits:
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values."""
         return {
-            **{name: getattr(self, name, getattr(self, f"_{name}", None)) for name in _COUNTERS},
+            "passes": self.passes,
+            "visits": self._visits,
+            "mean": self._mean,
+            "total": self._total,
+            "largest": self._largest,
             "pruned": None if self.pruned is None else self.pruned.clone(),
             "rng": self._rng.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a [`state_dict`] exactly."""
-        self.passes = read_number(state, "passes", int, 0)
-        self.pruned = read_tensor(state, "pruned", [len(self.memory)], torch.bool, optional=True)
-        for name in ("visits", "mean", "total", "largest"):
-            setattr(self, f"_{name}", read_number(state, name, least=0))
-        self._kept = None if self.pruned is None else (~self.pruned).nonzero().flatten()
-        self._drawable = len(self.memory) if self._kept is None else len(self._kept)
+        self.passes, self._visits = (read_number(state, name, int, 0) for name in ("passes", "visits"))
+        self._mean, self._total, self._largest = (read_number(state, name) for name in ("mean", "total", "largest"))
+        self._prune(read_tensor(state, "pruned", [len(self.memory)], torch.bool, optional=True))
         self._rng.set_state(read_tensor(state, "rng", self._rng.get_state().shape, torch.uint8))
 
     def restart(self, passes: int) -> None:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from hf_importance.sampling.state import read_tensor
 
-_COLUMNS = ("importance", "place", "position")
-
 
 class Strata:
     """The stratum that every example is in, and the visits as time goes on.
@@ -23,12 +21,6 @@ class Strata:
     1, however importances change when they are measured. Summed over visits, the weights of an example follow the time
     that has passed: they cannot deviate by more than the current stratum, except where rates change within strata.
 
-    12 bytes per example.
-
-    Args:
-        importance: importances with which the first strata begin, float32 `[examples]`, NaN where unknown.
-        seed: seed of the places.
-
     >>> strata = Strata(torch.tensor([1.0, 2.0]), seed=0)
     >>> rate = torch.tensor([0.5, 1.5])
     >>> visits = [strata.advance(slice(0, 2), 1.0, rate, strata.importance, rate)[0].tolist() for _ in range(4)]
@@ -37,7 +29,7 @@ class Strata:
     """
 
     def __init__(self, importance: Tensor, seed: int) -> None:
-        self.importance = importance.clone()
+        self.importance = importance.clone()  # with which the strata began, float32 [examples], NaN where unknown
         self._rng = torch.Generator().manual_seed(seed)
         self._place = torch.rand(len(importance), generator=self._rng)  # of the visit, in [0, 1)
         self._position = torch.zeros(len(importance))  # of the present, in [0, 1)
@@ -50,18 +42,11 @@ class Strata:
     def advance(
         self, part: slice, time: float, rate: Tensor, next_importance: Tensor, next_rate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Let some time pass for a part of the examples.
+        """Let some time pass, in passes, for a part of the examples.
 
-        Args:
-            part: the examples.
-            time: in passes, > 0.
-            rate: rates in the current strata, float32 `[part]`; while it is 0, the time of an example stands still.
-            next_importance: importances with which new strata begin, float32 `[part]`.
-            next_rate: rates in these, float32 `[part]`; positive where `rate` is.
-
-        Returns:
-            The visits, by example but in no order of time: examples int64, rates float32 and times float32 in
-            [0, `time`), `[visits]` each.
+        New strata begin with `next_importance` and have `next_rate`, which is positive where `rate` is. While `rate` is
+        0, the time of an example stands still. Returns the visits, by example but in no order of time: examples int64,
+        rates float32 and times float32 in [0, `time`).
         """
         importance, place, position = (column[part] for column in (self.importance, self._place, self._position))
         now = torch.arange(len(rate))  # examples whose time still goes on
@@ -83,14 +68,14 @@ class Strata:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors."""
-        columns = {name: getattr(self, name, getattr(self, f"_{name}", None)).clone() for name in _COLUMNS}
-        return columns | {"rng": self._rng.get_state()}
+        columns = {"importance": self.importance, "place": self._place, "position": self._position}
+        return {name: column.clone() for name, column in columns.items()} | {"rng": self._rng.get_state()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], length: int) -> Strata:
         """Restore a [`state_dict`] exactly."""
-        importance, place, position = (read_tensor(state, name, [length], torch.float32) for name in _COLUMNS)
-        strata = cls(importance, seed=0)
-        strata._place, strata._position = place.clone(), position.clone()
+        strata = cls(read_tensor(state, "importance", [length], torch.float32), seed=0)
+        strata._place = read_tensor(state, "place", [length], torch.float32)
+        strata._position = read_tensor(state, "position", [length], torch.float32)
         strata._rng.set_state(read_tensor(state, "rng", strata._rng.get_state().shape, torch.uint8))
         return strata

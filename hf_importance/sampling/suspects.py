@@ -1,7 +1,6 @@
-"""Smaller weights in the loss for examples whose label is probably wrong."""
+"""Suspects: examples whose label is probably wrong, and their smaller weights in the loss."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,25 +8,40 @@ import torch
 from torch import Tensor
 
 from hf_importance.sampling.memory import ImportanceMemory
-from hf_importance.sampling.record import VisitRecord, loss_of_chance, suspects
+from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.state import read_tensor
 
 
+def suspects(columns: Mapping[str, Tensor], classes: int | None = None) -> Tensor:
+    """Which examples probably have a wrong label, by the columns of a [`VisitRecord`]: bool `[examples]`.
+
+    A label is suspect if its mean probability over the visits is below chance: the mean loss is above the logarithm of
+    the number of classes, by default that of distinct labels. The mean over the visits is more informative than the
+    final loss, because wrong labels are learned late but may be memorised in the end (Pleiss et al. 2020, arXiv
+    2001.10528). No example is suspect if examples have no single label.
+
+    >>> columns = {"label": [0.0, 1.0], "probability": [0.9, 0.9], "mean_loss": [2.3, 0.1]}
+    >>> suspects({name: torch.tensor(column) for name, column in columns.items()})
+    tensor([ True, False])
+    """
+    has_single_label = columns["probability"].isfinite()
+    return has_single_label & (columns["mean_loss"] > loss_of_chance(columns, classes))
+
+
+def loss_of_chance(columns: Mapping[str, Tensor], classes: int | None = None) -> float:
+    """Cross-entropy of a uniform prediction: the logarithm of the number of classes."""
+    classes = classes or len(columns["label"][columns["probability"].isfinite()].unique())
+    return math.log(max(classes, 2))
+
+
 class SuspectWeights:
-    """Factor s of the loss ℓ of each example: `weight` for suspects, else 1.
+    """Factor s of the loss ℓ of each example: `weight` in [0, 1) for suspects, else 1.
 
     Training then minimises the mean of s·ℓ. The remembered importance of an example is s·q, so a suspect with s = 0 is
     visited at the floor of the rates. Its unscaled loss is still recorded at each visit. An example is suspect while
     its label has less probability than chance both on average and at the last visit; it recovers once the model agrees
-    with the label. Suspects are updated whenever a segment is planned, among examples with at least two visits. They
-    are never pruned.
-
-    Args:
-        length: number of examples.
-        weight: s of suspects, in [0, 1).
-        start: effective epochs before the first update.
-        epochs: returns the current effective epochs.
-        classes: number of classes; None for the number of distinct labels.
+    with the label. Suspects are updated whenever a segment is planned, from the effective epoch `start` on, among
+    examples with at least two visits. They are never pruned.
     """
 
     def __init__(
@@ -45,11 +59,11 @@ class SuspectWeights:
         if self._epochs() < self._start:
             return
         columns = record.columns()
-        found = suspects(columns, self._classes) & (columns["loss"] > loss_of_chance(columns, self._classes))
-        found &= columns["visits"] > 1
-        memory.scale(found & ~self.flagged, self._weight)
-        memory.scale(self.flagged & ~found, 1 / self._weight if self._weight else torch.nan)
-        self.flagged = memory.spared = found
+        flagged = suspects(columns, self._classes) & (columns["visits"] > 1)
+        flagged &= columns["loss"] > loss_of_chance(columns, self._classes)
+        memory.scale(flagged & ~self.flagged, self._weight)
+        memory.scale(self.flagged & ~flagged, 1 / self._weight if self._weight else torch.nan)
+        self.flagged = memory.spared = flagged
 
     def state_dict(self) -> dict[str, Any]:
         """The suspects, as tensors."""
@@ -57,4 +71,4 @@ class SuspectWeights:
 
     def load_state_dict(self, state: Mapping[str, Any], memory: ImportanceMemory) -> None:
         """Restore a [`state_dict`] exactly."""
-        self.flagged = memory.spared = read_tensor(state, "flagged", [len(self.flagged)], torch.bool).clone()
+        self.flagged = memory.spared = read_tensor(state, "flagged", self.flagged.shape, torch.bool)

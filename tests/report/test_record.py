@@ -8,7 +8,8 @@ import tiny
 import torch
 
 from hf_importance.sampling import record
-from hf_importance.sampling.record import COLUMNS, OBSERVED, VisitRecord, distribution, join, part, suspects
+from hf_importance.sampling.record import COLUMNS, OBSERVED, VisitRecord, distribution, join, part
+from hf_importance.sampling.suspects import suspects
 
 # ---- record ----------------------------------------------------------------------------------------------------------
 

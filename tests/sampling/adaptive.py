@@ -108,7 +108,7 @@ class PrunesByMemory(SegmentedVisits):
 class Credits(SegmentedVisits):
     """The design of 0.2: credits grow by the rates of today, an example is visited at 1, each pass has new credits."""
 
-    def _plan(self):
+    def plan(self, size=0):
         n = len(self.memory)
         start, end = (n * segment // self._segments for segment in (self._segment, self._segment + 1))
         if self.begins_pass:
@@ -127,5 +127,5 @@ class Credits(SegmentedVisits):
         number = torch.arange(len(index)) - torch.searchsorted(index, index) + 1  # of the visits of an example
         order = ((number - before[index]) / added[index]).argsort()
         self._credit = grown - grown.floor()
-        self._index, self._rate = index[order].to(self._kind), rate[index[order]].float()
         self._segment = (self._segment + 1) % self._segments
+        return index[order], rate[index[order]].float()

@@ -79,10 +79,16 @@ def segmented_visits(memory, batch=1, **settings):
 
 def next_segment(visits):
     """The whole next segment: examples and rates, as lists."""
-    assert not visits.planned
-    index, rate = visits.next(2**62)
-    assert not visits.planned
+    index, rate = visits.plan()
     return index.tolist(), rate.tolist()
+
+
+def in_batches(visits, size):
+    """The visits of all segments, at most `size` at a time: examples int64 and rates."""
+    while True:
+        index, rate = visits.plan()
+        for start in range(0, len(index), size):
+            yield index[start : start + size].long(), rate[start : start + size]
 
 
 def next_segments(visits, number):

@@ -30,7 +30,7 @@ class SimulatedTraining:
     """
 
     def __init__(self, sampling, n, batch, delay=0, transfers=False):
-        settings = {"budget": 1.37, "uniform_fraction": 0.2, "prune_mass": 0.01, "increment": 1e-3}
+        settings = {"visits_per_epoch": 1.37, "uniform_fraction": 0.2, "prune_mass": 0.01, "increment": 1e-3}
         self.sampler = ImportanceBatchSampler(
             ImportanceMemory(n, 0.3), batch, sampling=sampling, record=VisitRecord(n), **settings
         )
@@ -77,7 +77,7 @@ class SimulatedTraining:
         numbers = [visits.get(name, 0.0) for name in ("floor", "mean", "total", "largest")]
         strata = visits.get("strata") or {}
         return {
-            "importance": sampler.importances,
+            "importance": sampler.memory.importances,
             "guard": guard,
             "moments": tensor(list(sampler.moments.values()), dtype=torch.float64),
             "numbers": tensor(numbers, dtype=torch.float64),

@@ -9,7 +9,7 @@ from sampling_helpers import lognormal_values, memory_of, random_values, segment
 from torch import tensor
 
 from hf_importance.sampling import rates as R
-from hf_importance.sampling.progress import gain
+from hf_importance.sampling.effective_steps import gain
 from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SegmentedVisits
@@ -33,9 +33,9 @@ def test_equal_lengths_have_no_relative_costs():
 
 def test_rates_with_costs_by_hand():
     q, c = tensor([2.0, 1.0, 3.0]), tensor([4.0, 1.0, 9.0])
-    assert R.rates(R.per_cost(q, c), 0.0).tolist() == [1.0, 1.0, 1.0], "equal importances per root cost"
-    assert R.rates(R.per_cost(q, None), 0.0).tolist() == pytest.approx([1.0, 0.5, 1.5]), "control"
-    assert R.rates(R.per_cost(tensor([4.0, 1.0, 3.0]), c), 0.0).tolist() == pytest.approx([1.5, 0.75, 0.75])
+    assert oracles.rates_of(R.per_cost(q, c), 0.0).tolist() == [1.0, 1.0, 1.0], "equal importances per root cost"
+    assert oracles.rates_of(R.per_cost(q, None), 0.0).tolist() == pytest.approx([1.0, 0.5, 1.5]), "control"
+    assert oracles.rates_of(R.per_cost(tensor([4.0, 1.0, 3.0]), c), 0.0).tolist() == pytest.approx([1.5, 0.75, 0.75])
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -52,18 +52,18 @@ def test_rates_with_costs_minimise_variance_times_cost(seed, batch):
         torch.testing.assert_close(mean, gradients.mean(0), atol=1e-12, rtol=0)
         return variance * cost_of_batch
 
-    best = variance_times_cost(R.rates(R.per_cost(q, cost), 0.0))
+    best = variance_times_cost(oracles.rates_of(R.per_cost(q, cost), 0.0))
     assert best == pytest.approx((q * cost.sqrt()).mean().item() ** 2, rel=1e-9), "the same for any batch size"
-    assert variance_times_cost(R.rates(q, 0.0)) > 1.001 * best, "control: rates in proportion to q alone"
+    assert variance_times_cost(oracles.rates_of(q, 0.0)) > 1.001 * best, "control: rates in proportion to q alone"
     for other in range(20):
-        rate = R.rates(random_values(4, other), 0.1)
+        rate = oracles.rates_of(random_values(4, other), 0.1)
         assert variance_times_cost(rate) >= best
-    with_floor = R.rates(R.per_cost(q, cost), 0.3)
+    with_floor = oracles.rates_of(R.per_cost(q, cost), 0.3)
     ratio = variance_times_cost(with_floor) / variance_times_cost(torch.ones(4, dtype=torch.float64))
     visits = torch.arange(4).repeat_interleave((100_000 * with_floor).round().long())  # in proportion to the rates
     arguments = q[visits], with_floor[visits], R.weights(with_floor)[visits]
-    assert R.variance_ratio(*arguments, cost[visits]).item() == pytest.approx(ratio, rel=1e-4)
-    assert R.variance_ratio(*arguments).item() != pytest.approx(ratio, rel=1e-2), "control: without costs"
+    assert oracles.variance_ratio(*arguments, cost[visits]).item() == pytest.approx(ratio, rel=1e-4)
+    assert oracles.variance_ratio(*arguments).item() != pytest.approx(ratio, rel=1e-2), "control: without costs"
 
 
 @pytest.mark.parametrize("kind", ["expensive", "cheap"])
@@ -78,7 +78,7 @@ def test_progress_of_a_step_does_not_depend_on_its_cost(kind):
     q = gradients.norm(dim=1)
     cost = q**1.5 if kind == "expensive" else q**-0.5
     cost = cost / cost.mean()
-    rate = R.rates(R.per_cost(q, cost), 0.3)
+    rate = oracles.rates_of(R.per_cost(q, cost), 0.3)
 
     def second_moment_and_cost(rates):
         mean, variance, cost_of_batch = oracles.moments_of_batches(gradients, cost.tolist(), rates, 3)
@@ -99,7 +99,7 @@ def test_progress_of_a_step_does_not_depend_on_its_cost(kind):
 def test_least_variance_ratio_is_that_of_rates_without_floor(seed):
     q, cost = lognormal_values(40, seed), lognormal_values(40, seed + 1)
     memory = memory_of(q, cost=cost)
-    rate = R.rates(R.per_cost(q, cost), 0.0)
+    rate = oracles.rates_of(R.per_cost(q, cost), 0.0)
     wanted = (q.square() / rate).mean() * (rate * cost).mean() / q.square().mean() / cost.mean()
     assert memory.least_variance_ratio() == pytest.approx(wanted.item(), rel=1e-5)
     assert memory_of(q).least_variance_ratio() != pytest.approx(wanted.item(), rel=1e-2), "control"
@@ -132,9 +132,11 @@ def test_expected_costs_match_reference():
 
 def rates_of_visits(visits, n, number=400):
     """The last rate of each example within `number` batches of 4 visits; 0 without a visit."""
-    found = {}
-    for _ in range(number):
-        found |= {int(i): float(r) for i, r in zip(*visits.next(4), strict=True)}
+    found, drawn = {}, 0
+    while drawn < 4 * number:
+        index, rate = visits.plan(4)
+        found |= dict(zip(index.tolist(), rate.tolist(), strict=True))
+        drawn += len(index)
     return [found.get(i, 0.0) for i in range(n)]
 
 
@@ -152,14 +154,14 @@ def test_independent_visits_with_costs_follow_updates():
     """The sum of the rates is updated incrementally."""
     q, cost = lognormal_values(12), lognormal_values(12, 1)
     visits = IndependentVisits(memory_of(q, cost=cost), uniform_fraction=0.3)
-    visits.next(1)
+    visits.plan(1)
     mean = R.per_cost(q, cost / cost.mean()).mean().item()
     for seed in range(3):
         index, measured = tensor([1, 5, 5, seed]), lognormal_values(4, seed + 5).float()
         visits.observe(visits.memory.update(index, measured), measured, torch.ones(4))
     now = R.per_cost(visits.memory.importances, visits.memory.cost)
     wanted = [oracles.unnormalised_rate(x, mean, 0.3) for x in now.tolist()]
-    assert visits.rates().tolist() == pytest.approx([12 * r / sum(wanted) for r in wanted], rel=1e-4)
+    assert visits.rates(slice(None)).tolist() == pytest.approx([12 * r / sum(wanted) for r in wanted], rel=1e-4)
 
 
 @pytest.mark.parametrize("guard", [True, False])
@@ -169,7 +171,8 @@ def test_unvisited_examples_have_equal_rates(guard):
     memory = memory_of([math.nan] * 80, cost=cost)
     visits, q, rates = segmented_visits(memory, guard=guard), lognormal_values(80, 1).float(), {}
     for number in range(10):
-        index, rate = visits.next(2**62)
+        index, rate = visits.plan()
+        index = index.long()
         if number < 8:
             assert rate.tolist() == [1.0] * 10
             index = index[index < 40]
@@ -204,7 +207,7 @@ def test_segments_with_costs_are_unbiased():
     visits, wrongly = segmented_visits(memory, uniform_fraction=0.0), 0.0
     for rates in schedule * 3:
         memory.importances[:] = tensor(rates).repeat(5000) * root
-        index, rate = visits.next(2**62)
+        index, rate = visits.plan()
         weight = torch.zeros(20_000).index_add_(0, index, 1 / rate).view(-1, 4).mean(0)
         assert weight.tolist() == pytest.approx([0.125] * 4, abs=0.02)
         wrong = torch.zeros(20_000).index_add_(0, index, 1 / (rate * root[index])).view(-1, 4).mean(0)
@@ -235,5 +238,5 @@ def test_summed_losses_are_pruned_by_importance_per_token():
     assert by_sum.tolist() == [True, True, False, True, False, True], "control: the shortest text is pruned"
     visits = segmented_visits(memory, prune_mass=0.1)
     for _ in range(20):
-        visits.next(2**62)
+        visits.plan()
     assert visits.pruned.tolist() == memory.unimportant(0.1).tolist()

@@ -9,7 +9,8 @@ from adaptive import Credits
 from sampling_helpers import memory_of, next_segment, random_importance, segmented_visits
 from torch import tensor
 
-from hf_importance.sampling.rates import rates as rates_of
+from hf_importance.sampling.memory import mean_importance
+from hf_importance.sampling.rates import unnormalised_rates
 from hf_importance.sampling.segments import SegmentedVisits
 from hf_importance.sampling.strata import Strata
 
@@ -104,13 +105,14 @@ def test_within_a_stratum_weights_deviate_by_at_most_its_length(monkeypatch, dri
 class DrawsIndependently(SegmentedVisits):
     """Independent draws with the rates of today."""
 
-    def _plan(self):
-        n, rate = len(self.memory), rates_of(self.memory.importances, self.floor, 64.0)
-        size = n // 8
+    def plan(self, size=0):
+        size = len(self.memory) // 8
+        rate = unnormalised_rates(self.memory.importances, mean_importance(self.memory), self.floor, 64.0)
+        rate = rate / rate.mean()
         rng = torch.Generator().manual_seed(self._segment)
-        self._index = torch.multinomial(rate, size, replacement=True, generator=rng)
-        self._rate = rate[self._index]
         self._segment += 1
+        index = torch.multinomial(rate, size, replacement=True, generator=rng)
+        return index, rate[index]
 
 
 def root_mean_square(kind, drift, n=4000, passes=16):
@@ -118,7 +120,7 @@ def root_mean_square(kind, drift, n=4000, passes=16):
     memory, generator = memory_of(random_importance(n, 0, power=1)), torch.Generator().manual_seed(0)
     visits, weight = kind(memory, 10, uniform_fraction=0.3, guard=False), torch.zeros(n).double()
     for _ in range(8 * passes):
-        index, rate = visits.next(2**62)
+        index, rate = visits.plan()
         weight.index_add_(0, index, 1 / rate.double())
         memory.importances.mul_(torch.exp(drift * torch.randn(n, generator=generator)))
     return (weight - passes).square().mean().sqrt().item()

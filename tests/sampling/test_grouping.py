@@ -8,12 +8,12 @@ from sampling_helpers import SAMPLING_MODES, draws_of, used
 from torch import tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from hf_importance.sampling.draw import Shard
-from hf_importance.sampling.groups import LengthGroups
+from hf_importance.sampling.groups import LengthGroups, no_visits
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import relative_costs
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SegmentedVisits
+from hf_importance.sampling.shard import Shard
 
 
 def random_lengths(n, seed=0):
@@ -35,6 +35,16 @@ def grouped_sampler(length, batch, batches=1, shard=None, grouped=True, **settin
     groups = LengthGroups(own, batch, batches, shard.length) if grouped else None
     settings = {"uniform_fraction": 0.3, **settings}
     return ImportanceBatchSampler(memory_with_costs(own), batch, shard=shard, groups=groups, **settings)
+
+
+def batches_of(groups, batch):
+    """All whole batches of the visits that were added: examples and rates."""
+    index, rate = no_visits()
+    while len(index) + len(groups) >= batch:
+        if len(index) < batch:
+            index, rate = groups.next_sorted(index, rate, batch)
+        yield index[:batch], rate[:batch]
+        index, rate = index[batch:], rate[batch:]
 
 
 def share_of_real_tokens(batches, length):
@@ -63,7 +73,7 @@ def test_mega_batches_match_those_of_transformers(n, batch, size):
     groups = LengthGroups(length, batch, 1, n)
     assert groups.size == size
     groups.add(permutation, torch.rand(n))
-    ours = torch.cat([groups.take(batch)[0] for _ in range(n // batch)]).tolist()
+    ours = torch.cat([index for index, _ in batches_of(groups, batch)]).tolist()
     assert len(groups) == 0
     assert ours[0] == theirs[0] == length.argmax()
     identical = 0
@@ -87,8 +97,9 @@ def test_rates_stay_with_their_visits():
     groups = LengthGroups(length, 4, 1, 100)
     index = torch.arange(100).roll(31)
     groups.add(index, index.float())
-    for _ in range(25):
-        index, rate = groups.take(4)
+    batches = list(batches_of(groups, 4))
+    assert len(batches) == 25
+    for index, rate in batches:
         assert rate.tolist() == index.tolist()
 
 
@@ -100,9 +111,7 @@ def test_leftover_visits_are_taken_first_in_the_next_segment():
         index = torch.arange(6 * part, 6 * part + 6)
         leftover = groups.state_dict()["index"].tolist()
         groups.add(index, torch.ones(6))
-        found = []
-        while len(groups) >= 4:
-            found += groups.take(4)[0].tolist()
+        found = [i for index, _ in batches_of(groups, 4) for i in index.tolist()]
         assert set(leftover) <= set(found)
         assert len(groups) < 4
 
@@ -115,7 +124,7 @@ def test_segments_without_visits_are_grouped(seed):
     draws = draws_of(sampler, 20)
     assert [len(draw.index) for draw in draws] == [1] * 160
     visits = SegmentedVisits(memory_with_costs(length), 2, seed=seed, guard=False)
-    assert any(len(visits.next(2**62)[0]) == 0 for _ in range(80)), "premise"
+    assert any(len(visits.plan()[0]) == 0 for _ in range(80)), "premise"
 
 
 # ---- the sampler -----------------------------------------------------------------------------------------------------
@@ -132,12 +141,12 @@ def test_grouping_changes_only_the_order(n, batch):
     visits = SegmentedVisits(memory_with_costs(length), LengthGroups(length, batch, 1, n).size, guard=False)
     planned, order = Counter(), []
     while sum(planned.values()) < sum(found.values()):
-        index, rate = visits.next(2**62)
+        index, rate = visits.plan()
         planned.update(zip(index.tolist(), rate.double().tolist(), strict=True))
         order += index.tolist()
-    held = sampler.state_dict()["groups"]
+    state = sampler.state_dict()
     assert found - planned == Counter()
-    assert (planned - found).total() == len(held["index"]) + len(held["sorted_index"])
+    assert (planned - found).total() == len(state["groups"]["index"]) + len(state["planned"]["index"])
     if n > 8:
         assert order[:n] != [i for draw in draws for i in draw.index][:n], "control: the order differs"
 
@@ -149,6 +158,28 @@ def test_grouped_epoch_has_all_its_batches(sampling):
         draws = list(sampler)
         assert [len(draw.index) for draw in draws] == [8] * 12 + [7]
         assert len(draws) == len(sampler)
+
+
+def test_visits_that_are_handed_back_are_not_grouped_again():
+    """They come first, also if they do not fill a batch; the rest of that batch is of the next mega-batch."""
+    length = random_lengths(22)
+    for resumed in (False, True):
+        sampler = grouped_sampler(length, 4)
+        *before, last = list(sampler)
+        for draw in before:
+            sampler.mark_used(draw)
+        assert len(last.index) == 2, "premise"
+        stream = iter(sampler)
+        first = next(stream)
+        assert first.index[:2] == last.index
+        assert length[first.index[1]] < length[first.index[2]], "control: they would not be first if they were sorted"
+        state = sampler.state_dict()
+        if resumed:
+            again = grouped_sampler(length, 4)
+            again.load_state_dict(state)
+            again.skip(0)
+            sampler = again
+        assert next(iter(sampler)).index == first.index
 
 
 def test_grouping_keeps_visits_even():
@@ -195,7 +226,7 @@ def test_grouped_visits_are_planned_one_segment_at_a_time(n, segments):
     """A segment is at least as long as a mega-batch."""
     visits, planned = grouped_sampler(random_lengths(n), 4).visits, 0
     while planned == 0 or not visits.begins_pass:
-        visits.next(2**62)
+        visits.plan()
         planned += 1
     assert planned == segments
     sampler = grouped_sampler(random_lengths(n), 4)
@@ -240,10 +271,10 @@ def test_grouped_sampler_state_dict_restores_exactly(sampling, before):
     wanted = draw_and_update(sampler, stream, 60)
     for empty_groups in (False, True):
         again = grouped_sampler(length, 8, sampling=sampling)
-        groups = again.state_dict()["groups"] if empty_groups else state["groups"]
+        empty = {name: again.state_dict()[name] for name in ("groups", "planned")} if empty_groups else {}
         assert again.matches(state)
         skip = before % len(again)
-        again.load_state_dict({**state, "groups": groups})
+        again.load_state_dict(state | empty)
         again.skip(skip)
         stream = endless_draws(again)
         for _ in range(skip):

@@ -14,7 +14,7 @@ from torch import tensor
 
 from hf_importance.sampling.guard import Guard
 from hf_importance.sampling.memory import ImportanceMemory
-from hf_importance.sampling.rates import variance_ratio, weights
+from hf_importance.sampling.rates import weights
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SegmentedVisits
 
@@ -44,7 +44,7 @@ def variance_ratios(case, guard=True, examples=2000, batch=50, seed=0, weight_ex
             sampler.mark_used(draw)
             sampler.update(draw, measured.float()[None])
             if case == "shuffled" and draw.number % 5 == 4:  # 8 times a pass
-                importance = sampler.importances
+                importance = sampler.memory.importances
                 importance[:] = importance[torch.randperm(examples, generator=generator)]
         found.append(ours / uniform)
     return found, sampler
@@ -111,7 +111,7 @@ def test_floor_returns_when_importances_become_informative():
         for draw in used(sampler):
             sampler.update(draw, norm[draw.index][None])
             if epoch < 4 and draw.number % 5 == 4:
-                importance = sampler.importances
+                importance = sampler.memory.importances
                 importance[:] = importance[torch.randperm(1000)]
         floors.append(sampler.visits.floor)
     assert max(floors[:5]) > 0.5
@@ -248,5 +248,5 @@ def test_relative_second_moment_is_the_variance_ratio():
     guard = Guard(0.3)
     guard.observe(q[visits], mean, measured[visits], rate[visits], math.inf)
     moments = second_moments(guard)
-    wanted = variance_ratio(measured[visits].double(), rate[visits], weights(rate[visits]))
+    wanted = oracles.variance_ratio(measured[visits].double(), rate[visits], weights(rate[visits]))
     assert (moments[0] / moments[-1]).item() == pytest.approx(wanted.item(), rel=1e-5)

@@ -116,13 +116,6 @@ def test_bulk_update_equals_one_update_per_batch(examples, size):
     assert not equal_with_nan(single_batch.importances, one_by_one.importances), "control"
 
 
-def test_increase_skips_unknown_importances():
-    memory = updated_memory([0.0, 2.0, math.nan])
-    memory.increase(0.5)
-    assert memory.importances.tolist() == pytest.approx([0.5, 2.5, math.nan], nan_ok=True)
-    assert memory.known == 2
-
-
 # ---- unimportant examples --------------------------------------------------------------------------------------------
 
 
@@ -191,24 +184,6 @@ def test_least_variance_ratio_by_hand():
     q = torch.rand(100, generator=torch.Generator().manual_seed(0)).double()
     expected = 1 / (1 + q.var(unbiased=False) / q.mean().square())
     assert updated_memory(q.tolist()).least_variance_ratio() == pytest.approx(expected.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("chunk", [1, 16, 64])
-def test_means_do_not_depend_on_the_chunk_size(monkeypatch, chunk):
-    importance = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    importance[::9], importance[-100:] = math.nan, 5.0
-    memory, pruned = updated_memory(importance.tolist()), torch.arange(1000) % 3 == 0
-
-    def means():
-        other = importance.flip(0)
-        return [mean_importance(memory, other, pruned), mean_importance(memory), memory.least_variance_ratio()]
-
-    whole = means()
-    monkeypatch.setattr("hf_importance.sampling.memory.CHUNK", chunk)
-    assert means() == pytest.approx(whole, rel=1e-12)
-    assert len(list(memory.chunks())) == -(-1000 // chunk)
-    monkeypatch.setattr(ImportanceMemory, "chunks", lambda _: iter([slice(0, 900)]))
-    assert means() != pytest.approx(whole, rel=1e-3), "control: a missing chunk is detected"
 
 
 def test_state_dict_restores_exactly_and_is_a_copy():

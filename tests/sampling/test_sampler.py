@@ -11,9 +11,10 @@ import torch
 from sampling_helpers import SAMPLING_MODES, UNEQUAL, draws_of, next_by_reference, sampler_of, used, visit_counts
 from torch import tensor
 
-from hf_importance.sampling.draw import Draw, Shard
+from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.sampling.shard import Shard
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
@@ -42,7 +43,7 @@ def test_weights_are_fixed_when_drawn(sampling):
     sampler.update(draw, tensor([[9.0, 8.0, 7.0]]))
     sampler.flush()
     assert draw == before
-    now = oracles.rates(sampler.importances.tolist(), 0.3)
+    now = oracles.rates(sampler.memory.importances.tolist(), 0.3)
     assert [1 / now[i] for i in draw.index] != pytest.approx(draw.weight), "control: the rates have changed"
 
 
@@ -50,12 +51,12 @@ def test_weights_are_fixed_when_drawn(sampling):
 
 
 def test_replacement_uses_the_current_memory():
-    sampler = sampler_of([1.0] * 6, 2, sampling="replacement", budget=2.0)
+    sampler = sampler_of([1.0] * 6, 2, sampling="replacement", visits_per_epoch=2.0)
     draws = iter(sampler)
     first = next(draws)
     assert first.weight == [1.0, 1.0]
     sampler.update(first, tensor([[4.0, 4.0]]))
-    rates = [0.7 * q + 0.3 for q in sampler.importances.tolist()]
+    rates = [0.7 * q + 0.3 for q in sampler.memory.importances.tolist()]
     second = next(draws)
     assert second.rate == pytest.approx([6 * rates[i] / sum(rates) for i in second.index], rel=1e-6)
     assert second.weight != [1.0, 1.0], "control"
@@ -65,7 +66,9 @@ def test_segments_use_all_previous_measurements():
     """Also buffered ones, with which strata begin; what is measured within a segment is used by the next."""
     n, remembered, outdated, wanted = 80, [math.nan] * 80, 0, []
     importance = torch.linspace(0.1, 2.0, n).tolist()
-    sampler = ImportanceBatchSampler(ImportanceMemory(n, 0.0), 1, uniform_fraction=0.3, budget=4.0, guard=False)
+    sampler = ImportanceBatchSampler(
+        ImportanceMemory(n, 0.0), 1, uniform_fraction=0.3, visits_per_epoch=4.0, guard=False
+    )
     for number, draw in enumerate(sampler):
         (i,), measured = draw.index, importance[draw.index[0]] / (1 + number / 80)
         if number >= n:
@@ -73,11 +76,11 @@ def test_segments_use_all_previous_measurements():
             del wanted[0]
         oracles.remember(remembered, [i], [measured], 0.0)
         sampler.update(draw, tensor([[measured]]))
-        while number >= n - 1 and not sampler.visits.planned and not wanted:
+        while number >= n - 1 and not len(sampler.state_dict()["planned"]["index"]) and not wanted:
             wanted = next_by_reference(sampler.visits, 10, seed=1, now=list(remembered))[0]
             assert len(wanted) > 0, "premise: no segment without visits"
             outdated += sampler.visits.memory.importances.tolist() != pytest.approx(remembered, nan_ok=True)
-    assert sampler.importances.tolist() == pytest.approx(remembered)
+    assert sampler.memory.importances.tolist() == pytest.approx(remembered)
     assert outdated > 10, "control: measurements were buffered"
 
 
@@ -106,12 +109,12 @@ def test_mean_weighted_loss_is_the_mean_loss(sampling, ranks):
 
 @SAMPLING_MODES
 def test_visits_are_in_proportion_to_the_rates(sampling):
-    counts = visit_counts(draws_of(sampler_of([0.5, 1.0, 2.0, 4.0], 4, sampling=sampling, budget=200.0)), 4)
+    counts = visit_counts(draws_of(sampler_of([0.5, 1.0, 2.0, 4.0], 4, sampling=sampling, visits_per_epoch=200.0)), 4)
     assert (counts.diff() > 0).all()
     wanted = tensor(oracles.rates([0.5, 1.0, 2.0, 4.0], 0.3)).double() * 200
     within = 30 if sampling == "reshuffled" else 60
     assert (counts - wanted).abs().max() < within
-    equal = sampler_of([1.0] * 4, 4, sampling=sampling, budget=200.0)
+    equal = sampler_of([1.0] * 4, 4, sampling=sampling, visits_per_epoch=200.0)
     assert (visit_counts(draws_of(equal), 4) - 200).abs().max() < 60, "control: equal importances"
 
 

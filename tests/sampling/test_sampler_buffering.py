@@ -9,7 +9,7 @@ from sampling_helpers import SAMPLING_MODES, UNEQUAL, draws_of, equal_with_nan, 
 from simulated_training import CompletedTransfer, SimulatedTraining
 from torch import tensor
 
-from hf_importance.sampling.draw import Shard
+from hf_importance.sampling.shard import Shard
 
 
 @SAMPLING_MODES
@@ -100,7 +100,7 @@ def test_pending_transfer_is_not_waited_for():
 
 
 def test_moments_are_sums_over_visits():
-    sampler = sampler_of(UNEQUAL, 2, weight_exponent=0.5, shard=Shard(10, 2, torch.arange(6)), budget=1.2)
+    sampler = sampler_of(UNEQUAL, 2, weight_exponent=0.5, shard=Shard(10, 2, torch.arange(6)), visits_per_epoch=1.2)
     assert sampler.shard.weight == 1.2, "premise: the weight of the shard does not enter the moments"
     measured, draws = [[1.0, 2.0], [math.nan, 4.0], [3.0, 0.5]], draws_of(sampler)
     for draw, importance in zip(draws, measured, strict=True):
@@ -142,5 +142,5 @@ def test_draws_do_not_depend_on_the_chunk_size(monkeypatch, sampling, chunk):
     assert [draw.index for draw in chunks.draws] == [draw.index for draw in whole.draws]
     for a, b in zip(chunks.draws, whole.draws, strict=True):
         assert a.rate == pytest.approx(b.rate, rel=1e-5)
-    assert equal_with_nan(chunks.sampler.importances, whole.sampler.importances)
+    assert equal_with_nan(chunks.sampler.memory.importances, whole.sampler.memory.importances)
     assert whole.sampler.visits.passes > 5, "premise"

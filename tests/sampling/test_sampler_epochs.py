@@ -12,11 +12,11 @@ from hf_importance.sampling.draw import SKIPPED
 
 @SAMPLING_MODES
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("budget", [0.01, 0.5, 1.0, 1.37, 3.0])
+@pytest.mark.parametrize("visits", [0.01, 0.5, 1.0, 1.37, 3.0])
 @pytest.mark.parametrize(("length", "batch"), [(1, 1), (7, 3), (12, 4), (5, 8), (30, 1)])
-def test_length_is_the_number_of_batches(sampling, drop_last, budget, length, batch):
+def test_length_is_the_number_of_batches(sampling, drop_last, visits, length, batch):
     importance = [float(i % 5) for i in range(length)]
-    settings = {"sampling": sampling, "budget": budget, "drop_last": drop_last, "prune_mass": 0.1}
+    settings = {"sampling": sampling, "visits_per_epoch": visits, "drop_last": drop_last, "prune_mass": 0.1}
     sampler = sampler_of(importance, batch, **settings)
     for _ in range(3):
         draws = draws_of(sampler)
@@ -24,14 +24,14 @@ def test_length_is_the_number_of_batches(sampling, drop_last, budget, length, ba
         sizes = [len(draw.index) for draw in draws]
         assert sizes == [len(draw.weight) for draw in draws] == [len(draw.rate) for draw in draws]
         assert all(size == batch for size in sizes[:-1])
-        visits = max(1, round(budget * length))
-        assert sum(sizes) == (visits // batch * batch if drop_last else visits)
+        number = max(1, round(visits * length))
+        assert sum(sizes) == (number // batch * batch if drop_last else number)
 
 
 @SAMPLING_MODES
 def test_pass_continues_in_the_next_epoch(sampling):
     """With 0.4 of 50 examples per epoch, all are visited twice in 5 epochs."""
-    sampler = sampler_of([math.nan] * 50, 8, sampling=sampling, budget=0.4)
+    sampler = sampler_of([math.nan] * 50, 8, sampling=sampling, visits_per_epoch=0.4)
     counts = visit_counts(draws_of(sampler, epochs=5), 50)
     assert counts.sum() == 100
     assert (counts == 2).all() == (sampling == "reshuffled")
@@ -115,11 +115,11 @@ def test_handed_back_visits_are_part_of_the_state(sampling):
     again = sampler_of_epochs(sampling)
     again.load_state_dict(state)
     again.skip(2)
-    assert len(state["returned"][0]) == 4 * 4, "premise"
+    assert state["returned"] == 4 * 4, "premise"
     rest = [draw for draw in draws_of(again) if draw is not SKIPPED]
     assert rest == list(itertools.islice(continued(sampler), len(rest)))
     without = sampler_of_epochs(sampling)
-    without.load_state_dict({**state, "returned": without.state_dict()["returned"]})
+    without.load_state_dict({**state, "planned": without.state_dict()["planned"]})
     without.skip(2)
     assert [draw for draw in draws_of(without) if draw is not SKIPPED] != rest, "control"
 

@@ -7,15 +7,15 @@ import torch
 from sampling_helpers import SAMPLING_MODES, draws_of, permutation, sampler_of
 from torch import tensor
 
-from hf_importance.sampling.draw import Shard
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.sampling.shard import Shard
 
 
 @pytest.mark.parametrize(("length", "ranks"), [(1, 1), (7, 2), (8, 4), (9, 4), (5, 5)])
 def test_shards_partition_the_data(length, ranks):
     shards = [Shard.of(length, rank, ranks, seed=3) for rank in range(ranks)]
-    owned = [shard.positions(torch.arange(len(shard))) for shard in shards]
+    owned = [shard.part(torch.arange(length)) for shard in shards]
     assert sorted(torch.cat(owned).tolist()) == list(range(length))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
     assert sum(shard.weight for shard in shards) == pytest.approx(ranks)
@@ -48,7 +48,7 @@ def test_measurements_are_stored_at_positions_in_the_shard(sampling):
     sampler = ImportanceBatchSampler(ImportanceMemory(5), 5, shard=shard, sampling=sampling, uniform_fraction=0.3)
     draw = next(iter(sampler))
     sampler.update(draw, tensor([[float(i) for i in draw.index]]))
-    found = sampler.importances.tolist()
+    found = sampler.memory.importances.tolist()
     for i, q in zip(shard.index.tolist(), found, strict=True):
         assert q == i if i in draw.index else math.isnan(q)
 
@@ -69,7 +69,7 @@ def test_mean_weighted_loss_over_all_ranks_is_the_mean_loss(monkeypatch, ranks):
             monkeypatch.setattr(torch, "rand", lambda number, place=place, **_: torch.full((number,), place))
             settings = {"shard": shard, "rank": rank, "uniform_fraction": 0.0, "guard": False}
             sampler = sampler_of(rates_of_size[size], size, **settings)
-            visits = [(int(i), float(rate)) for i, rate in zip(*sampler.visits.next(2**62), strict=True)]
+            visits = [(int(i), float(rate)) for i, rate in zip(*sampler.visits.plan(), strict=True)]
             seen.add((rank, len(visits)))
             for local, rate in visits:
                 loss = losses[shard.index[local]]

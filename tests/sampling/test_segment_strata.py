@@ -6,6 +6,7 @@ import oracles
 import pytest
 import torch
 from sampling_helpers import (
+    in_batches,
     lognormal_values,
     memory_of,
     next_by_reference,
@@ -64,14 +65,14 @@ def test_rates_are_those_at_the_start_of_the_segment():
     """The memory changes at every visit."""
     memory = memory_of(random_importance(40, 0))
     visits, outdated, planned, wanted = segmented_visits(memory, 5, seed=1), 0, 0, []
+    batches = in_batches(visits, 1)
     for k in range(400):
         memory.importances[:] = tensor(random_importance(40, k))
         if not wanted:
-            assert not visits.planned
             wanted, planned = next_by_reference(visits, 5, seed=1)[0], planned + 1
             if not wanted:
                 continue
-        index, rate = visits.next(1)
+        index, rate = next(batches)
         _, i, r = wanted.pop(0)
         assert index.tolist() == [i]
         assert rate.item() == pytest.approx(r, rel=1e-4)
@@ -177,7 +178,7 @@ def test_places_are_not_those_of_the_permutation():
     """Both come from the seed of the pass, but not from the same numbers."""
     n = 1000
     visits = segmented_visits(memory_of(random_importance(n, 0)), 10, seed=5)
-    visits.next(1)
+    visits.plan()
     state = visits.state_dict()["strata"]
     same = torch.rand(n, generator=torch.Generator().manual_seed(5))
     initial = Strata(state["importance"], 5 + 2**31).state_dict()["place"]
@@ -195,7 +196,7 @@ def test_ranks_and_passes_have_their_own_places(start):
         for passes in range(3):
             visits = segmented_visits(memory_of(random_importance(40, 0)), 5, seed=start + rank, stride=3)
             visits.restart(passes)
-            visits.next(1)
+            visits.plan()
             found.append(tuple(visits.state_dict()["strata"]["place"].tolist()))
     assert len(set(found)) == 9
 
@@ -219,7 +220,7 @@ def chunked_visits(monkeypatch, chunk, n=100, segments=60, outlier=1.0):
     importance = tensor(random_importance(n, 0))
     importance[::20] *= outlier
     for _ in range(segments):
-        index, rate = visits.next(2**62)
+        index, rate = visits.plan()
         visits.observe(visits.memory.update(index, importance[index]), importance[index], rate)
         found.append((index.tolist(), rate.tolist()))
         weight.index_add_(0, index, 1 / rate.double())

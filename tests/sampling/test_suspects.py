@@ -10,11 +10,11 @@ import torch
 from sampling_helpers import draws_of, used
 from torch import nn
 
-from hf_importance import ImportanceConfig
+from hf_importance.config import ImportanceConfig, PaperConfig
 from hf_importance.sampling.memory import ImportanceMemory
-from hf_importance.sampling.record import VisitRecord, suspects
+from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.sampler import ImportanceBatchSampler
-from hf_importance.sampling.suspects import SuspectWeights
+from hf_importance.sampling.suspects import SuspectWeights, suspects
 
 WRONG = list(range(0, 80, 10))
 
@@ -243,7 +243,7 @@ def test_wrong_labels_are_excluded_and_not_memorised(tmp_path):
             found = run.suspects.tolist()
             assert len(found) >= 4
             assert set(found) <= set(WRONG)
-            assert run._sampler.suspects.flagged.nonzero().flatten().tolist() == found
+            assert run._run.sampler.suspects.flagged.nonzero().flatten().tolist() == found
             last = [w for draw in run.draws[-20:] for i, w in zip(draw.index, draw.weight, strict=True) if i in found]
             assert 0.0 in last, "suspects are still visited"
     assert loss[0.0] > loss[1.0] + 0.3, "with weight 1, wrong labels are memorised"
@@ -251,7 +251,7 @@ def test_wrong_labels_are_excluded_and_not_memorised(tmp_path):
 
 def test_model_card_and_report_state_the_number_of_suspects(tmp_path):
     run = trained(tmp_path, 0.0)
-    number = int(run._sampler.suspects.flagged.sum())
+    number = int(run._run.sampler.suspects.flagged.sum())
     assert number > 0
     assert f"{number} excluded from the loss" in run.importance_report().read_text()
     run.create_model_card()
@@ -261,25 +261,25 @@ def test_model_card_and_report_state_the_number_of_suspects(tmp_path):
     assert run.kept_indices.tolist() == list(range(80)), "neither suspects nor others are pruned"
     control = trained(tmp_path, 1.0)
     assert "suspects at the end" not in control.importance_report().read_text()
-    assert control._sampler.suspects is None
+    assert control._run.sampler.suspects is None
     assert len(control.suspects) > 0, "suspects are listed with any weight"
 
 
-@pytest.mark.parametrize("budget", [1.0, "auto"])
+@pytest.mark.parametrize("effective_epochs", [True, False])
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_resumed_training_with_suspects_is_identical(tmp_path, weight, budget):
+def test_resumed_training_with_suspects_is_identical(tmp_path, weight, effective_epochs):
     def trainer(name, **settings):
-        importance = {"suspect_weight": weight, "budget": budget}
+        importance = {"suspect_weight": weight, "effective_epochs": effective_epochs}
         more = {"num_train_epochs": 14, "learning_rate": 5e-4, **settings}
         return tiny.trainer(tmp_path / name, tiny.bert(), tiny.texts(), tiny.Recorder, importance, **more)
 
     uninterrupted, again = trainer("uninterrupted", save_strategy="steps", save_steps=33), trainer("again")
     uninterrupted.train()
-    assert uninterrupted._sampler.suspects.flagged.any()
+    assert uninterrupted._run.sampler.suspects.flagged.any()
     again.train(resume_from_checkpoint=str(tmp_path / "uninterrupted" / "checkpoint-33"))
     assert tiny.difference(uninterrupted, again) == 0.0
     assert again.draws == uninterrupted.draws[33:] != []
-    assert torch.equal(again._sampler.suspects.flagged, uninterrupted._sampler.suspects.flagged)
+    assert torch.equal(again._run.sampler.suspects.flagged, uninterrupted._run.sampler.suspects.flagged)
 
 
 def test_regression_and_multi_label_tasks_have_no_suspects(tmp_path):
@@ -293,13 +293,13 @@ def test_regression_and_multi_label_tasks_have_no_suspects(tmp_path):
 
 def test_settings_that_suspect_weight_excludes_are_refused(tmp_path):
     refused = {
-        "record=True": {"suspect_weight": 0.5, "record": False},
-        "sampling='reshuffled'": {"suspect_weight": 0.5, "sampling": "replacement"},
-        "uniform_fraction above 0": {"suspect_weight": 0.0, "uniform_fraction": 0.0},
+        "record=True": (ImportanceConfig, {"suspect_weight": 0.5, "record": False}),
+        "another sampler": (PaperConfig, {"suspect_weight": 0.5}),
+        "uniform_fraction above 0": (ImportanceConfig, {"suspect_weight": 0.0, "uniform_fraction": 0.0}),
     }
-    for required, settings in refused.items():
+    for required, (config, settings) in refused.items():
         with pytest.raises(ValueError, match=f"suspect_weight=.* is below 1, which requires {required}"):
-            ImportanceConfig(**settings)
+            config(**settings)
     ImportanceConfig(suspect_weight=0.5, uniform_fraction=0.0)
     run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)
     with pytest.raises(ValueError, match="suspects requires train"):

@@ -81,12 +81,13 @@ def test_control_without_feedback_all_designs_are_unbiased(kind):
 class Lived:
     """Mixin of visits that adds up the time that has passed for every example, pruned ones excluded."""
 
-    def _plan(self):
+    def plan(self, size=0):
         n, segment = len(self.memory), self._segment
-        super()._plan()
+        planned = super().plan(size)
         visits = n * (segment + 1) // self._segments - n * segment // self._segments
         drawable = torch.ones(n, dtype=torch.bool) if self.pruned is None else ~self.pruned
         self.lived = getattr(self, "lived", 0.0) + drawable * visits / drawable.sum()
+        return planned
 
 
 class LivedInStrata(Lived, SegmentedVisits):
@@ -99,9 +100,8 @@ class LivedPrunedByMemory(Lived, PrunesByMemory):
 
 def relative_to_time(training, weight):
     """Weights over the time that has passed: of all examples, and by quarter, including visits not yet drawn."""
-    if training.sampler.visits.planned:
-        index, rate = training.sampler.visits.next(2**62)
-        weight.index_add_(0, index, 1 / rate.double())
+    planned = training.sampler.state_dict()["planned"]
+    weight.index_add_(0, planned["index"], 1 / planned["rate"].double())
     time = training.sampler.visits.lived
     quarters = [training.hardness == quarter for quarter in range(4)]
     return torch.stack([weight[which].sum() / time[which].sum() for which in (slice(None), *quarters)])
@@ -240,7 +240,7 @@ def test_mean_weight_is_one_after_restart(factor):
     training = AdaptiveTraining(factor=factor, noise=0.3)
     training.run(3)
     again = AdaptiveTraining(factor=factor, noise=0.3)
-    again.sampler.restart(training.sampler.importances.clone(), passes=3)
+    again.sampler.restart(training.sampler.memory.importances.clone(), passes=3)
     again.importance = training.importance.clone()
     found = again.run(4)
     assert_unbiased(found)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard as DShard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hf_importance.sampling.progress import EffectiveVisits, GradientSample, gain
+from hf_importance.sampling.effective_steps import EffectiveSteps, GradientSample, gain
 
 
 @pytest.mark.parametrize("signal", [0.0, 0.2, 1.0])
@@ -28,7 +28,7 @@ def test_gain_is_exactly_1_at_variance_ratio_1():
 
 
 def test_signal_and_noise_are_equal_if_gradients_cannot_be_read():
-    progress = EffectiveVisits(10, 5)
+    progress = EffectiveSteps(10, 5)
     progress.measure(torch.tensor([0.5, 1.0, 0.0, 0.0]).double())
     assert progress.gain == 1.5
 
@@ -36,13 +36,13 @@ def test_signal_and_noise_are_equal_if_gradients_cannot_be_read():
 @pytest.mark.parametrize(("product", "signal"), [(-1.0, 0.0), (-0.01, 0.0), (0.25, 0.25), (1.5, 1.0)])
 def test_signal_share_is_between_0_and_1(product, signal):
     """Consecutive gradients may point in opposite directions: a step is worth at most 1/ρ."""
-    progress = EffectiveVisits(10, 5)
+    progress = EffectiveSteps(10, 5)
     progress.measure(torch.tensor([0.5, 1.0, product, 1.0]).double())
     assert progress.gain == gain(0.5, signal) == 2.0 - signal
 
 
 def test_old_measurements_decay_by_half():
-    progress = EffectiveVisits(10, 5)
+    progress = EffectiveSteps(10, 5)
     for sums in ([1.0, 1.0, 0.0, 1.0], [0.2, 1.0, 0.4, 1.0]):
         progress.measure(torch.tensor(sums).double())
     assert progress.gain == pytest.approx(gain((0.5 + 0.2) / (0.5 + 1.0), 0.4 / 1.5))
