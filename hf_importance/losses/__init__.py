@@ -1,12 +1,11 @@
 """Per-example losses and importances of a model. Independent of sampling.
 
 - `per_example`: losses and importances in closed form. Pure tensors.
-- `rows`: examples that a collator has concatenated into one row.
-- `heads`: losses and importances from the outputs and labels of a model.
+- `outputs`: outputs and labels of a model, and what is observed of them for the report.
 - `isolation`: forward passes without effects on the training.
+- `first_batch`: when checks are made, together with other processes.
+- `custom`: losses of users, and the check that they do not couple examples.
 - `made_up`: labels with which a loss of the model's own shows.
-- `first_batch`: when checks are made, and what they refuse.
 - `own_loss`: the comparison with the model's own loss.
-- `last_layer`: importance with respect to the weights of the last layer.
-- `objective`: all of these combined for one model.
+- `objective`: forward pass, kind of loss, weighted mean: what is measured of a batch.
 """

@@ -7,8 +7,6 @@ import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +26,20 @@ def without_side_effects(model: nn.Module, separately: bool = False) -> Iterator
     What a module does elsewhere is not undone: parameters that its forward pass changes, global variables, lists that
     hooks fill, objects in its attributes.
 
-    Args:
-        model: the model.
-        separately: compute the rows independently of each other, without dropout and batch statistics, by setting the
-            flag `training` of single modules. Layers with weights keep theirs: they do not mix rows, and some of them
-            convert their weights in the first pass in evaluation mode (4-bit weights on a CPU).
+    `separately`: compute the rows independently of each other, without dropout and batch statistics, by setting the
+    flag `training` of single modules. Layers with weights keep theirs: they do not mix rows, and some of them convert
+    their weights in the first pass in evaluation mode (4-bit weights on a CPU).
     """
     modules = list(model.modules())
     devices = {parameter.device for parameter in model.parameters()}
     modes = [module.training for module in modules]
-    restore = [_remember(module) for module in modules]
-    _copy_buffers(modules)
+    copies: dict[int, Tensor] = {}
+    restore = [_isolate(module, copies) for module in modules]
     try:
         for module in modules if separately else ():
             weights = any(weight is not None for weight in module._parameters.values())
             module.training &= weights and not hasattr(module, "running_mean")
-        with torch.no_grad(), isolated_randomness(devices=devices, owners=modules, depth=0), warnings.catch_warnings():
+        with torch.no_grad(), isolated_randomness(devices=devices), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # of checkpointing
             yield
     finally:
@@ -54,42 +50,36 @@ def without_side_effects(model: nn.Module, separately: bool = False) -> Iterator
                 module.training = mode
 
 
-def _remember(module: nn.Module) -> Callable[[], None]:
-    """A function that restores the attributes of a module, its buffers included."""
+def _isolate(module: nn.Module, copies: dict[int, Tensor]) -> Callable[[], None]:
+    """Replace buffers and tensors of a module by copies; returns a function that restores all its attributes.
+
+    Buffers that modules share are copied once. The originals may be saved for a backward pass, so they must not change.
+    """
     attributes = vars(module)
     before = dict(attributes)
     # hooks as well, with what says that they are there; but not parameters, which FSDP2 exchanges in a forward pass
     containers = [before[name] for name in before.keys() - {"_parameters"} if type(before[name]) in _CONTAINERS]
     contents = [(value, copy.copy(value)) for value in containers]
     buffers = dict(module._buffers.items())
+    states = [(value, value.get_state()) for value in before.values() if isinstance(value, torch.Generator)]
     for name, value in before.items():
         if type(value) is Tensor:
             attributes[name] = value.detach().clone()
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
 
     def restore() -> None:
         for name in attributes.keys() - before.keys():
             del attributes[name]
         attributes.update(before)
+        for generator, state in states:
+            generator.set_state(state)
         for value, was in contents:
-            if not _same_items(value, was):
-                value.clear()
-                (value.extend if isinstance(value, (list, deque)) else value.update)(was)
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(was)
         for name, buffer in buffers.items():
             if module._buffers[name] is not buffer:
                 module._buffers[name] = buffer
 
     return restore
-
-
-def _copy_buffers(modules: list[nn.Module]) -> None:
-    """Replace buffers by copies, shared if they are, so that a buffer saved for a backward pass is not changed."""
-    copies: dict[int, Tensor] = {}
-    for module in modules:
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    items = (chain(c.keys(), c.values()) if isinstance(c, dict) else c for c in (a, b))
-    return len(a) == len(b) and all(x is y for x, y in zip(*items, strict=True))

@@ -7,54 +7,33 @@ below make labels for given logits, and say what these labels show. Pure tensors
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
+from hf_importance.losses.first_batch import tolerance
 from hf_importance.losses.per_example import IGNORE_INDEX
 
 _CLASSES_AT_ONCE = 32  # more would make the share of each too small to show
 _SAMPLES = 2  # tensors of labels for a sample of the classes
-_ELEMENTS = 2**24  # logits per piece
 _MASKED = 1e4  # a logit this far below the largest is masked: its class cannot occur
 _CANDIDATES = 64
-
-
-@dataclass
-class MadeUp:
-    """Labels to compare with.
-
-    Args:
-        labels: one tensor per comparison.
-        reached: the weights of classes below this number show in these comparisons, or did in earlier ones.
-    """
-
-    labels: list[Tensor] = field(default_factory=list)
-    reached: int = 0
-
-
-def tolerance(loss: Tensor | float, relative: float) -> Tensor | float:
-    """Difference up to which two computations of a loss are equal."""
-    return relative * abs(loss) + 1e-5
 
 
 class ClassLabels:
     """Labels in which every class occurs, beside others whose loss is as different as possible.
 
-    Args:
-        logits: `[positions, classes]`.
-        kept: indices of the positions with a label, int64 `[kept]`.
-        relative: relative tolerance of the comparison.
+    They are made for logits `[positions, classes]`, to be compared with this relative tolerance.
     """
 
-    def __init__(self, logits: Tensor, kept: Tensor, relative: float) -> None:
-        self._logits, self._kept, self._relative = logits, kept, relative
-        pieces = [_statistics(logits[part]) for part in kept.split(max(1, _ELEMENTS // logits.shape[1]))]
-        self._top, self._normaliser, self._likely, self._unlikely = map(torch.cat, zip(*pieces, strict=True))
+    def __init__(self, logits: Tensor, relative: float) -> None:
+        self._logits, self._relative = logits.float(), relative
+        top, self._likely = self._logits.max(1)
+        self._masked = self._logits < top[:, None] - _MASKED
+        self._unlikely = self._logits.masked_fill(self._masked, torch.inf).argmin(1)
+        self._normaliser = self._logits.logsumexp(1)
 
-    def make(self, start: int, most: int, sample: bool = False) -> MadeUp:
-        """Labels `[kept]` that show the weights of the classes from `start` on.
+    def make(self, start: int, most: int, sample: bool = False) -> tuple[list[Tensor], int]:
+        """Labels `[positions]` that show the weights of the classes from `start` on, and up to which class they do.
 
         Args:
             start: first class.
@@ -62,7 +41,7 @@ class ClassLabels:
             sample: if there are more classes, take some spread evenly over all, as for the words of a language.
         """
         classes = self._logits.shape[1]
-        at_once = max(1, min(_CLASSES_AT_ONCE, len(self._kept) // 2))
+        at_once = max(1, min(_CLASSES_AT_ONCE, len(self._logits) // 2))
         wanted = range(start, min(classes, start + most * at_once))
         sample &= wanted.stop < classes
         if sample:
@@ -71,26 +50,26 @@ class ClassLabels:
         for beside, first in ((self._likely, 0), (self._unlikely, 1)):
             missing = [c for c in wanted if not shown[c]]
             if first and len(missing) == len(wanted):
-                return MadeUp([], start)  # all losses are equal
+                return [], start  # all losses are equal
             for part in torch.tensor(missing, dtype=torch.long).split(at_once) if missing else ():
                 labels = self._mixed(part.to(beside.device), beside, first)
                 made.append(labels)
                 shown |= self._shown(labels, part)
         missing = sum(not shown[c] for c in wanted)
         if sample:
-            return MadeUp(made, classes if 2 * missing < len(wanted) else start)
-        return MadeUp(made, start if missing else wanted.stop)
+            return made, classes if 2 * missing < len(wanted) else start
+        return made, start if missing else wanted.stop
 
     def _mixed(self, classes: Tensor, beside: Tensor, first: int) -> Tensor:
+        """The classes in turn at every second position from `first` on, unless they are masked there."""
         labels = beside.clone()
         place = torch.arange(min(first, len(labels) - 1), len(labels), 2, device=labels.device)
         labels[place] = classes[torch.arange(len(place), device=labels.device) % len(classes)]
-        masked = self._logits[self._kept, labels].float() < self._top - _MASKED
-        return torch.where(masked, self._likely, labels)
+        return torch.where(_at(self._masked, labels), self._likely, labels)
 
     def _shown(self, labels: Tensor, classes: Tensor) -> Tensor:
         """Classes whose weight shows: twice the weight would change the weighted mean by more than the tolerance."""
-        losses = self._normaliser - self._logits[self._kept, labels].float()
+        losses = self._normaliser - _at(self._logits, labels)
         number, total = torch.zeros(2, self._logits.shape[1], device=labels.device)
         number.index_add_(0, labels, torch.ones_like(losses))
         total.index_add_(0, labels, losses)
@@ -101,21 +80,15 @@ class ClassLabels:
         return shown | (len(losses) == 1)  # the weighted mean of one loss is this loss, whatever its weight
 
 
-def _statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Largest logit, logarithm of the normaliser, most and least likely class that is not masked; each `[rows]`."""
-    logits = logits.float()
-    top, likely = logits.max(1)
-    unlikely = logits.masked_fill(logits < top[:, None] - _MASKED, torch.inf).argmin(1)
-    return top, logits.logsumexp(1), likely, unlikely
+def _at(values: Tensor, labels: Tensor) -> Tensor:
+    """The value of each row at its label."""
+    return values.gather(1, labels[:, None])[:, 0]
 
 
 def showing_shift(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
-    """Token labels that fit the logits of the previous position better than those of their own.
+    """Token labels `[batch, tokens]` that fit the logits of the previous position better than those of their own.
 
-    Args:
-        logits: `[batch, tokens, classes]`, without those of virtual tokens.
-        labels: int64 `[batch, tokens]`.
-        kept: whether a position gets a label, `[batch, tokens]`.
+    Only the positions `kept` get one; the logits are without those of virtual tokens.
     """
     classes = torch.linspace(0, logits.shape[2] - 1, min(logits.shape[2], _CANDIDATES)).long().to(logits.device)
     few = logits[:, :, classes].float()

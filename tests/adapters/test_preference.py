@@ -14,6 +14,7 @@ from trl_trainers import (
     assert_same_training,
     mixture_of_experts,
     preference,
+    qwen,
     trained,
     trl,
 )
@@ -21,25 +22,14 @@ from trl_trainers import (
 pytestmark = IGNORE_WARNINGS
 
 DPO, REWARD = (trl.DPOTrainer, ImportanceDPO), (trl.RewardTrainer, ImportanceReward)
-LABEL_SMOOTHING = {
-    **dict.fromkeys(("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"), 0),
-    "exo_pair": 0.1,
-    "robust": 0.1,
-    "discopop": 0,
-    "sigmoid_norm": 0,
-}
-"""By the `loss_type` of DPO."""
 CASES = {
     "reward": (REWARD, {}),
     "reward, centered": (REWARD, {"center_rewards_coefficient": 0.1}),
     "reward, accumulation": (REWARD, {"gradient_accumulation_steps": 2}),
     "accumulation": (DPO, {"gradient_accumulation_steps": 2}),
-    "sum of losses": (DPO, {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.3]}),
-    "ld_alpha": (DPO, {"ld_alpha": 0.5}),
-    "use_weighting": (DPO, {"use_weighting": True}),
+    "weight of the loss": (DPO, {"loss_weights": [0.3]}),
     "precomputed reference": (DPO, {"precompute_ref_log_probs": True}),
     "experts": (DPO, {"model": mixture_of_experts()}),
-    **{name: (DPO, {"loss_type": name, "label_smoothing": smoothing}) for name, smoothing in LABEL_SMOOTHING.items()},
 }
 
 
@@ -91,34 +81,41 @@ def answer_logits(model, row, answer):
     return logits, ids[0, len(row["prompt_ids"]) :]
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_dpo_importances_match_autograd(loss_type, tmp_path):
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_dpo_importances_match_autograd(precomputed, tmp_path):
     """The norm of the gradient with respect to the logits of all tokens of both answers."""
-    more = {"importance": tiny.EVEN, "learning_rate": 0.0, "loss_type": loss_type, "beta": 0.3}
+    more = {"importance": tiny.EVEN, "learning_rate": 0.0, "beta": 0.3, "precompute_ref_log_probs": precomputed}
     trainer = trained(preference(tmp_path, ImportanceDPO, **more))
+    reference_model = qwen(tie_word_embeddings=False)
     expected, closed_form = [], []
     for row in trainer.train_dataset:
-        leaves, ratios, lengths, squares = [], [], [], 0.0
+        leaves, ratios, squares = [], [], 0.0
         for answer in ("chosen_ids", "rejected_ids"):
             with torch.no_grad():
                 logits, ids = answer_logits(trainer.model, row, answer)
-                reference, _ = answer_logits(trainer.ref_model, row, answer)
+                reference, _ = answer_logits(reference_model, row, answer)
             leaf = logits.clone().requires_grad_()
             leaves.append(leaf)
             log_p = [z.log_softmax(-1).gather(1, ids[:, None]).sum() for z in (leaf, reference)]
             ratios.append(log_p[0] - log_p[1])
-            lengths.append(len(ids))
             squares += (logits.softmax(-1) - torch.nn.functional.one_hot(ids, logits.shape[-1])).square().sum()
         margin = 0.3 * (ratios[0] - ratios[1])
-        loss = -torch.nn.functional.logsigmoid(margin)
-        if loss_type == "ipo":
-            loss = (ratios[0] / lengths[0] - ratios[1] / lengths[1] - 1 / 0.6) ** 2
-        gradients = torch.autograd.grad(loss, leaves)
+        gradients = torch.autograd.grad(-torch.nn.functional.logsigmoid(margin), leaves)
         expected.append(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
         closed_form.append(0.3 * torch.sigmoid(-margin.detach()) * squares.sqrt())
     expected, closed_form = torch.stack(expected), torch.stack(closed_form)
     torch.testing.assert_close(trainer.importances.double(), expected, rtol=1e-3, atol=1e-5)
-    assert torch.allclose(expected, closed_form) == (loss_type == "sigmoid"), "β σ(−βΔ) √Σ; control: not for ipo"
+    assert torch.allclose(expected, closed_form), "β σ(−βΔ) √Σ"
+    assert expected.std() > 1e-3, "premise: importances differ"
+
+
+def test_reference_model_runs_once_per_batch(tmp_path):
+    trainer = preference(tmp_path, ImportanceDPO, max_steps=3)
+    passes = []
+    trainer.ref_model.model.register_forward_hook(lambda *_: passes.append(1))
+    trainer.train()
+    assert len(passes) == 3
+    assert trainer.precompute_ref_logps is False, "restored"
 
 
 def test_resumed_reward_training_is_identical(tmp_path):
@@ -129,7 +126,17 @@ def test_resumed_reward_training_is_identical(tmp_path):
     assert tiny.difference(uninterrupted, resumed) == 0
 
 
-@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "sft"])
-def test_dpo_losses_without_per_pair_loss_are_refused(loss_type, tmp_path):
-    with pytest.raises(ValueError, match=f"loss_type='{loss_type}' .* no per-pair loss"):
-        preference(tmp_path, ImportanceDPO, loss_type=loss_type)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss_type", "ipo"),
+        ("loss_type", "aot"),
+        ("loss_type", ["sigmoid", "sft"]),
+        ("f_divergence_type", "forward_kl"),
+        ("ld_alpha", 0.5),
+        ("use_weighting", True),
+    ],
+)
+def test_dpo_losses_without_closed_form_are_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name} must be .*, but is .* no per-pair loss .* use DPOTrainer alone"):
+        preference(tmp_path, ImportanceDPO, **{name: value})

@@ -150,7 +150,6 @@ AT_CONSTRUCTION = {  # training dataset, loss, further arguments, message
         "trainers of .* ignore.* Remove it",
     ),
     "stream": (STREAM, None, {"max_steps": 2}, "is a stream.* load it without streaming"),
-    "last_layer_gradient": (None, None, {"importance": {"metric": "last_layer_gradient"}}, "metric must be one of"),
     "per_example_loss_func": (
         None,
         None,

@@ -15,7 +15,7 @@ with warnings.catch_warnings():
 pytestmark = MARKS
 
 
-def test_budget_auto_ends_training_early(tmp_path, saved_models):
+def test_effective_epochs_end_training_early(tmp_path, saved_models):
     ours = trained(tmp_path, saved_models, *BCE, importance={}, num_train_epochs=20, learning_rate=3e-3)
     assert 12 < ours.state.global_step < 120
 

@@ -188,7 +188,7 @@ def test_per_example_loss_func_replaces_trl_loss(tmp_path):
 # ---- effective epochs, resuming, evaluation, report ------------------------------------------------------------------
 
 
-def test_budget_auto_ends_training_early(tmp_path, small_gains):
+def test_effective_epochs_end_training_early(tmp_path, small_gains):
     trainer = trained(sft(tmp_path, importance={}, num_train_epochs=40, data="prompt", learning_rate=3e-3))
     assert 24 < trainer.state.global_step < 240
 

@@ -10,7 +10,7 @@ import transformers as hf
 from head_cases import ONE_STEP, WAV2VEC2, TupleOutputs, V, build, make_rows
 from torch import nn
 
-from hf_importance.losses.heads import with_inputs
+from hf_importance.losses.custom import with_inputs
 
 # ---- arguments of the function ---------------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ def test_losses_coupled_by_the_model_are_refused(tmp_path):
         target = torch.arange(len(labels))
         return nn.functional.cross_entropy(outputs["logits_per_text"], target, reduction="none")
 
-    message = r"must compute each loss from one example alone.* the first loss changes with the other examples"
+    message = r"must compute each loss from one example alone.* a loss changes with the other examples"
     more = {"per_example_loss_func": contrastive_loss}
     with pytest.raises(ValueError, match=message):
         tiny.trained(tmp_path, Contrastive(), tiny.texts(), more=more)

@@ -141,8 +141,8 @@ def test_resuming_before_the_checks_have_decided(tmp_path):
     data = without_labels(causal_rows(), {i for draw in order[:3] for i in draw.index})
     straight = tiny.trained(tmp_path / "straight", model, data, importance=UNIFORM, **settings)
     states = [_objective_state(tmp_path / "straight" / f"checkpoint-{step}") for step in (3, 18)]
-    assert [state["looked"] for state in states] == [False, True], "premise"
-    assert [state["known"] for state in states] == [False, True]
+    assert [state["done"] for state in states] == [False, True], "premise"
+    assert [state["found"]["shifts"] for state in states] == [None, True]
     resumed = tiny.trainer(tmp_path / "resumed", model, data, importance=UNIFORM, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
     assert tiny.difference(resumed, straight) == 0.0
@@ -166,6 +166,6 @@ def test_class_weights_are_refused_after_resuming(tmp_path):
 
 
 def _objective_state(checkpoint):
-    from hf_importance.run.checkpoints import load_states
+    from hf_importance.run.checkpoints import SavedStates
 
-    return load_states(checkpoint)[0]["objective"]
+    return SavedStates(checkpoint)[0]["objective"]

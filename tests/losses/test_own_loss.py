@@ -193,11 +193,11 @@ def test_shift_is_found_if_the_first_batches_have_no_labels(tmp_path, shifts, ba
     first = {i for draw in order[:2] for i in draw.index}
     data = without_labels(causal_rows(), first)
     start = tiny.trained(tmp_path, model, data, tiny.Recorder, uniform, **{**settings, "max_steps": 1})
-    known = start._get_objective().state_dict()["known"]
+    known = start._run.objective.state_dict()["found"]["shifts"] is not None
     assert known is not zero, "labels are made up, so that it is known before the first update if anything shows it"
     ours = tiny.trained(tmp_path, model, data, tiny.Recorder, uniform, **settings)
     assert {i for draw in ours.draws[:2] for i in draw.index} == first, "premise"
-    assert ours._get_objective().shifts is shifts
+    assert ours._run.objective.shifts is shifts
     text = next(row for i, row in enumerate(causal_rows()) if i not in first)
     losses = {}
     for ours.model.shifts in (False, True):

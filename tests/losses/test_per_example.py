@@ -248,19 +248,3 @@ def test_arguments_are_not_modified():
         loss(z, y, *more), importance(z, y, *more)
         assert torch.equal(z, before[0])
         assert torch.equal(y, before[1])
-
-
-# ---- last layer ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_last_layer_importance_is_gradient_norm_of_its_parameters(bias):
-    layer = torch.nn.Linear(3, CLASSES, bias=bias, dtype=torch.float64)
-    features, y = torch.randn(BATCH, 3, dtype=torch.float64), classes(BATCH)
-    importance = F.last_layer_importance(F.cross_entropy_importance(layer(features), y), features, bias)
-    for k in range(BATCH):
-        gradients = torch.autograd.grad(F.cross_entropy(layer(features[k : k + 1]), y[k : k + 1]), layer.parameters())
-        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
-        assert importance[k].item() == pytest.approx(norm, rel=1e-12)
-    other = F.last_layer_importance(F.cross_entropy_importance(layer(features), y), features, not bias)
-    assert (importance - other).abs().min() > 1e-6, "control: with and without bias"

@@ -23,7 +23,6 @@ from head_cases import T as MAX_LENGTH
 from torch import nn
 
 from hf_importance import ImportanceConfig, ImportanceTrainer, ImportanceTrainerMixin
-from hf_importance.sampling.segments import SegmentedVisits
 
 PAD = {"data_collator": tiny.pad}
 
@@ -35,7 +34,7 @@ def test_weights_multiply_token_losses(tmp_path, monkeypatch):
     """The loss is Σ wᵢ Σₜ ℓᵢₜ / Σ wᵢ nᵢ over the accumulated batch, computed here example by example."""
     data, model = tiny.token_rows(N), tiny.token_bert()
     rates = torch.linspace(0.5, 1.5, N)
-    monkeypatch.setattr(SegmentedVisits, "_rates", lambda self, part, importance, scale: rates[part] * scale.factor)
+    monkeypatch.setattr("hf_importance.sampling.segments.unnormalised_rates", lambda *_: rates.clone())
     settings = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0, "max_steps": 1}
     settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     ours = tiny.trained(tmp_path, model, data, tiny.Recorder, more=PAD, **settings)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_importance.losses.rows import rows_of, sum_of_rows
+from hf_importance.adapters.trl import _rows_of as rows_of
+from hf_importance.adapters.trl import _sum_of_rows as sum_of_rows
 
 
 def test_sums_of_concatenated_row_match_separate_examples():
