@@ -1,1 +1,9 @@
-"""placeholder"""
+"""The training data: batches that carry their draw, lengths of texts, and the identity of the data.
+
+Nothing here knows how examples are drawn, or what their losses are.
+
+- `dataset`: dataset and collator that carry a draw along with its batch.
+- `loader`: the dataloader of the training loop.
+- `lengths`: lengths of texts, which determine what they cost.
+- `fingerprint`: identification of the training data.
+"""

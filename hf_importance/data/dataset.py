@@ -1,7 +1,5 @@
 """Carries the draw along with the batch: sampler → dataset → collator → training step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
@@ -10,22 +8,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_importance.randomness import isolated_randomness
-from hf_importance.sampling.draw import Draw
 
-DRAW_KEY = "importance_draw"
-"""Key of the draw in a collated batch."""
+DRAW_KEY = "importance_draw"  # key of the draw in a collated batch; it stays there until the training step takes it out
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 _MAX_EXAMPLES, _MAX_MASKS = 1024, 64
 """Examples that a mean over the data is estimated from: a few percent of error, which only scales the learning rate."""
-_MASK = 2**14
-"""Labels with at least this many elements are masks, which are slow to load."""
+_MASK = 2**14  # labels with at least this many elements are masks, which are slow to load
 
 
 class ImportanceDataset(Dataset):
-    """A map-style dataset that is indexed by a whole [`Draw`] and returns its examples together with the draw.
-
-    Examples are read from `dataset` at every visit, so transforms and random augmentation keep working.
-    """
+    """A map-style dataset that is indexed by a whole draw and returns its examples together with the draw."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -33,7 +25,7 @@ class ImportanceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, draw: Draw) -> tuple[list[Any], Draw]:
+    def __getitems__(self, draw: Any) -> tuple[list[Any], Any]:
         """Called by `DataLoader` with one item of its batch sampler."""
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(draw.index), draw
@@ -49,49 +41,34 @@ class ImportanceDataset(Dataset):
 
 
 class ImportanceCollator:
-    """Collates the examples with `collate` and adds the draw to the batch, an object that ignores device transfers.
-
-    Raises:
-        TypeError: if `collate` does not return a mapping.
-        ValueError: if it fails because labels are strings.
-    """
+    """Collates the examples with `collate` and adds the draw to the batch, an object that ignores device transfers."""
 
     def __init__(self, collate: Callable[[list[Any]], MutableMapping[str, Any]]) -> None:
         self.collate = collate
 
-    def __call__(self, examples_and_draw: tuple[list[Any], Draw]) -> MutableMapping[str, Any]:
+    def __call__(self, examples_and_draw: tuple[list[Any], Any]) -> MutableMapping[str, Any]:
         """Called by `DataLoader` with the output of [`ImportanceDataset`]."""
         examples, draw = examples_and_draw
         try:
             batch = self.collate(examples)
         except (TypeError, ValueError) as error:
-            refuse_texts_as_labels(examples[0], error)
+            validate_labels(examples[0], error)
             raise
         if not isinstance(batch, MutableMapping):
             raise TypeError(
                 f"data_collator must return a dict of tensors, but returned {type(batch).__name__}: "
                 "return a dict whose keys are the arguments of the model's forward."
             )
-        lengths = _lengths_in_one_row(examples, batch)
-        batch[DRAW_KEY] = draw if lengths is None else replace(draw, lengths=lengths)
+        tokens = batch.get("input_ids")
+        if len(examples) > 1 and isinstance(tokens, Tensor) and len(tokens) == 1:  # concatenated into one row
+            rows = [example.get("input_ids") if isinstance(example, Mapping) else None for example in examples]
+            draw = replace(draw, lengths=[len(r) for r in rows] if all(hasattr(r, "__len__") for r in rows) else None)
+        batch[DRAW_KEY] = draw
         return batch
 
 
-def _lengths_in_one_row(examples: list[Any], batch: Mapping[str, Any]) -> list[int] | None:
-    """Lengths of examples that were concatenated into one row of tokens; None if they were not."""
-    tokens = batch.get("input_ids")
-    if len(examples) == 1 or not isinstance(tokens, Tensor) or len(tokens) != 1:
-        return None
-    found = [example.get("input_ids") if isinstance(example, Mapping) else None for example in examples]
-    return [len(ids) for ids in found] if all(hasattr(ids, "__len__") for ids in found) else None
-
-
-def refuse_texts_as_labels(example: Any, error: Exception | None = None) -> None:
-    """Check an example whose label could not be read.
-
-    Raises:
-        ValueError: if its label is a string.
-    """
+def validate_labels(example: Any, error: Exception | None = None) -> None:
+    """Raise a `ValueError` if the label of an example, which could not be read, is a string."""
     for name in LABEL_COLUMNS:
         label = example.get(name) if isinstance(example, Mapping) else None
         label = label[0] if isinstance(label, (list, tuple)) and label else label
@@ -107,9 +84,9 @@ def mean_over_examples(
 ) -> float:
     """Mean of `count(batch[key])`, `[batch, …] → [batch]`, over the data, or evenly spaced examples if it is large.
 
-    It is the same on all ranks, in every run and for every batch size, and does not affect the random state.
+    It is the same on all ranks, in every run and for every batch size.
     """
-    with isolated_randomness(owners=(dataset, collate)):
+    with isolated_randomness():
         first = collate([dataset[0]])[key]
         most = _MAX_EXAMPLES if first.numel() < _MASK else _MAX_MASKS
         examples = range(0, len(dataset), -(-len(dataset) // most))

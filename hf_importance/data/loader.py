@@ -1,81 +1,40 @@
-"""Dataloaders of the training data: one for the training loop, which carries draws, and one for previews."""
+"""The dataloader of the training loop."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Sampler
+from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from hf_importance.data.dataset import DRAW_KEY, ImportanceCollator, ImportanceDataset
-from hf_importance.randomness import isolated_randomness
-from hf_importance.sampling.draw import Draw
-from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.data.dataset import ImportanceCollator, ImportanceDataset
 
-_WORKER_SETTINGS = (
-    "num_workers",
-    "pin_memory",
-    "persistent_workers",
-    "multiprocessing_context",
-    "prefetch_factor",
-    "in_order",
-    "timeout",
-    "worker_init_fn",
-)
+_OF_WORKERS = ("num_workers", "persistent_workers", "multiprocessing_context", "prefetch_factor", "worker_init_fn")
+_SETTINGS = (*_OF_WORKERS, "pin_memory", "in_order", "timeout")
+_REPLACED = (RandomSampler, SeedableRandomSampler, LengthGroupedSampler)
+"""Samplers of `Trainer`, which ours takes the place of."""
 
 
-class _LazySampler(Sampler[Draw]):
-    """Creates its sampler when it is iterated, so a preview dataloader holds no per-example memory."""
+def training_loader(base: DataLoader, sampler: Sampler, accelerator: Any) -> DataLoaderShard:
+    """The dataloader of the training loop: that of `Trainer` with another sampler, and batches that carry their draws.
 
-    def __init__(self, make: Callable[[], ImportanceBatchSampler]) -> None:
-        self._make, self._length = make, len(make())
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Draw]:
-        return iter(self._make())
-
-
-class PreviewLoader(DataLoader):
-    """Batches as in the first pass, without their draws. Iterating over them does not affect training.
-
-    Args:
-        base: dataloader that provides the data and the settings.
-        new_sampler: creates a sampler that training does not use.
-        device: device that the batches are sent to.
+    The dataloader of `Trainer` itself is unchanged: callbacks and other code of users see their own dataset, collator
+    and batch sampler in it. What they change there holds from the next epoch on, see [`take_over`].
     """
-
-    def __init__(
-        self, base: DataLoader, new_sampler: Callable[[], ImportanceBatchSampler], device: torch.device
-    ) -> None:
-        super().__init__(**_settings(base, _LazySampler(new_sampler)), generator=torch.Generator().manual_seed(0))
-        self._device = device
-        self.total_batch_size = getattr(base, "total_batch_size", base.batch_size)  # over all processes
-        self.total_dataset_length = len(base.dataset)
-
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over one epoch."""
-        iterator, number = super().__iter__(), 0
-        while True:
-            with isolated_randomness(seed=number, owners=(self.dataset, self.collate_fn)):
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            batch.pop(DRAW_KEY)
-            yield send_to_device(batch, self._device)
-            number += 1
-
-
-def training_loader(base: DataLoader, sampler: ImportanceBatchSampler, accelerator: Accelerator) -> DataLoader:
-    """The dataloader of `Trainer` with our sampler, and dataset and collator wrapped to carry the draws."""
-    generator = _generator_of_worker_seeds() if base.persistent_workers else None
-    loader = prepare_data_loader(  # `accelerator.prepare` would distribute the draws of one process over all of them
-        DataLoader(**_settings(base, sampler), generator=generator),
+    generator = None
+    if base.persistent_workers:
+        # They are seeded once, with a random number drawn at the first iteration. A resumed run has its first iteration
+        # in another epoch; without a generator of their own, its global generator would be one draw off.
+        generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+    loader = DataLoader(
+        ImportanceDataset(base.dataset),
+        batch_sampler=sampler,
+        collate_fn=ImportanceCollator(base.collate_fn),
+        generator=generator,
+        **{name: getattr(base, name) for name in _SETTINGS},
+    )
+    return prepare_data_loader(  # `accelerator.prepare` would distribute the draws of one process over all of them
+        loader,
         accelerator.device,
         num_processes=1,
         process_index=0,
@@ -84,22 +43,36 @@ def training_loader(base: DataLoader, sampler: ImportanceBatchSampler, accelerat
         dispatch_batches=False,
         non_blocking=accelerator.non_blocking,
     )
-    accelerator._dataloaders.append(loader)
-    return loader
 
 
-def _settings(base: DataLoader, sampler: Sampler[Draw]) -> dict[str, Any]:
-    return {
-        "dataset": ImportanceDataset(base.dataset),
-        "batch_sampler": sampler,
-        "collate_fn": ImportanceCollator(base.collate_fn),
-        **{name: getattr(base, name) for name in _WORKER_SETTINGS},
-    }
+def take_over(loader: DataLoader, base: DataLoader) -> None:
+    """Take over dataset and collator of the dataloader of `Trainer`, which users may have replaced."""
+    loader.dataset.dataset, loader.collate_fn.collate = base.dataset, base.collate_fn
 
 
-def _generator_of_worker_seeds() -> torch.Generator:
-    """Generator for persistent workers, which are seeded once, with a random number drawn at the first iteration.
+def sampler_of(loader: DataLoader) -> Any:
+    """The sampler of a dataloader of `Trainer`, inside the shards of accelerate."""
+    batches = getattr(loader, "batch_sampler", None)
+    batches = getattr(batches, "batch_sampler", batches)
+    return getattr(batches, "sampler", batches)
 
-    A resumed run has its first iteration in another epoch; without this its global generator would be one draw off.
-    """
-    return torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+
+def validate_loader(loader: Any, overrides: list[str], batch_size: int, drop_last: bool, length: int) -> None:
+    """Check that the loader has no sampler, batches or iteration of its own, which ours would replace."""
+    batches = getattr(loader, "batch_sampler", None)
+    batches, sampler = getattr(batches, "batch_sampler", batches), sampler_of(loader)
+    is_usual = isinstance(loader, DataLoader) and getattr(type(batches), "__iter__", None) is BatchSampler.__iter__
+    if not is_usual or type(sampler) not in _REPLACED or getattr(sampler, "replacement", False):
+        problem = f"uses the sampler {type(sampler).__name__}"
+    elif len(sampler) != length or len(loader.dataset) != length:
+        problem = f"draws {len(sampler)} of {len(loader.dataset)} examples, while train_dataset has {length}"
+    elif (batches.batch_size, batches.drop_last) != (batch_size, drop_last):
+        problem = f"has batches of {batches.batch_size} (drop_last={batches.drop_last}), unlike TrainingArguments"
+    elif type(loader).__iter__.__module__.split(".")[0] not in ("torch", "accelerate"):
+        problem = f"iterates with {type(loader).__name__}.__iter__"
+    else:
+        return
+    raise ValueError(
+        f"{' or '.join(overrides) or 'The training dataloader'} {problem}, which importance sampling would replace: "
+        "change the dataset, the collator or TrainingArguments instead, or use Trainer."
+    )

@@ -1,60 +1,42 @@
 """Duplicate texts with different labels: at least one label is wrong, or the text does not determine it."""
 
-from __future__ import annotations
-
 import functools
+import json
+import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 from transformers.utils import logging
-from transformers.utils.logging import tqdm
 
 logger = logging.get_logger(__name__)
 
-_PIECE = 1000
-"""Rows of `datasets` read at a time."""
-_SAMPLE = 2000
-"""Rows used to decide whether a column is informative."""
-_LARGE = 200_000
-"""Show a progress bar from this many examples on."""
-_NAMES = ("id", "idx", "guid", "uid", "uuid", "index", "url", "path", "file", "filename")
+_PIECE = 2000  # examples read at a time; those of the first piece decide which columns are compared
+_IDENTIFIER = re.compile(r"(.*_)?(id|idx|url|path)|guid|uid|uuid|index|file|filename", re.IGNORECASE)
 """Columns that identify an example instead of describing it."""
-_STRINGS = ("string", "large_string")
-_LONGEST = 20_000
-"""Characters that are compared; of longer texts, the length is compared as well."""
+_LONGEST = 20_000  # characters that are compared; of longer texts, the length is compared as well
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """Examples with the same text and different labels.
+    """Examples with the same text and different labels."""
 
-    Args:
-        index: positions of the examples, ascending.
-        labels: their labels.
-        text: text of the first one; empty if there are only tokens.
-    """
-
-    index: list[int]
+    index: list[int]  # ascending
     labels: list[float]
-    text: str
+    text: str  # of the first one; empty if there are only tokens
 
 
-def conflicts(examples: Any, labels: Tensor, quiet: bool = False) -> list[Conflict]:
+def conflicts(examples: Any, labels: Tensor) -> list[Conflict]:
     """Groups of duplicate texts with different labels, largest first; empty if examples have no texts.
 
     Texts are compared without case, spaces and punctuation; if there are only `input_ids`, these are compared. Columns
     that the label determines, such as its name, are ignored. Examples that are computed on access (`set_transform`,
-    custom datasets) are not read, and examples with images are not compared.
-
-    Args:
-        examples: examples as shown in the report.
-        labels: float32 `[examples]`, NaN where unknown.
-        quiet: whether to hide the progress bar.
+    custom datasets) are not read, and examples with images are not compared. Labels are NaN where unknown.
 
     >>> import torch
     >>> found = conflicts(["Hello, you!", "hello you", "bye", "Hello  you"], torch.tensor([0.0, 1.0, 1.0, 0.0]))
@@ -62,15 +44,22 @@ def conflicts(examples: Any, labels: Tensor, quiet: bool = False) -> list[Confli
     ([0, 1, 3], [0.0, 1.0, 0.0])
     """
     try:
-        source = _source(examples, labels)
-        if source is None:
+        columns = _compared_columns(examples, labels.numpy())
+        if not columns:
             return []
-        keys = np.zeros(len(labels), dtype=np.int64)  # 0: no text
-        bar = tqdm(source.rows(), total=len(labels), disable=quiet or len(labels) < _LARGE, desc="Comparing texts")
-        for i, said in enumerate(bar):
-            keys[i] = hash(said) if said else 0
-        groups = _groups_with_conflicts(keys, labels)
-        return [Conflict(group.tolist(), labels[group].tolist(), source.text(int(group[0]))) for group in groups]
+        starts = range(0, len(labels), _PIECE)
+        hashes = np.concatenate([_hashes(_read(examples, columns, start, start + _PIECE)) for start in starts])
+        table = pd.DataFrame({"hash": hashes, "label": labels.numpy()})
+        table = table[np.isfinite(table["label"]) & (table["hash"] != 0)]
+        table = table[table.groupby("hash")["label"].transform("nunique") > 1]
+        groups = [group for _, group in table.groupby("hash", sort=False)["label"]]
+        groups.sort(key=len, reverse=True)
+        found = []
+        for group in groups:
+            row = _read(examples, columns, group.index[0], group.index[0] + 1).iloc[0]
+            text = " / ".join(cell for cell in row if isinstance(cell, str) and cell)
+            found.append(Conflict(group.index.tolist(), group.tolist(), text))
+        return found
     except Exception as error:  # arbitrary user data must not stop training
         logger.warning(f"The report does not list duplicate texts: {type(error).__name__}: {error}")
         return []
@@ -82,124 +71,57 @@ def normalised(text: str) -> str:
     >>> normalised("Don't  PANIC!")
     'don t panic'
     """
-    more = str(len(text)) if len(text) > _LONGEST else ""
+    length = str(len(text)) if len(text) > _LONGEST else ""
     text = unicodedata.normalize("NFKC", text[:_LONGEST]).casefold()
-    return " ".join(text.translate(_punctuation()).split()) + more
+    return " ".join(text.translate(_punctuation()).split()) + length
 
 
 @functools.cache
 def _punctuation() -> dict[int, str]:
     """Map punctuation (except `#`, as in C#) and control characters to spaces."""
     kinds = ("P", "Cc", "Cf")
-    found = {code: " " for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith(kinds)}
-    del found[ord("#")]
-    return found
+    codes = (code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith(kinds))
+    return {code: " " for code in codes if chr(code) != "#"}
 
 
-def _groups_with_conflicts(keys: np.ndarray, labels: Tensor) -> list[np.ndarray]:
-    """Groups of positions with the same key and different labels."""
-    values = labels.numpy()
-    index = np.flatnonzero(np.isfinite(values) & (keys != 0))
-    index = index[np.argsort(keys[index], kind="stable")]
-    if not len(index):
-        return []
-    ends = np.flatnonzero(np.diff(keys[index])) + 1
-    starts = np.concatenate([[0], ends])
-    differ = np.minimum.reduceat(values[index], starts) < np.maximum.reduceat(values[index], starts)
-    groups = [group for group, several in zip(np.split(index, ends), differ, strict=True) if several]
-    return sorted(groups, key=len, reverse=True)
-
-
-# ---- texts of examples -----------------------------------------------------------------------------------------------
-
-
-class _DatasetColumns:
-    """Columns of `datasets`, read in pieces."""
-
-    def __init__(self, dataset: Any, columns: Sequence[str]) -> None:
-        self._table = dataset.with_format("arrow").select_columns(list(columns))
-        self._texts = list(columns) != ["input_ids"]
-
-    def rows(self) -> Iterator[Any]:
-        """Normalised text of each example, or its tokens."""
-        for start in range(0, len(self._table), _PIECE):
-            columns = self._table[start : start + _PIECE].columns
-            for row in zip(*(column.to_pylist() for column in columns), strict=True):
-                yield _joined(row) if self._texts else _hashable(row[0] or ())
-
-    def text(self, index: int) -> str:
-        """Text of an example, unmodified."""
-        if not self._texts:
-            return ""
-        return " / ".join(x for column in self._table[index : index + 1].columns for x in column.to_pylist() if x)
-
-
-class _ListedTexts:
-    """A list of texts, or of rows with texts."""
-
-    def __init__(self, examples: Sequence[Any], columns: Sequence[str]) -> None:
-        self._examples, self._columns = examples, columns
-
-    def rows(self) -> Iterator[Any]:
-        """See [`_DatasetColumns.rows`]."""
-        for example in self._examples:
-            strings = self._strings(example)
-            if strings or not isinstance(example, Mapping):
-                yield _joined(strings)
-            else:
-                yield _hashable(example.get("input_ids", ()))
-
-    def text(self, index: int) -> str:
-        """Text of an example, unmodified."""
-        return " / ".join(self._strings(self._examples[index]))
-
-    def _strings(self, example: Any) -> list[str]:
-        if isinstance(example, str):
-            return [example]
-        if not isinstance(example, Mapping):
+def _compared_columns(examples: Any, labels: np.ndarray) -> list[str]:
+    """Columns with texts that say more than the label, else `input_ids` if there are any, else none."""
+    if hasattr(examples, "features") and hasattr(examples, "select_columns"):
+        kinds = {type(feature).__name__ for feature in examples.features.values()}
+        if kinds & {"Image", "Audio", "Video"} or examples.format["type"] == "custom":
             return []
-        return [example[name] for name in self._columns if isinstance(example.get(name), str)]
+        kinds = {name: getattr(feature, "dtype", "") for name, feature in examples.features.items()}
+        names = [name for name, kind in kinds.items() if kind in ("string", "large_string") or name == "input_ids"]
+    elif isinstance(examples, (list, tuple)) and examples and isinstance(examples[0], Mapping):
+        names = [] if {"image", "pixel_values"} & set(examples[0]) else list(examples[0])
+    else:
+        return ["text"] if isinstance(examples, (list, tuple)) and isinstance(examples[0], str) else []
+    first = _read(examples, names, 0, _PIECE)
+    texts = [name for name in names if any(isinstance(value, str) for value in first[name])]
+    varied = first[texts].groupby(labels[: len(first)]).nunique().max() > 1
+    informative = [name for name in texts if varied[name] and not _IDENTIFIER.fullmatch(name)]
+    return informative or [name for name in names if name == "input_ids"]
 
 
-def _source(examples: Any, labels: Tensor) -> _DatasetColumns | _ListedTexts | None:
-    """The texts of the examples, or None if they cannot be compared."""
-    if hasattr(examples, "with_format") and hasattr(examples, "features"):
-        kinds = {name: feature for name, feature in (examples.features or {}).items()}
-        pictures = any(type(kind).__name__ in ("Image", "Audio", "Video") for kind in kinds.values())
-        if pictures or not hasattr(examples, "select_columns") or examples.format["type"] == "custom":
-            return None
-        strings = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") in _STRINGS]
-        first = examples.with_format(None).select_columns(strings)[:_SAMPLE] if strings else {}
-        columns = [name for name in strings if _is_informative(name, first[name], labels)]
-        columns = columns or (["input_ids"] if "input_ids" in kinds else [])
-        return _DatasetColumns(examples, columns) if columns else None
-    if not isinstance(examples, (list, tuple)) or not examples:
-        return None
-    rows = [example for example in examples[:_SAMPLE] if isinstance(example, Mapping)]
-    if any(name in rows[0] for name in ("pixel_values", "image")) if rows else False:
-        return None
-    names = dict.fromkeys(name for row in rows for name, x in row.items() if isinstance(x, str))
-    found = [name for name in names if _is_informative(name, [row.get(name) for row in rows], labels)]
-    return _ListedTexts(examples, found)
+def _read(examples: Any, columns: list[str], start: int, stop: int) -> pd.DataFrame:
+    """Columns of some examples; a list of texts has a single column."""
+    if hasattr(examples, "select_columns"):
+        return pd.DataFrame(examples.with_format(None).select_columns(columns)[start:stop], dtype=object)
+    rows = examples[start:stop]
+    values = {name: [row if isinstance(row, str) else row.get(name) for row in rows] for name in columns}
+    return pd.DataFrame(values, dtype=object)
 
 
-def _is_informative(name: str, values: Sequence[Any], labels: Tensor) -> bool:
-    """Whether a column holds more than an identifier or the label."""
-    if name.lower() in _NAMES or name.lower().endswith(("_id", "_idx", "_url", "_path")):
-        return False
-    of_label: dict[float, Any] = {}
-    return any(
-        of_label.setdefault(label, value) != value
-        for label, value in zip(labels[: len(values)].tolist(), values, strict=True)
-        if label == label
-    )
+def _hashes(rows: pd.DataFrame) -> np.ndarray:
+    """A number for the normalised texts or tokens of each row, uint64 `[rows]`; 0 if there are none."""
+    if list(rows) == ["input_ids"]:
+        texts = rows["input_ids"].map(_tokens_as_text)
+    else:
+        texts = rows.map(lambda cell: normalised(cell) if isinstance(cell, str) else "")
+        texts = functools.reduce(lambda left, right: left + "\x1f" + right, (texts[name] for name in texts))
+    texts = texts.str.strip("\x1f ")
+    return np.where(texts == "", 0, pd.util.hash_array(texts.to_numpy(dtype=object)))
 
 
-def _joined(texts: Sequence[str | None]) -> str:
-    return "\x1f".join(normalised(text) for text in texts if text).strip("\x1f ")
-
-
-def _hashable(ids: Any) -> Any:
-    """Convert tokens to nested tuples, also of several texts."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    return tuple(map(_hashable, ids)) if isinstance(ids, (list, tuple)) else ids
+def _tokens_as_text(ids: Any) -> str:
+    return "" if ids is None or not len(ids) else json.dumps(ids, default=lambda tensor: tensor.tolist())

@@ -1,23 +1,24 @@
 """Pushing to the Hub: the section of the model card, and errors that say what to do."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError  # of the HTTP client in use
+from transformers.utils import logging
 
 from hf_importance.report.findings import Findings
+
+logger = logging.get_logger(__name__)
 
 TAGS = ["importance-sampling", "hf_importance"]
 CARD = "README.md"
 FOLDER = "importance_report"
 """Folder next to the model, without examples. With examples it starts with `_`, so `Trainer` does not upload it."""
-_CITATION = """
-```bibtex
+_CITATION = """```bibtex
 @article{salaun2023online,
   title   = {Online Importance Sampling for Stochastic Gradient Optimization},
   author  = {Sala{\\"u}n, Corentin and Huang, Xingchang and Georgiev, Iliyan and Mitra, Niloy J. and Singh, Gurprit},
@@ -34,52 +35,36 @@ class PushError(RuntimeError):
 
 @contextmanager
 def pushing(repository: str, folder: str | None) -> Iterator[None]:
-    """Turn errors of the Hub into a [`PushError`].
-
-    Args:
-        repository: name of the repository.
-        folder: folder of the model; None before training.
-    """
+    """Turn errors of the Hub into a [`PushError`]. The folder of the model is None before training."""
     try:
         yield
     except PushError:
         raise
     except (OSError, HTTPError, RuntimeError, ValueError) as error:  # of huggingface_hub and its clients
-        failed = f"{type(error).__name__}: {_one_line(error)}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         check = "Check the token (hf auth login), the network and the quota"
-        if folder is None:
-            raise PushError(
-                f"The repository {repository} cannot be created or written to ({failed}). Nothing was trained yet. "
-                f"{check}, or remove push_to_hub."
-            ) from error
-        words = ["hf", "upload", repository, folder, ".", "--exclude", "_*", "--exclude", "checkpoint-*"]
-        raise PushError(
-            f"Pushing to {repository} failed ({failed}). Nothing was lost: the model is in {folder}. {check}, then try "
-            f"again with trainer.push_to_hub(), or with: {shlex.join(words)}"
-        ) from error
+        message = (
+            f"The repository {repository} cannot be created or written to ({reason}). Nothing was trained yet. "
+            f"{check}, or remove push_to_hub."
+        )
+        if folder is not None:
+            words = ["hf", "upload", repository, folder, ".", "--exclude", "_*", "--exclude", "checkpoint-*"]
+            message = (
+                f"Pushing to {repository} failed ({reason}). Nothing was lost: the model is in {folder}. {check}, then "
+                f"try again with trainer.push_to_hub(), or with: {shlex.join(words)}"
+            )
+        raise PushError(message) from error
 
 
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines) or "no message"
+def warn_of_failed_pushes(pushes: Any) -> None:
+    """Warn of pushes that failed during training, `Trainer.push_in_progress`, which `Trainer` does not report."""
+    for job in getattr(pushes, "jobs", ()):
+        if not job.cancelled() and job.exception() is not None:
+            logger.warning(f"A push to the Hub failed during training, which continued: {job.exception()}")
 
 
 def extend_card(path: Path, findings: Findings, plots: Mapping[str, str]) -> None:
-    """Add tags and a section to an existing model card.
-
-    Args:
-        path: path of the card.
-        findings: figures of the training.
-        plots: names of files in `FOLDER` next to the card, and their descriptions.
-    """
-    card = ModelCard.load(path)
-    card.data.tags = [*(card.data.tags or []), *(tag for tag in TAGS if tag not in (card.data.tags or []))]
-    card.text = f"{card.text.rstrip()}\n\n{section(findings, plots)}"
-    card.save(path)
-
-
-def section(findings: Findings, plots: Mapping[str, str]) -> str:
-    """The section in Markdown: method, figures, plots, settings, citation."""
+    """Add tags and a section to a model card; `plots` has file names in `FOLDER` next to it, and descriptions."""
     measured = "\n".join(f"| {name} | {value} |" for name, value in findings.figures().items())
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in findings.settings.items())
     pictures = "\n\n".join(f"![{text}]({FOLDER}/{name})" for name, text in plots.items())
@@ -89,7 +74,7 @@ def section(findings: Findings, plots: Mapping[str, str]) -> str:
             f" Examples whose label is probably wrong had weight {weight:g} in the loss (`suspect_weight`), so "
             "training did not minimise the mean loss of all training examples."
         )
-    return f"""## Importance sampling
+    section = f"""## Importance sampling
 
 This model was trained with online importance sampling (`hf_importance`). Every step measured the importance of its
 examples; later examples were drawn in proportion to it, with importance weights that correct for it.
@@ -108,4 +93,9 @@ The settings are in `importance_config.json`:
 {settings}
 
 Method:
+
 {_CITATION}"""
+    card = ModelCard.load(path)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
+    card.text = f"{card.text.rstrip()}\n\n{section}"
+    card.save(path)

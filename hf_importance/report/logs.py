@@ -1,11 +1,8 @@
 """Messages during training, and the part of the logs that the console shows."""
 
-from __future__ import annotations
-
 import logging
 import sys
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -37,10 +34,12 @@ def limit_console_logs(callbacks: Iterable[TrainerCallback]) -> None:
     """Make the printing callbacks of transformers show only `CONSOLE` of our logs."""
     for callback in callbacks:
         if type(callback) in (ProgressCallback, PrinterCallback):
-            callback.on_log = partial(_shortened, callback.on_log)
+            callback.on_log = _with_few_logs(callback.on_log)
 
 
-def _shortened(on_log: Callable[..., Any], *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    shown = {name: value for name, value in (logs or {}).items() if not name.startswith("importance/")}
-    shown |= {name: logs[name] for name in CONSOLE if logs and name in logs}
-    return on_log(*args, logs=shown, **kwargs)
+def _with_few_logs(on_log: Any) -> Any:
+    def limited(*args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        shown = {k: v for k, v in (logs or {}).items() if k in CONSOLE or not k.startswith("importance/")}
+        return on_log(*args, logs=shown, **kwargs)
+
+    return limited

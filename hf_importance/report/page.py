@@ -1,80 +1,57 @@
-"""The report as files: page, tables, plots."""
+"""The report as files: page, tables, plots. What only the extra `report` installs is imported when it is written."""
 
-from __future__ import annotations
-
-import contextlib
-import csv
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
-import torch
-from jinja2 import Environment
-from matplotlib.figure import Figure
+from transformers.utils import logging
 
-from hf_importance.report.duplicates import Conflict, conflicts
-from hf_importance.report.examples import ShownExample, Token, png_url, show
-from hf_importance.report.findings import ClassFindings, Findings
-from hf_importance.report.plots import THEMES, plots
-from hf_importance.report.texts import cut, readable
+from hf_importance.report.findings import Findings
+from hf_importance.report.hub import FOLDER
+from hf_importance.report.tokens import Token
+from hf_importance.report.training import Training
 
-_PER_ROW = 6  # images per row of a contact sheet
-_CLASSES, _PAIRS = 30, 10
-"""Maximum numbers shown on the page."""
-_LABELS = 10
-"""Labels shown per group of duplicates."""
-_FORMULA = ("=", "+", "-", "@")
-"""Prefixes that spreadsheets interpret as a formula."""
+logger = logging.get_logger(__name__)
+
+_CLASSES, _PAIRS = 30, 10  # maximum numbers shown on the page
 
 
-def write_table(findings: Findings, path: Path) -> None:
-    """Write a parquet file with one row per training example, in order; null where unknown."""
-    columns = findings.columns
-    number = _whole if findings.is_classification else _or_null
-    rows: dict[str, Any] = {"label": number(columns["label"]), "prediction": number(columns["prediction"])}
-    if findings.label_names and findings.is_classification:
-        for name in ("label", "prediction"):
-            names, which = findings.names_of(columns[name])
-            rows[f"{name}_name"] = pa.array(names, pa.string()).take(pa.array(which.numpy(), mask=(which < 0).numpy()))
-    rows |= {name: _or_null(columns[name]) for name in ("probability", "loss", "mean_loss")}
-    rows["suspect"] = columns["suspect"].numpy() if findings.is_classification else pa.nulls(len(findings), pa.bool_())
-    pq.write_table(_importances(findings, rows), path)
+@contextmanager
+def _extra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        packages = ("jinja2", "matplotlib", "pandas", "pillow", "pyarrow")
+        raise ImportError(f"The report requires {', '.join(packages)}: pip install {' '.join(packages)}") from error
 
 
-def write_importances(findings: Findings, path: Path) -> None:
-    """Write a csv file with one row per training example, without their contents."""
-    pa_csv.write_csv(_importances(findings, {}), path)
+def validate_report(
+    training: Training | None, folder: Path, examples: Any, number: int, model_folder: Path, examples_to_hub: bool
+) -> None:
+    """Check the arguments of a report, before anything is written; a push to the Hub must not upload examples."""
+    if training is None:
+        raise ValueError("importance_report must be called after train().")
+    if not training.has_record:
+        raise ValueError("importance_report requires ImportanceConfig(record=True), but no visits were recorded.")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"number must be an int of at least 1, but is {number!r}.")
+    if len(examples) != training.examples:
+        raise ValueError(f"examples must have the {training.examples} items of train_dataset, but has {len(examples)}.")
+    folder, model_folder = folder.resolve(), model_folder.resolve()
+    if not examples_to_hub and _is_uploaded(folder, model_folder):
+        raise ValueError(
+            f"output_dir must not be {folder}: pushing to the Hub would upload it with training examples. "
+            f"Omit it (the default is {model_folder / f'_{FOLDER}'}), choose a folder outside of {model_folder}, or "
+            "allow it with ImportanceTrainer(..., report_examples_to_hub=True)."
+        )
 
 
-def _importances(findings: Findings, more: Mapping[str, Any]) -> pa.Table:
-    columns = findings.columns
-    rows = {"index": range(len(findings)), **more, "importance": _or_null(columns["importance"])}
-    rows |= {"visits": columns["visits"].numpy(), "pruned": columns["pruned"].numpy()}
-    return pa.table({name: pa.array(values) for name, values in rows.items()})
-
-
-def _or_null(values: torch.Tensor) -> pa.Array:
-    return pa.array(values.numpy(), from_pandas=True)  # NaN becomes null
-
-
-def _whole(values: torch.Tensor) -> pa.Array:
-    return pa.array(values.nan_to_num(nan=0.0).long().numpy(), mask=values.isnan().numpy())
-
-
-def write_plots(findings: Findings, folder: Path) -> dict[str, str]:
-    """Write the plots with the light theme into a folder; return file names and descriptions."""
-    written = {}
-    for plot in plots(findings):
-        (folder / f"{plot.name}.png").write_bytes(plot.png("light"))
-        written[f"{plot.name}.png"] = plot.text
-    return written
+def _is_uploaded(folder: Path, model_folder: Path) -> bool:
+    if not folder.is_relative_to(model_folder):
+        return False
+    return folder == model_folder or not folder.relative_to(model_folder).parts[0].startswith(("_", "checkpoint-"))
 
 
 def write_report(
@@ -85,116 +62,74 @@ def write_report(
     number: int,
     title: str,
     tokens: Mapping[int, Sequence[Token]] | None = None,
-    quiet: bool = True,
 ) -> Path:
     """Write the report: `report.html`, `examples.parquet`, plots, hardest examples, suspects, classes and conflicts.
 
-    Args:
-        folder: created if needed.
-        findings: figures of the training.
-        examples: `[examples]`, images, texts, or dicts with images, texts, `pixel_values` or `input_ids`.
-        tokenizer: decodes `input_ids`; may be None.
-        number: number of examples per list.
-        title: title of the page.
-        tokens: tokens of the hardest examples with their losses.
-        quiet: whether to hide progress bars.
-
-    Returns:
-        The path of the page.
+    The examples, `[examples]`, are images, texts, or dicts with images, texts, `pixel_values` or `input_ids`, for which
+    a tokenizer is needed. A list shows `number` of them, `tokens` those of the hardest with their losses.
     """
+    with _extra():
+        from jinja2 import Environment
+
+        from hf_importance.report import tables
+        from hf_importance.report.duplicates import conflicts
+        from hf_importance.report.examples import show, write_list
+        from hf_importance.report.pictures import picture_url
+        from hf_importance.report.plots import write_plots
+
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(findings, folder / "examples.parquet")
-    drawn = _draw_plots(findings, folder)
+    tables.examples_table(findings).to_parquet(folder / "examples.parquet", index=False)
     raw = examples.with_format(None) if hasattr(examples, "with_format") else examples
     lists = {
         "suspects": [show(findings, raw, tokenizer, i, {}) for i in findings.most_suspect(number)],
         "hardest": [show(findings, raw, tokenizer, i, tokens or {}) for i in findings.hardest(number)],
     }
     for name, shown in lists.items():
-        _write_list(folder, name, shown)
-    classes = findings.by_class()
-    _write_csv(folder / "classes.csv", [field.name for field in fields(ClassFindings)], map(astuple, classes))
-    found = conflicts(raw, findings.columns["label"], quiet) if findings.is_classification else []
-    rows = ((k, i, findings.name_of(y)) for k, c in enumerate(found) for i, y in zip(c.index, c.labels, strict=True))
-    _write_csv(folder / "conflicts.csv", ("group", "index", "label"), rows)
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        resources.files("hf_importance.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+        write_list(shown, folder, name)
+    classes = tables.classes_table(findings)
+    tables.write_csv(classes, folder / "classes.csv")
+    duplicates = conflicts(raw, findings.columns["label"]) if findings.is_classification else []
+    tables.write_csv(tables.conflicts_table(findings, duplicates), folder / "conflicts.csv")
+
+    template = resources.files("hf_importance.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    text = (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(
+            title=title,
+            findings=findings,
+            settings=findings.settings,
+            plots=write_plots(findings, folder),
+            lists=lists,
+            picture_url=picture_url,
+            number_of_suspects=int(findings.columns["suspect"].sum()),
+            classes=list(classes.head(_CLASSES).itertuples()),
+            more_classes=max(0, len(classes) - _CLASSES),
+            pairs=tables.confusions(findings, _PAIRS),
+            conflicts=[tables.shown_conflict(findings, conflict) for conflict in duplicates[:number]],
+            number_of_conflicts=len(duplicates),
+        )
     )
     page = folder / "report.html"
-    more = {
-        "classes": classes[:_CLASSES],
-        "more_classes": len(classes[_CLASSES:]),
-        "pairs": findings.confused_pairs(_PAIRS),
-    }
-    more |= {"conflicts": [_conflict_row(findings, c) for c in found[:number]], "number_of_conflicts": len(found)}
-    more["number_of_suspects"] = int(findings.columns["suspect"].sum())
-    text = template.render(title=title, findings=findings, plots=drawn, lists=lists, settings=findings.settings, **more)
     page.write_text(text, encoding="utf-8", errors="replace")
     return page
 
 
-def _draw_plots(findings: Findings, folder: Path) -> list[dict[str, str]]:
-    """Write the plots like [`write_plots`]; return title, description and images of both themes, each rendered once."""
-    drawn = []
-    for plot in plots(findings):
-        images = {theme: plot.png(theme) for theme in THEMES}
-        (folder / f"{plot.name}.png").write_bytes(images["light"])
-        drawn.append({"title": plot.title, "text": plot.text} | {theme: png_url(png) for theme, png in images.items()})
-    return drawn
+def write_for_hub(folder: Path, findings: Findings) -> dict[str, str]:
+    """Write plots and importances for the model card, without examples; return names and descriptions of the plots.
 
-
-def _conflict_row(findings: Findings, conflict: Conflict) -> dict[str, Any]:
-    """Text of a conflict, and the examples with each label."""
-    found: dict[float, list[int]] = {}
-    for i, label in zip(conflict.index, conflict.labels, strict=True):
-        found.setdefault(label, []).append(i)
-    first = {findings.name_of(label): index for label, index in list(found.items())[:_LABELS]}
-    return {"text": cut(readable(conflict.text), 200), "labels": first, "more": max(0, len(found) - _LABELS)}
-
-
-def _write_list(folder: Path, name: str, shown: Sequence[ShownExample]) -> None:
-    """Write a contact sheet of the examples with images, and a table of the others."""
-    pictured = [example for example in shown if example.picture is not None]
-    (folder / f"{name}.png").unlink(missing_ok=True)
-    if pictured:
-        (folder / f"{name}.png").write_bytes(_contact_sheet(pictured))
-    columns = ("index", "label", "prediction", "probability", "importance", "mean_loss", "visits", "text")
-    rows = ([getattr(example, column) for column in columns] for example in shown if example.picture is None)
-    _write_csv(folder / f"{name}.csv", columns, rows)
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a csv file with escaped formulas; without rows, remove the file of an earlier report."""
-    rows = [[_escape_formula(cell) for cell in row] for row in rows]
-    path.unlink(missing_ok=True)
-    if rows:
-        with path.open("w", encoding="utf-8", newline="", errors="replace") as file:
-            csv.writer(file, quoting=csv.QUOTE_ALL).writerows([columns, *rows])
-
-
-def _escape_formula(cell: Any) -> Any:
-    """Prepend an apostrophe to cells that a spreadsheet would evaluate, except numbers.
-
-    >>> _escape_formula("=1+1"), _escape_formula("-1.5")
-    ("'=1+1", '-1.5')
+    They are empty, with a warning, if a dependency of the report is not installed.
     """
-    if not isinstance(cell, str) or not cell.strip().startswith(_FORMULA):
-        return cell
-    with contextlib.suppress(ValueError):
-        float(cell)
-        return cell
-    return f"'{cell}"
+    try:
+        with _extra():
+            import pandas as pd
 
+            from hf_importance.report.plots import write_plots
 
-def _contact_sheet(shown: Sequence[ShownExample]) -> bytes:
-    rows = -(-len(shown) // _PER_ROW)
-    figure = Figure(figsize=(1.7 * _PER_ROW, 2.0 * rows), layout="constrained")
-    for place, example in enumerate(shown, 1):
-        axes = figure.add_subplot(rows, _PER_ROW, place)
-        axes.imshow(np.asarray(example.picture), interpolation="nearest")
-        caption = f"{example.index}: {cut(example.label, 18)}\n→ {cut(example.prediction, 18)} {example.probability}"
-        axes.set_title(caption, fontsize=8, parse_math=False)
-        axes.set_axis_off()
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    except ImportError as error:
+        logger.warning(f"The model card has no plots. {error}")
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {name: findings.columns[name].numpy() for name in ("importance", "visits", "pruned")}
+    pd.DataFrame(columns).to_csv(folder / "importances.csv", index_label="index")
+    return {f"{plot['name']}.png": plot["text"] for plot in write_plots(findings, folder)}

@@ -1,9 +1,6 @@
 """Makes texts safe to display on a page and to write to a file."""
 
-from __future__ import annotations
-
-LONGEST_TEXT = 500
-"""Maximum number of characters that are shown."""
+LONGEST_TEXT = 500  # maximum number of characters that are shown
 
 
 def readable(text: str) -> str:

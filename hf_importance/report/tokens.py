@@ -1,8 +1,7 @@
 """Losses of the tokens of a text: one forward pass per displayed example, after training."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +16,17 @@ from hf_importance.report.texts import readable
 logger = logging.get_logger(__name__)
 
 _IGNORED = -100
-_MAX_TOKENS = 160
-"""Tokens shown per example."""
-_BEFORE = 40
-"""Tokens shown before the first one with a loss."""
+_MAX_TOKENS = 160  # tokens shown per example
+_BEFORE = 40  # tokens shown before the first one with a loss
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token and its loss.
-
-    Args:
-        text: decoded token.
-        loss: its cross-entropy; None without a loss.
-        share: loss relative to the largest loss of the example, in [0, 1].
-    """
+    """A token and its loss."""
 
     text: str
-    loss: float | None = None
-    share: float = 0.0
+    loss: float | None = None  # cross-entropy; None without a label
+    share: float = 0.0  # of the largest loss of the example
 
 
 def token_losses(
@@ -49,60 +40,52 @@ def token_losses(
 ) -> dict[int, list[Token]]:
     """Tokens of some examples with their cross-entropy; empty if there are no per-token labels.
 
-    Errors are logged as a warning, so they do not prevent the report.
-
-    Args:
-        model: the trained model.
-        dataset: the dataset of the dataloader.
-        collate: the collator of the dataloader.
-        prepare: moves a batch to the device of the model.
-        tokenizer: decodes the tokens.
-        shifts: whether a token is predicted from the previous ones.
-        index: positions of the examples.
+    `shifts` says whether a token is predicted from the previous ones. Errors are logged as a warning, so they do not
+    prevent the report.
     """
-    found, training = {}, model.training
+    losses, training = {}, model.training
     model.eval()
     try:
-        with isolated_randomness(owners=(dataset, collate)), torch.no_grad():
+        with isolated_randomness(), torch.no_grad():
             for i in index:
-                tokens = _of_example(model, prepare(collate([dataset[i]])), tokenizer, shifts)
-                if tokens is None:
+                batch = prepare(collate([dataset[i]]))
+                if not _has_token_labels(model, batch):
                     return {}
-                found[i] = tokens
+                losses[i] = _of_example(model, batch, tokenizer, shifts)
     except Exception as error:
         logger.warning(f"The report does not show token losses: {type(error).__name__}: {error}")
         return {}
     finally:
         model.train(training)
-    return found
+    return losses
 
 
-def _of_example(model: nn.Module, batch: dict[str, Any], tokenizer: Any, shifts: bool) -> list[Token] | None:
-    """Tokens of one example; None if there are no per-token labels."""
-    batch = dict(batch)
-    labels, ids = batch.pop("labels", None), batch.get("input_ids")
-    if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.dim() != 2 or len(labels) != 1:
-        return None
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # labels: other tokens
-    if is_encoder_decoder or labels.shape != ids.shape or labels.is_floating_point():
-        return None
-    logits = model(**batch)["logits"][0, -labels.shape[1] :].float()
-    losses = F.cross_entropy(logits[:-1] if shifts else logits, labels[0, int(shifts) :], reduction="none")
-    losses = F.pad(losses, (int(shifts), 0))
-    has_loss = (labels[0] != _IGNORED) & (torch.arange(labels.shape[1], device=labels.device) >= int(shifts))
-    return _tokens(ids[0].tolist(), losses.tolist(), has_loss.tolist(), tokenizer)
+def _has_token_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the labels belong to the tokens of `input_ids`, as they do not in encoder-decoders."""
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not isinstance(labels, Tensor):
+        return False
+    return isinstance(ids, Tensor) and labels.shape == ids.shape and not labels.is_floating_point()
 
 
-def _tokens(ids: Sequence[int], losses: Sequence[float], has_loss: Sequence[bool], tokenizer: Any) -> list[Token]:
-    if not any(has_loss):
+def _of_example(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, shifts: bool) -> list[Token]:
+    """Tokens of one example, at most `_MAX_TOKENS` from shortly before the first one with a loss."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0]
+    logits = model(**inputs)["logits"][0, -len(labels) :].float()
+    if shifts:  # a token is predicted from the previous ones
+        labels = F.pad(labels[1:], (1, 0), value=_IGNORED)
+        logits = logits.roll(1, dims=0)
+    losses = F.cross_entropy(logits, labels, reduction="none").where(labels != _IGNORED, torch.nan)
+    if losses.isnan().all():
         return []
-    start = max(0, has_loss.index(True) - _BEFORE)
-    shown = slice(start, start + _MAX_TOKENS)
-    largest = max(loss for loss, has in zip(losses[shown], has_loss[shown], strict=True) if has) or 1.0
-    found, before = [], ""
-    for k, (loss, has) in enumerate(zip(losses[shown], has_loss[shown], strict=True), 1):
-        text = tokenizer.decode(ids[start : start + k])  # decoding tokens one by one would lose spaces
-        piece = text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[start + k - 1])
+    start = max(0, int(losses.isfinite().int().argmax()) - _BEFORE)
+    losses = losses[start : start + _MAX_TOKENS]
+    largest = losses[losses.isfinite()].max().item() or 1.0
+    tokens, before = [], ""
+    for k, loss in enumerate(losses.tolist(), start + 1):
+        text = tokenizer.decode(ids[start:k])  # decoding tokens one by one would lose spaces
+        piece = readable(text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[k - 1]))
         before = text
-        found.append(Token(readable(piece), loss, loss / largest) if has else Token(readable(piece)))
-    return found
+        tokens.append(Token(piece) if math.isnan(loss) else Token(piece, loss, loss / largest))
+    return tokens

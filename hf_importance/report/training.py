@@ -1,50 +1,33 @@
 """The figures of a training run for logs and report."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from hf_importance.report.columns import Columns
-from hf_importance.run.schedule import EffectiveEpochs
-from hf_importance.sampling.progress import EffectiveVisits
-from hf_importance.sampling.record import Distribution
+from hf_importance.report.findings import Findings
+from hf_importance.report.tokens import Token
+from hf_importance.sampling.effective_steps import EffectiveSteps
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.state import read_number
 
 
 class Training:
-    """Figures of a training run, during or after it.
-
-    Args:
-        sampler: sampler of this process.
-        columns: columns of the examples of all processes.
-        effective: effective epochs; None if all steps are made.
-        has_lengths: whether the cost of a visit depends on the length of the text.
-        token_losses: returns the tokens of some examples with their losses.
-    """
+    """Figures of a training run, during or after it; `progress` is None if all steps are made."""
 
     def __init__(
         self,
         sampler: ImportanceBatchSampler,
         columns: Columns,
-        effective: EffectiveEpochs | None,
+        progress: EffectiveSteps | None,
         has_lengths: bool,
-        token_losses: Callable[[list[int]], Mapping[int, Sequence[Any]]],
+        token_losses: Callable[[list[int]], Mapping[int, Sequence[Token]]],
     ) -> None:
-        self._sampler = sampler
-        self._columns = columns
-        self._effective = effective
-        self._has_lengths = has_lengths
-        self.token_losses = token_losses
+        self.progress, self.token_losses = progress, token_losses
+        self._sampler, self._columns = sampler, columns
+        self._has_lengths = has_lengths  # so that the cost of a visit depends on the length of the text
         self._before: dict[str, float] = {}  # moments at the last log
-
-    @property
-    def progress(self) -> EffectiveVisits | None:
-        """Effective steps; None if all steps are made."""
-        return None if self._effective is None else self._effective.progress
 
     @property
     def examples(self) -> int:
@@ -56,19 +39,19 @@ class Training:
         """Whether visits are recorded."""
         return self._sampler.record is not None
 
-    @property
-    def distributions(self) -> Sequence[Distribution]:
-        """See [`record.VisitRecord`]."""
-        return self._sampler.record.distributions
-
     def columns(self) -> dict[str, Tensor]:
         """Columns of the examples of all processes, complete in the main process."""
         return self._columns.all_columns()
 
+    def findings(
+        self, history: Sequence[Mapping[str, Any]], label_names: Mapping[Any, str], settings: Mapping[str, Any]
+    ) -> Findings:
+        """Figures of the examples, complete in the main process; the arguments are those of [`Findings`]."""
+        return Findings(self.columns(), self._sampler.record.distributions, history, label_names, settings)
+
     def measured(self) -> dict[str, float]:
         """Figures since the last call, by the names of their logs."""
-        memory, visits = self._sampler.memory, self._sampler.visits
-        moments = self._sampler.moments
+        memory, visits, moments = self._sampler.memory, self._sampler.visits, self._sampler.moments
         new = {name: value - self._before.get(name, 0.0) for name, value in moments.items()}
         self._before = moments
         logs = {
@@ -101,6 +84,26 @@ class Training:
         if not moments["visits"]:
             return None
         return steps / self.progress.steps * moments["cost"] / moments["visits"]
+
+    def at_end(self, global_step: int) -> dict[str, float]:
+        """What is added to the last log of a training that made `global_step` steps; empty if all steps are made."""
+        progress = self.progress
+        if progress is None:
+            return {}
+        logs = {
+            "train_effective_epochs": min(progress.value, progress.steps) / progress.steps_per_epoch,
+            "train_share_of_steps": global_step / progress.steps,
+        }
+        tokens = self.share_of_tokens(global_step)
+        return logs if tokens is None else logs | {"train_share_of_tokens": tokens}
+
+    def ended(self, global_step: int) -> str:
+        """A line on a training whose effective steps were reached after `global_step` steps."""
+        steps, tokens = self.progress.steps, self.share_of_tokens(global_step)
+        return (
+            f"Importance sampling: ended after {global_step:,} of {steps:,} steps ({global_step / steps:.0%})"
+            f"{'' if tokens is None else f', with {tokens:.0%} of the tokens'}."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain values."""

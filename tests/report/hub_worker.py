@@ -1,28 +1,26 @@
 """Runs `run_text_classification.py` several times, pushing to the Hub at `HF_ENDPOINT`."""
 
 import json
+import runpy
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import run_text_classification
-
-from hf_importance.command_line import fine_tuning
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_text_classification.py"
 
 
 def main(folder, runs):
     time.sleep = lambda seconds: None  # the client sleeps between retries
     for name, flags in runs.items():
-        run = [
+        sys.argv = [
+            SCRIPT.name,
             *("--train_file", str(folder / "train.csv"), "--output_dir", str(folder / name), "--hub_model_id", name),
             *("--do_train", "--push_to_hub", "--report", "--num_train_epochs", "2"),
             *("--per_device_train_batch_size", "8", "--max_seq_length", "16", "--logging_steps", "2"),
             *("--save_strategy", "no", "--disable_tqdm", "true", *flags),
         ]
         try:
-            fine_tuning.script(lambda run=run: run_text_classification.main(run))
+            runpy.run_path(str(SCRIPT), run_name="__main__")
             outcome = "pushed"
         except SystemExit as stop:
             outcome = str(stop.code)

@@ -31,7 +31,7 @@ def findings(**changes):
         {"step": 10, "loss": 1.0, "importance/variance_ratio": 0.7, "importance/effective_sample_size": 0.8},
         {"step": 10, "eval_loss": 1.0},
     ]
-    settings = {"history": history, "label_names": {0: "cat", 1: HOSTILE}, "settings": {"budget": 1.0}}
+    settings = {"history": history, "label_names": {0: "cat", 1: HOSTILE}, "settings": {"prune_mass": 0.1}}
     return Findings(**{"columns": {**columns, **changes}, **settings})
 
 

@@ -2,13 +2,12 @@
 
 import math
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from report_data import findings
 
 from hf_importance.report.findings import Findings
-from hf_importance.report.page import write_table
+from hf_importance.report.tables import classes_table, confusions, examples_table
 
 # ---- all examples ----------------------------------------------------------------------------------------------------
 
@@ -17,7 +16,7 @@ def test_figures_equal_those_by_hand():
     found = findings()
     assert found.visits == 20
     assert found.share_with_most_visits == 2 / 4, "16 and 3 of 20 visits are more than 90 %; 16 are not"
-    assert (found.measured_share, found.pruned) == (3 / 4, 1 / 4)
+    assert (found.figures()["examples measured"], found.pruned) == ("75.0%", 1 / 4)
     assert found.columns["suspect"].tolist() == [False, True, False, False]
     assert found.most_suspect(3) == [1]
     assert found.hardest(2) == [1, 2]
@@ -59,15 +58,15 @@ def test_suspects_are_unreliable_if_half_of_the_losses_are_those_of_chance():
 
 
 def test_figures_per_class_equal_those_by_hand():
-    (other, cat) = findings().by_class()
+    (other, cat) = classes_table(findings()).itertuples()
     assert (cat.name, cat.examples, cat.suspects, cat.relative_visits) == ("cat", 1, 0, pytest.approx(0.2))
     assert (other.examples, other.suspects) == (2, 1)
     assert other.importance == pytest.approx((1.2 + 0.5) / 2)
     assert other.mean_loss == pytest.approx((1.2 + 0.4) / 2)
     assert other.relative_visits == pytest.approx((19 / 2) / (20 / 4))
-    assert findings().confused_pairs(5) == [(other.name, "cat", 1)]
+    assert confusions(findings(), 5) == [(other.name, "cat", 1)]
     no_classes = findings(probability=torch.full((4,), torch.nan))
-    assert no_classes.by_class() == []
+    assert classes_table(no_classes).empty
 
 
 def test_figures_per_class_equal_those_of_a_loop():
@@ -78,8 +77,9 @@ def test_figures_per_class_equal_those_of_a_loop():
     c |= {"mean_loss": 3 * torch.rand(n, generator=g), "visits": torch.randint(0, 9, (n,), generator=g).int()}
     c["importance"][::7] = torch.nan
     found = Findings({**c, "pruned": torch.zeros(n) > 0})
-    rows = {row.name: row for row in found.by_class()}
-    assert [row.suspects for row in found.by_class()] == sorted((row.suspects for row in rows.values()), reverse=True)
+    table = classes_table(found)
+    rows = {row.name: row for row in table.itertuples()}
+    assert list(table.suspects) == sorted(table.suspects, reverse=True)
     for k in range(5):
         in_class = c["label"] == k
         row, suspect = rows[str(k)], found.columns["suspect"] & in_class
@@ -92,11 +92,11 @@ def test_figures_per_class_equal_those_of_a_loop():
         if suspect and label != prediction:
             pair = str(int(label)), str(int(prediction))
             pairs[pair] = pairs.get(pair, 0) + 1
-    assert {(a, b): count for a, b, count in found.confused_pairs(99)} == pairs
-    assert found.confused_pairs(1)[0][2] == max(pairs.values())
+    assert {(a, b): count for a, b, count in confusions(found, 99)} == pairs
+    assert confusions(found, 1)[0][2] == max(pairs.values())
 
 
-def test_class_names_are_looked_up_once_per_class(tmp_path, monkeypatch):
+def test_class_names_are_looked_up_once_per_class(monkeypatch):
     """A lookup per example would be slow for large tables."""
     calls = []
     monkeypatch.setattr(Findings, "name_of", lambda self, number: calls.append(number) or f"class {number:g}")
@@ -104,6 +104,6 @@ def test_class_names_are_looked_up_once_per_class(tmp_path, monkeypatch):
     c = {name: torch.rand(n) for name in ("loss", "probability", "mean_loss", "importance")}
     c |= {"label": torch.arange(n) % 7 + 0.0, "prediction": torch.arange(n) % 5 + 0.0}
     c |= {"visits": torch.ones(n).int(), "pruned": torch.zeros(n) > 0}
-    write_table(Findings(c, label_names={0: "x"}), tmp_path / "t.parquet")
+    table = examples_table(Findings(c, label_names={0: "x"}))
     assert len(calls) == 7 + 5
-    assert pq.read_table(tmp_path / "t.parquet").to_pydict()["label_name"][:8] == [f"class {i % 7}" for i in range(8)]
+    assert list(table["label_name"][:8]) == [f"class {i % 7}" for i in range(8)]

@@ -28,7 +28,7 @@ def pushed(tmp_path_factory):
         rows.writerow(["text", "label"])
         rows.writerows([text, "a & <b>" if "red" in text else "c"] for text in TEXTS)
     runs = {
-        "good": ["--hub_token", hub_server.TOKEN, "--budget", "1.5"],
+        "good": ["--hub_token", hub_server.TOKEN, "--prune_mass", "0.05"],
         "examples": ["--hub_token", hub_server.TOKEN, "--report_examples_to_hub"],
         "wrong": ["--hub_token", "hf_wrong"],
         "cut": ["--hub_token", hub_server.TOKEN],
@@ -61,14 +61,20 @@ def test_pushed_model_and_card_can_be_loaded(pushed, tmp_path):
     local = AutoModelForSequenceClassification.from_pretrained(folder / "good")
     inputs = AutoTokenizer.from_pretrained(tmp_path)(TEXTS[:2], return_tensors="pt", padding=True)
     assert torch.equal(uploaded(**inputs).logits, local(**inputs).logits)
-    assert ImportanceConfig.from_pretrained(tmp_path) == ImportanceConfig(budget=1.5)
+    assert ImportanceConfig.from_pretrained(tmp_path) == ImportanceConfig(prune_mass=0.05)
 
     card = ModelCard.load(tmp_path / "README.md")
     assert {"importance-sampling", "hf_importance", "generated_from_trainer"} <= set(card.data.tags)
     assert card.data.tags.count("hf_importance") == 1
     assert "/api/validate-yaml" in hub.requests
     assert hub_server.errors_of((tmp_path / "README.md").read_text()) == []
-    for words in ("## Importance sampling", "90% of the visits", "| `budget` | `1.5` |", "2311.14468", "## Training"):
+    for words in (
+        "## Importance sampling",
+        "90% of the visits",
+        "| `prune_mass` | `0.05` |",
+        "2311.14468",
+        "## Training",
+    ):
         assert words in card.text
     pictures = [line.split("](")[1].rstrip(")") for line in card.text.splitlines() if line.startswith("![")]
     assert len(pictures) >= 3

@@ -31,11 +31,11 @@ def test_report_and_summary_agree_with_the_training(tmp_path, caplog):
     assert re.search(r"measured \d\.\d+ → 1\.00, pruned", page_of(page).text), "the curve of measured examples"
     table = table_of(page)
     torch.testing.assert_close(torch.tensor(table["importance"]), trainer.importances)
-    assert table["pruned"] == trainer._sampler.pruned.tolist()
+    assert table["pruned"] == trainer._run.sampler.pruned.tolist()
     assert sum(table["visits"]) == 72
     assert table["label"] == [row["labels"] for row in rows]
-    distributions = trainer._sampler.record.distributions
-    assert len(distributions) == trainer._sampler.visits.passes - 1 >= 2, "one for each complete pass"
+    distributions = trainer._run.sampler.record.distributions
+    assert len(distributions) == trainer._run.sampler.visits.passes - 1 >= 2, "one for each complete pass"
 
 
 @pytest.mark.parametrize("task", ["regression", "multi", "tokens", "images"])
@@ -106,7 +106,7 @@ def test_report_and_card_without_a_record(tmp_path, caplog):
 
 def test_report_and_card_without_the_extra_dependencies(tmp_path, monkeypatch):
     trainer = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), max_steps=1)
-    monkeypatch.setitem(sys.modules, "hf_importance.report.page", None)
+    monkeypatch.setitem(sys.modules, "hf_importance.report.plots", None)
     with pytest.raises(ImportError, match=r"pip install jinja2 matplotlib"):
         trainer.importance_report()
     trainer.create_model_card()

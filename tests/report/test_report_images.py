@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from report_data import HOSTILE, PartlyUnreadable, findings, page_of
 
-from hf_importance.report.examples import picture_of
 from hf_importance.report.page import write_report
+from hf_importance.report.pictures import picture_of
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 

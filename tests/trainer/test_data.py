@@ -105,23 +105,6 @@ def test_mean_over_examples_keeps_the_global_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_mean_over_examples_keeps_the_random_state_of_the_collator():
-    class RandomCollator:
-        def __init__(self):
-            self.generator = torch.Generator().manual_seed(7)
-
-        def __call__(self, rows):
-            torch.rand(5, generator=self.generator)
-            return default_collate(rows)
-
-    collate = RandomCollator()
-    before = collate.generator.get_state()
-    mean_over_examples([{"labels": torch.tensor([1])}], collate, "labels", lambda labels: labels[:, 0])
-    assert torch.equal(collate.generator.get_state(), before)
-    collate([{"labels": torch.tensor([1])}])
-    assert not torch.equal(collate.generator.get_state(), before), "control: the collator uses its generator"
-
-
 def test_mean_over_many_examples_is_an_estimate():
     data = [{"labels": torch.tensor([i])} for i in range(5000)]
     mean = mean_over_examples(data, default_collate, "labels", lambda labels: labels[:, 0])

@@ -1,12 +1,15 @@
 """Lengths of texts, their numbers of labels, and whether losses are per token, are found in all kinds of datasets."""
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import torch
 import transformers as hf
 from length_training import lengths, make_rows, pad
 
-from hf_importance.data.lengths import has_token_losses, labels_of, lengths_of
+from hf_importance.data.lengths import Lengths, has_token_losses, labels_of, lengths_of
+from hf_importance.run.data import find_lengths
 
 
 def test_lengths_and_labels_are_counted_in_all_kinds_of_datasets():
@@ -93,3 +96,23 @@ def test_counting_does_not_affect_the_random_state():
     assert torch.equal(torch.get_rng_state(), before)
     assert data[0] is not None
     assert not torch.equal(torch.get_rng_state(), before), "control: reading an example changes it"
+
+
+@pytest.mark.parametrize("prunes", [False, True])
+def test_lengths_are_found_for_token_losses_only(prunes):
+    rows = make_rows(5, prompt=2)
+    trainer = SimpleNamespace(model=None, per_example_loss_func=None, is_world_process_zero=lambda: True)
+    args = SimpleNamespace(disable_tqdm=True, train_sampling_strategy="random", length_column_name="length")
+    config = SimpleNamespace(prune_mass=0.1 * prunes)
+    run = SimpleNamespace(trainer=trainer, args=args, config=config, label_names=["labels"])
+    found = find_lengths(run, SimpleNamespace(dataset=rows, collate_fn=pad))
+    assert torch.equal(found.length, lengths(rows).int())
+    assert found.tokens is None if not prunes else torch.equal(found.tokens, lengths(rows).int() - 2)
+    per_text = make_rows(5, per_token=False)
+    assert find_lengths(run, SimpleNamespace(dataset=per_text, collate_fn=pad)) == Lengths()
+
+
+def test_examples_that_cannot_be_collated_have_no_token_losses():
+    """The error is raised in the first step, where its message is completed."""
+    rows = [{"input_ids": [1], "labels": "one"}]
+    assert not has_token_losses(rows, hf.default_data_collator, ["labels"])
