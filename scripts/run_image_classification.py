@@ -9,193 +9,484 @@ Without arguments, it trains a small vision transformer from scratch on scanned 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import functools
+import json
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import datasets
+import evaluate
 import torch
+import transformers
+from datasets.exceptions import DatasetsError
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    Trainer,
-    ViTConfig,
-    ViTImageProcessor,
+from pyarrow import ArrowInvalid
+from sklearn.datasets import load_digits
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+from hf_importance import ImportanceConfig, ImportanceTrainer, PushError
+
+Datasets = dict[str, datasets.Dataset]
+logger = transformers.utils.logging.get_logger(__name__)
+
+EMBEDDED = (
+    "--run_name digits --do_train --do_eval --eval_strategy epoch --save_strategy no --logging_steps 20 "
+    "--num_train_epochs 16 --per_device_train_batch_size 32 --per_device_eval_batch_size 128 "
+    "--image_size 8 --patch_size 2 --learning_rate 0.002 --weight_decay 0.01 --warmup_steps 0.05"
+)
+"""Flags without data of your own, which other flags override."""
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class ScriptArguments:
+    """Flags of the model, the data and the report."""
+
+    trainer: Literal["importance", "uniform"] = HfArg(default="importance", help="ImportanceTrainer, or plain Trainer.")
+    model_name_or_path: str | None = HfArg(default=None, help="Model, on the Hub or a folder. Default: a new one.")
+    config_name: str | None = HfArg(default=None, help="Config, on the Hub or a folder. Default: that of the model.")
+    image_processor_name: str | None = HfArg(default=None, help="Hub or folder. Default: that of the model.")
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model.")
+    ignore_mismatched_sizes: bool = HfArg(default=False, help="Replace a head that has other labels than the data.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code from the repository of the model.")
+    token: str | None = HfArg(default=None, help="Access token of the Hub. Default: that of `hf auth login`.")
+    cache_dir: str | None = HfArg(default=None, help="Folder for downloads from the Hub.")
+
+    importance_config: str | None = HfArg(default=None, help="An importance_config.json, on the Hub or a folder.")
+    report: bool = HfArg(default=False, help="Write a report of the training data: hard examples, wrong labels, plots.")
+    report_examples_to_hub: bool = HfArg(default=False, help="Upload it, with training examples, by --push_to_hub.")
+
+    dataset_name: str | None = HfArg(default=None, help="Dataset, on the Hub or a folder.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration (subset) of the dataset.")
+    train_split_name: str | None = HfArg(default=None, help="Split to train on. Default: train.")
+    validation_split_name: str | None = HfArg(default=None, help="Split to evaluate on. Default: validation, or test.")
+    test_split_name: str | None = HfArg(default=None, help="Split to predict. Default: test.")
+    train_dir: str | None = HfArg(default=None, help="Folder of training images, with a subfolder per class.")
+    validation_dir: str | None = HfArg(default=None, help="Folder of evaluation images, with a subfolder per class.")
+    train_val_split: float = HfArg(default=0.15, help="Share of the data to evaluate on, if there is no other split.")
+    train_file: str | None = HfArg(default=None, help="Training data: a csv, json, jsonl or parquet file.")
+    validation_file: str | None = HfArg(default=None, help="Evaluation data, as --train_file.")
+    test_file: str | None = HfArg(default=None, help="Data for --do_predict, as --train_file.")
+    max_train_samples: int | None = HfArg(default=None, help="Maximum number of training examples.")
+    max_eval_samples: int | None = HfArg(default=None, help="Maximum number of evaluation examples.")
+    max_predict_samples: int | None = HfArg(default=None, help="Maximum number of examples to predict.")
+    shuffle_train_dataset: bool = HfArg(default=False, help="Shuffle the data before --max_train_samples is applied.")
+    shuffle_seed: int = HfArg(default=42, help="Seed of --shuffle_train_dataset and --train_val_split.")
+
+    image_column_name: str | None = HfArg(default=None, help="Column of the images. Default: image or img.")
+    label_column_name: str | None = HfArg(default=None, help="Column of the labels. Default: label or labels.")
+    metric_name: str | None = HfArg(default=None, help="Metric of `evaluate`. Default: accuracy and F1.")
+    random_crop: bool = HfArg(default=False, help="Crop training images at random, to at least 0.6 of their area.")
+    random_flip: bool = HfArg(default=False, help="Mirror half of the training images, at random.")
+    image_size: int = HfArg(default=64, help="Height and width of images in pixels, for a new model.")
+    patch_size: int = HfArg(default=8, help="Height and width of patches in pixels, for a new model.")
+
+
+ImportanceFlags = dataclasses.make_dataclass(
+    "ImportanceFlags",
+    [
+        (field.name, get_type_hints(ImportanceConfig)[field.name], HfArg(default=field.default, **field.metadata))
+        for field in dataclasses.fields(ImportanceConfig)
+        if field.name != "seed"  # it is --data_seed or --seed
+    ],
 )
 
-from hf_importance.command_line.arguments import LabelArguments, ModelArguments, flag, parse
-from hf_importance.command_line.data_files import choose_splits, load, require_column
-from hf_importance.command_line.embedded_data import digits
-from hf_importance.command_line.fine_tuning import make_model, pretrained, run, script, set_seed_and_logging
-from hf_importance.command_line.labels import (
-    drop_missing_labels,
-    head_settings,
-    label_column,
-    label_names,
-    label_reader,
-    settings_for_labels,
-)
 
-PROBLEM = "single_label_classification"
-EMBEDDED = {
-    "run_name": "digits",
-    "do_train": True,
-    "do_eval": True,
-    "image_size": 8,
-    "patch_size": 2,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 128,
-    "num_train_epochs": 16,
-    "learning_rate": 2e-3,
-    "weight_decay": 0.01,
-    "warmup_steps": 0.05,
-    "eval_strategy": "epoch",
-    "save_strategy": "no",
-    "logging_steps": 20,
-}
+def uses_embedded_data(arguments: ScriptArguments) -> bool:
+    files = (arguments.train_file, arguments.validation_file, arguments.test_file)
+    folders = (arguments.dataset_name, arguments.train_dir, arguments.validation_dir)
+    return not any((*files, *folders))
 
 
-@dataclass
-class ImageArguments(LabelArguments):
-    """Flags of the image data, their preprocessing and augmentation."""
-
-    train_dir: str | None = flag(None, "Folder of the training images, with one subfolder per class.")
-    validation_dir: str | None = flag(None, "Folder of the evaluation images, with one subfolder per class.")
-    train_val_split: float = flag(
-        0.15, "Share of the training data held out for evaluation if there is no evaluation data."
+def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, TrainingArguments, ImportanceConfig]:
+    """Parse flags, by default those of the command line. Raises a ValueError if they are invalid or contradictory."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(
+        (ScriptArguments, TrainingArguments, ImportanceFlags),
+        allow_abbrev=False,
+        epilog=f"Without data of your own, embedded data are used, with the defaults {EMBEDDED}",
     )
-    image_column_name: str | None = flag(None, "Column with the images. Defaults to image or img.")
-    image_processor_name: str | None = flag(
-        None, "Image processor, on the Hub or in a folder. Defaults to the image processor of the model."
-    )
-    random_crop: bool = flag(False, "Crop training images at random, to at least 60 % of their area.")
-    random_flip: bool = flag(False, "Mirror training images horizontally with probability 0.5.")
-    image_size: int = flag(64, "Height and width of images in pixels, for a model trained from scratch.")
-    patch_size: int = flag(8, "Height and width of patches in pixels, for a model trained from scratch.")
+    parser.set_defaults(report_to=["none"], dataloader_pin_memory=torch.accelerator.is_available())
+    sources, _ = parser.parse_known_args(argv)  # where the defaults of the other flags come from
+    if uses_embedded_data(sources):
+        argv = [*EMBEDDED.split(), *argv]
+    config = ImportanceConfig()
+    if sources.importance_config is not None:
+        hub = {"cache_dir": sources.cache_dir, "token": sources.token}
+        config = ImportanceConfig.from_pretrained(sources.importance_config, **hub)
+        parser.set_defaults(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ImportanceFlags)})
+    arguments, training, importance_flags = parser.parse_args_into_dataclasses(argv)
+    importance = dataclasses.replace(config, **dataclasses.asdict(importance_flags))
 
-    @property
-    def embedded(self) -> bool:
-        """Whether no data was given, so that the script uses its embedded data."""
-        return super().embedded and self.train_dir is None and self.validation_dir is None
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
+    if arguments.report and not (training.do_train and arguments.trainer == "importance" and importance.record):
+        raise ValueError("--report needs --do_train, --trainer importance and --record: pass them, or remove --report.")
+    if training.do_train and not (
+        arguments.model_name_or_path or arguments.config_name or uses_embedded_data(arguments)
+    ):
+        logger.warning("--model_name_or_path is not set: a small new model is trained from scratch.")
+    if training.output_dir in (None, "trainer_output"):
+        training.output_dir = f"outputs/digits-{arguments.trainer}"
+    return arguments, training, importance
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> Trainer:
-    """Run with the flags `argv`, by default `sys.argv[1:]`, and return the trainer."""
-    model_arguments, data, training, importance = parse(argv, ImageArguments, EMBEDDED)
-    set_seed_and_logging(training)
-    splits = digits() if data.embedded else _load(data, model_arguments)
+    """Run with these flags, by default those of the command line, and return the trainer."""
+    arguments, training, importance = parse(argv)
+    transformers.logging.set_verbosity(training.get_process_log_level())
+    transformers.set_seed(training.seed)
+
+    splits = digits() if uses_embedded_data(arguments) else load(arguments)
     if training.do_train and training.do_eval and not {"validation", "test"} & set(splits):
-        held_out = splits["train"].train_test_split(test_size=data.train_val_split, seed=data.shuffle_seed)
-        splits = datasets.DatasetDict(train=held_out["train"], validation=held_out["test"])
-    chosen = choose_splits(splits, data, training)
-    for rows in chosen.values():
-        image = require_column(rows, data.image_column_name, ("image", "img"), "--image_column_name")
-    label = label_column(chosen, data)
-    chosen = drop_missing_labels(chosen, label)
+        held_out = splits["train"].train_test_split(test_size=arguments.train_val_split, seed=arguments.shuffle_seed)
+        splits = {"train": held_out["train"], "validation": held_out["test"]}
+    data = choose_splits(splits, arguments, training)
+    for rows in data.values():
+        image_column = find_column(rows, arguments.image_column_name, ("image", "img"), "--image_column_name")
+    label_column = find_label_column(data, arguments)
+    data = drop_missing_labels(data, label_column)
+
     head = {}  # without training, the labels are those of the saved model
     if training.do_train:
-        head = head_settings(label_names(chosen, label), PROBLEM)
-    config = _config(model_arguments, data, head)
-    model = make_model(AutoModelForImageClassification, model_arguments, config)
-    processor = _processor(model_arguments, data)
+        head = head_settings(data["train"], label_column)
+    config = load_config(arguments, head)
+    model = load_model(arguments, config)
+    processor = load_image_processor(arguments)
 
-    augment = _augmentation(data)
-    prepared = {}
-    for use, rows in chosen.items():
-        columns = [column for column in (image, label) if column in rows.column_names]
-        read = label_reader(rows, label, config.label2id) if label in columns else None
-        transform = _transform(processor, image, label, read, augment if use == "train" else None)
-        prepared[use] = rows.select_columns(columns).cast_column(image, datasets.Image()).with_transform(transform)
+    def transform(batch: dict[str, list[Any]], feature: Any, augments: bool) -> dict[str, list[Any]]:
+        images = [image.convert("RGB") for image in batch[image_column]]
+        if augments:
+            images = [augment(image, arguments) for image in images]
+        inputs = {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"])}
+        if feature is not None:
+            inputs["labels"] = [label_id(label, feature, config.label2id) for label in batch[label_column]]
+        return inputs
+
+    inputs = {}
+    for use, rows in data.items():
+        columns = [column for column in (image_column, label_column) if column in rows.column_names]
+        data[use] = rows.select_columns(columns).cast_column(image_column, datasets.Image())
+        options = {"feature": rows.features.get(label_column), "augments": use == "train"}
+        inputs[use] = data[use].with_transform(functools.partial(transform, **options))
     training.remove_unused_columns = False  # the transform reads them
-    report_examples = None
+
+    metric = None if arguments.metric_name is None else evaluate.load(arguments.metric_name)
+    settings = {
+        "model": model,
+        "args": training,
+        "train_dataset": inputs.get("train"),
+        "eval_dataset": inputs.get("eval"),
+        "processing_class": processor,
+        "compute_metrics": functools.partial(compute_metrics, metric=metric),
+    }
+    if arguments.trainer == "importance":
+        upload = arguments.report_examples_to_hub
+        trainer = ImportanceTrainer(importance=importance, report_examples_to_hub=upload, **settings)
+    else:
+        trainer = Trainer(**settings)
+        trainer.loss_is_scaled_for_ga = False  # else accumulation multiplies the gradient (transformers issue 47688)
+
     if training.do_train:
-        report_examples = chosen["train"].select_columns(image).cast_column(image, datasets.Image())
-    return run(
-        model_arguments,
-        training,
-        importance,
-        prepared,
-        report_examples,
-        **settings_for_labels(PROBLEM, data.metric_name),
-        model=model,
-        processing_class=processor,
-    )
+        train(trainer, arguments)
+    if training.do_eval:
+        save_metrics(trainer, "eval", trainer.evaluate())
+    if training.do_predict:
+        output = trainer.predict(inputs["predict"], metric_key_prefix="predict")
+        save_metrics(trainer, "predict", output.metrics)
+        save_predictions(trainer, [config.id2label[number] for number in class_ids(output.predictions)])
+    publish(trainer, arguments, data["train"].select_columns(image_column) if training.do_train else None)
+    return trainer
 
 
-def _load(data: ImageArguments, model: ModelArguments) -> datasets.DatasetDict:
-    folders = {"train": data.train_dir, "validation": data.validation_dir}
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load(arguments: ScriptArguments) -> Datasets:
+    """Load the data files or the dataset, with splits named train, validation and test."""
+    splits = ("train", "validation", "test")
+    files = {split: getattr(arguments, f"{split}_file") for split in splits}
+    files = {split: path for split, path in files.items() if path is not None}
+    if files:
+        return load_files(files, arguments.cache_dir)
+    folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
     folders = {split: folder for split, folder in folders.items() if folder is not None}
+    if folders:
+        return load_folders(folders, arguments.cache_dir)
+    name, hub = arguments.dataset_name, {"cache_dir": arguments.cache_dir, "token": arguments.token}
+    try:
+        dataset = datasets.load_dataset(name, arguments.dataset_config_name, **hub)
+    except OSError as error:
+        raise ValueError(
+            f"--dataset_name must be on the Hub or a folder, but {name!r} could not be loaded: {error}"
+        ) from error
+    names = {split: getattr(arguments, f"{split}_split_name") or split for split in splits}
+    return {split: dataset[name] for split, name in names.items() if name in dataset}
+
+
+def load_files(files: dict[str, str], cache_dir: str | None) -> Datasets:
+    for split, path in files.items():
+        if Path(path).suffix not in FORMATS:
+            raise ValueError(f"--{split}_file must be a csv, json, jsonl or parquet file, but is {path!r}: convert it.")
+        if not Path(path).is_file():
+            raise ValueError(f"--{split}_file must be a file, but {path!r} does not exist: check the path.")
+        if Path(path).stat().st_size == 0:
+            raise ValueError(f"--{split}_file must contain examples, but {path!r} is empty.")
+    file_format, *others = {FORMATS[Path(path).suffix] for path in files.values()}
+    if others:
+        raise ValueError(f"All data files must have the same format, but are {list(files.values())}: convert them.")
+    try:
+        return datasets.load_dataset(file_format, data_files=files, cache_dir=cache_dir)
+    except (DatasetsError, ArrowInvalid) as error:
+        flags, reason = " ".join(f"--{split}_file {path}" for split, path in files.items()), error.__cause__ or error
+        raise ValueError(f"{flags} must be valid {file_format}, but could not be read: {reason}") from error
+
+
+def load_folders(folders: dict[str, str], cache_dir: str | None) -> Datasets:
     for split, folder in folders.items():
         if not Path(folder).is_dir():
-            raise ValueError(
-                f"--{split}_dir must be a folder with one subfolder per class, but {folder!r} is not a folder."
-            )
-    if not folders:
-        return load(data, model)
+            raise ValueError(f"--{split}_dir must be a folder with one subfolder per class, but {folder!r} is none.")
     files = {split: str(Path(folder) / "**") for split, folder in folders.items()}
-    return datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, cache_dir=model.cache_dir)
+    return datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, cache_dir=cache_dir)
 
 
-def _transform(
-    processor: Any,
-    image: str,
-    label: str | None,
-    read_label: Callable[[Any], int] | None,
-    augment: Callable[[Image.Image], Image.Image] | None,
-) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
-    def transform(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        images = [picture.convert("RGB") for picture in rows[image]]
-        if augment is not None:
-            images = [augment(picture) for picture in images]
-        pixels = processor(images, return_tensors="pt")["pixel_values"]
-        if read_label is None:  # prediction without labels
-            return {"pixel_values": list(pixels)}
-        return {"pixel_values": list(pixels), "labels": [read_label(value) for value in rows[label]]}
-
-    return transform
-
-
-def _augmentation(data: ImageArguments) -> Callable[[Image.Image], Image.Image]:
-    """Random crops and flips, with the generator of torch, so that `--seed` makes them reproducible."""
-
-    def augment(picture: Image.Image) -> Image.Image:
-        if data.random_crop:
-            width, height = picture.size
-            share, left, top = (0.6 + 0.4 * torch.rand(1).item()) ** 0.5, torch.rand(1).item(), torch.rand(1).item()
-            left, top = left * (1 - share) * width, top * (1 - share) * height
-            picture = picture.crop((round(left), round(top), round(left + share * width), round(top + share * height)))
-        if data.random_flip and torch.rand(1).item() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return picture
-
-    return augment
+def choose_splits(splits: Datasets, arguments: ScriptArguments, training: TrainingArguments) -> Datasets:
+    """Choose and truncate the data for `--do_train`, `--do_eval` and `--do_predict`: `train`, `eval` and `predict`."""
+    held_out = "test" if "test" in splits and "validation" not in splits else "validation"
+    data = {}
+    for use, split in {"train": "train", "eval": held_out, "predict": "test"}.items():
+        if not getattr(training, f"do_{use}"):
+            continue
+        if split not in splits:
+            raise ValueError(
+                f"--do_{use} needs the split {split!r}, but there are {list(splits)}: pass --{split}_file."
+            )
+        rows, limit = splits[split], getattr(arguments, f"max_{use}_samples")
+        if use == "train" and arguments.shuffle_train_dataset:
+            rows = rows.shuffle(seed=arguments.shuffle_seed)
+        data[use] = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        if len(data[use]) == 0:
+            raise ValueError(
+                f"--do_{use} needs at least one example, but has {len(rows)} and --max_{use}_samples is {limit}."
+            )
+    return data
 
 
-def _processor(model: ModelArguments, data: ImageArguments) -> Any:
-    name = data.image_processor_name or model.model_name_or_path
+def find_column(rows: datasets.Dataset, name: str | None, defaults: tuple[str, ...], flag: str) -> str:
+    """The column `name`, the value of `flag`; if that is None, the first of `defaults` that exists."""
+    columns = rows.column_names
+    if name is not None and name not in columns:
+        raise ValueError(f"{flag} must be one of the columns {columns}, but is {name!r}.")
+    for column in (name, *defaults):
+        if column in columns:
+            return column
+    raise ValueError(f"The data must have a column {' or '.join(map(repr, defaults))}, but has {columns}: pass {flag}.")
+
+
+def augment(image: Image.Image, arguments: ScriptArguments) -> Image.Image:
+    """Crop and flip at random, with the generator of torch, so that `--seed` makes it reproducible."""
+    if arguments.random_crop:
+        width, height = image.size
+        share = (0.6 + 0.4 * torch.rand(1).item()) ** 0.5
+        left, top = (torch.rand(1).item() * (1 - share) * size for size in (width, height))
+        image = image.crop((round(left), round(top), round(left + share * width), round(top + share * height)))
+    if arguments.random_flip and torch.rand(1).item() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def find_label_column(data: Datasets, arguments: ScriptArguments) -> str | None:
+    """The column with the labels; None if there are none, as data for `--do_predict` do not need them."""
+    name, defaults = arguments.label_column_name, ("label", "labels")
+    for use, rows in data.items():
+        if use != "predict" or not {name, *defaults}.isdisjoint(rows.column_names):
+            return find_column(rows, name, defaults, "--label_column_name")
+    return None
+
+
+def distinct_labels(rows: datasets.Dataset, label_column: str) -> set[Any]:
+    """The distinct labels, with None if any is missing, which is −1 among the ids of classes."""
+    values, feature = rows.with_format(None)[label_column], rows.features[label_column]
+    missing = -1 if isinstance(feature, datasets.ClassLabel) else None
+    return {None if value == missing else value for value in values}
+
+
+def drop_missing_labels(data: Datasets, label_column: str | None) -> Datasets:
+    """Drop the labels for `--do_predict` if any is missing; missing labels in other data are an error."""
+    for use, rows in data.items():
+        if label_column in rows.column_names and None in distinct_labels(rows, label_column):
+            if use != "predict":
+                raise ValueError(f"The {use} data has rows without a label in {label_column!r}: remove these rows.")
+            data = {**data, use: rows.remove_columns(label_column)}
+    return data
+
+
+def head_settings(rows: datasets.Dataset, label_column: str) -> dict[str, Any]:
+    """Settings of the labels in the config of the model; the ids are those of the dataset, or in sorted order."""
+    feature = rows.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+    else:
+        names = [str(label) for label in sorted(distinct_labels(rows, label_column))]
+    ids = {"label2id": {name: number for number, name in enumerate(names)}, "id2label": dict(enumerate(names))}
+    return {"num_labels": len(names), **ids, "problem_type": "single_label_classification"}
+
+
+def label_id(label: Any, feature: Any, label2id: dict[str, int]) -> int:
+    """Id of a label in the model: that of its name, or else the label itself, as for LABEL_0, LABEL_1, ..."""
+    name = feature.names[label] if isinstance(feature, datasets.ClassLabel) else str(label)
+    if name in label2id:
+        return label2id[name]
+    if isinstance(label, int) and 0 <= label < len(label2id):
+        return label
+    labels = list(label2id)[:20]
+    raise ValueError(f"The data has the label {name!r}, but the model only has the labels {labels}: remove these rows.")
+
+
+# ---- model and image processor --------------------------------------------------------------------------------------
+
+
+def load_pretrained(auto_class: Any, name: str, flag: str, arguments: ScriptArguments, **settings: Any) -> Any:
+    """Load a model, or a part of one, from the Hub or a folder; the error message names the flag."""
+    hub = {"cache_dir": arguments.cache_dir, "revision": arguments.model_revision, "token": arguments.token}
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=arguments.trust_remote_code, **hub, **settings)
+    except OSError as error:
+        raise ValueError(f"{flag} must be on the Hub or a folder, but {name!r} could not be loaded: {error}") from error
+
+
+def load_image_processor(arguments: ScriptArguments) -> Any:
+    name = arguments.image_processor_name or arguments.model_name_or_path
     if name is not None:
-        return pretrained(AutoImageProcessor, model, name, "--image_processor_name or --model_name_or_path")
-    return ViTImageProcessor(size={"height": data.image_size, "width": data.image_size})
+        return load_pretrained(AutoImageProcessor, name, "--image_processor_name or --model_name_or_path", arguments)
+    return transformers.ViTImageProcessor(size={"height": arguments.image_size, "width": arguments.image_size})
 
 
-def _config(model: ModelArguments, data: ImageArguments, head: dict[str, Any]) -> PreTrainedConfig:
-    source = model.config_name or model.model_name_or_path
-    if source is not None:
-        return pretrained(AutoConfig, model, source, "--config_name or --model_name_or_path", **head)
-    return ViTConfig(
+def load_config(arguments: ScriptArguments, head: dict[str, Any]) -> transformers.PreTrainedConfig:
+    name = arguments.config_name or arguments.model_name_or_path
+    if name is not None:
+        return load_pretrained(AutoConfig, name, "--config_name or --model_name_or_path", arguments, **head)
+    return transformers.ViTConfig(
         hidden_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=128,
-        image_size=data.image_size,
-        patch_size=data.patch_size,
+        image_size=arguments.image_size,
+        patch_size=arguments.patch_size,
         **head,
     )
 
 
+def load_model(arguments: ScriptArguments, config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """Load the model in float32, or create an untrained one."""
+    name, auto_class = arguments.model_name_or_path, AutoModelForImageClassification
+    if name is None:
+        return auto_class.from_config(config)
+    settings = {"config": config, "dtype": "float32", "ignore_mismatched_sizes": arguments.ignore_mismatched_sizes}
+    return load_pretrained(auto_class, name, "--model_name_or_path", arguments, **settings)
+
+
+# ---- training and results --------------------------------------------------------------------------------------------
+
+
+class Clock(transformers.TrainerCallback):
+    """Measures the seconds of training, without evaluations."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds += time.perf_counter() - self.start
+
+
+def train(trainer: Trainer, arguments: ScriptArguments) -> None:
+    clock = Clock()
+    trainer.add_callback(clock)
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    examples = len(trainer.train_dataset)
+    if arguments.trainer == "importance":
+        examples *= trainer.importance_config.visits_per_epoch
+    metrics["trainer"] = arguments.trainer
+    metrics["examples_per_epoch"] = round(examples)
+    metrics["examples_processed"] = round(trainer.state.epoch * examples)
+    metrics["seconds_of_training"] = round(clock.seconds, 3)
+    trainer.save_model()
+    trainer.save_state()
+    save_metrics(trainer, "train", metrics)
+
+
+def save_metrics(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
+    """Print metrics, and save them in the output folder."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def save_predictions(trainer: Trainer, predictions: list[Any]) -> None:
+    if trainer.is_world_process_zero():
+        path = Path(trainer.args.output_dir) / "predictions.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for index, prediction in enumerate(predictions):
+                file.write(json.dumps({"index": index, "prediction": prediction}, ensure_ascii=False) + "\n")
+        print(f"\nThe predictions were saved in {path}")
+
+
+def publish(trainer: Trainer, arguments: ScriptArguments, examples: datasets.Dataset | None) -> None:
+    """Write the report of the training examples, if asked for, and the model card; push to the Hub, if asked for."""
+    page = trainer.importance_report(examples=examples) if arguments.report else None
+    if page is not None:
+        print(f"\nThe report was saved as {page}")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    elif trainer.args.do_train:
+        trainer.create_model_card()
+    if trainer.args.do_train:
+        print(f"\nThe model was saved in {trainer.args.output_dir}")
+
+
+def class_ids(logits: Any) -> list[int]:
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.argmax(-1).tolist()
+
+
+def compute_metrics(output: transformers.EvalPrediction, metric: Any) -> dict[str, float]:
+    """The metric of `evaluate`, or accuracy and macro F1, by scikit-learn: nothing is downloaded for them."""
+    predictions, labels = class_ids(output.predictions), output.label_ids
+    if metric is not None:
+        return metric.compute(predictions=predictions, references=labels)
+    f1 = f1_score(labels, predictions, average="macro", zero_division=0)
+    return {"accuracy": accuracy_score(labels, predictions), "f1": f1}
+
+
+# ---- embedded data ---------------------------------------------------------------------------------------------------
+
+
+def digits() -> datasets.DatasetDict:
+    """1,797 scanned digits of 8 × 8 pixels in 10 classes (UCI, from scikit-learn); a fifth is the test split."""
+    scans = load_digits()
+    images = [Image.fromarray(pixels) for pixels in (scans.images * 15.9).astype("uint8")]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(10))
+    data = datasets.Dataset.from_dict({"image": images, "label": scans.target.tolist()}, features=features)
+    return data.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
+
+
 if __name__ == "__main__":
-    script(main)
+    try:
+        main()
+    except (ValueError, PushError) as error:
+        sys.exit(f"error: {error}")

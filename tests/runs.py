@@ -4,8 +4,6 @@ import json
 
 import datasets
 
-from hf_importance.command_line.arguments import DataArguments
-
 SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--use_cpu", "true"]
 
 
@@ -31,10 +29,3 @@ def write(path, rows):
     data = datasets.Dataset.from_list(rows)
     {"csv": data.to_csv, "json": data.to_json, "jsonl": data.to_json, "parquet": data.to_parquet}[path.suffix[1:]](path)
     return path
-
-
-def data_arguments(script):
-    """The dataclass of flags that a script derives from `DataArguments`."""
-    classes = [value for value in vars(script).values() if isinstance(value, type) and issubclass(value, DataArguments)]
-    (found,) = [cls for cls in classes if cls.__module__ == script.__name__]
-    return found

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 
 from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 KEYS = ("sampler", "examples")
@@ -45,10 +46,8 @@ class _Ours:
 
     def plan(self) -> None:
         """The work between two draws when a segment is planned."""
-        visits = self.sampler.visits
-        visits.next(visits.planned)
         self.sampler.flush()
-        visits.next(0 if visits.planned else 1)
+        self.sampler.visits.plan(BATCH)
 
     def bytes(self) -> int:
         """Bytes of all tensors that are kept, just after a segment was planned."""
@@ -57,7 +56,9 @@ class _Ours:
         parts = [self.sampler.memory, visits, getattr(visits, "_strata", None)]
         held = [value for part in parts if part is not None for value in vars(part).values()]
         storages = [tensor.untyped_storage() for tensor in held if isinstance(tensor, Tensor)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        batch = isinstance(visits, IndependentVisits)  # otherwise a segment
+        planned = 0 if batch else sum(column.nbytes for column in self.sampler._planned)
+        return planned + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _cumulative(examples: int) -> Iterator[Tensor]:

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from run_text_classification import TextArguments, learn_words
+from run_image_classification import digits
+from run_text_classification import docstrings, learn_words
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.task import Columns, Task, path_of
-from hf_importance.command_line.embedded_data import digits, docstrings
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ def digits_task() -> Task:
 def docstrings_task(longest: int = 48) -> Task:
     """First paragraphs of docstrings, classified by package."""
     data = docstrings()
-    tokenizer = learn_words(data["train"]["text"], TextArguments(max_seq_length=longest))
+    tokenizer = learn_words(data["train"]["text"], longest)
 
     def columns(split: str) -> Columns:
         padded = {"truncation": True, "max_length": longest, "padding": "max_length", "return_tensors": "pt"}

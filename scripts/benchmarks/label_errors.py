@@ -33,7 +33,7 @@ RANKINGS = {
     "self_confidence": "cleanlab, self-confidence",
     "normalized_margin": "cleanlab, normalised margin",
 }
-SETTINGS = ImportanceConfig(budget=1.0)
+SETTINGS = ImportanceConfig(effective_epochs=False)
 """Settings with which all passes are made."""
 _FOLDS = 5
 

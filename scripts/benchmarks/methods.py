@@ -1,6 +1,6 @@
 """Methods of choosing the training examples: importance sampling, `Trainer`, and the methods in `rivals`.
 
-To add a method, add it to `METHODS`, with settings of `ImportanceConfig`, a class of `rivals`, or neither.
+To add a method, add it to `METHODS`, with an `ImportanceConfig`, a class of `rivals`, or neither.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Method:
     """A training method.
 
     Args:
-        settings: settings of `ImportanceConfig`, for importance sampling.
+        settings: settings of importance sampling.
         rival: class of a rival method. With neither, the method is `Trainer`.
         as_long_as: name of a method whose runs determine the number of steps.
         raised: whether the learning rate is raised by the square root of the factor between full and actual steps.
@@ -29,7 +29,7 @@ class Method:
         by_length: whether texts are grouped by length; only runs on texts of different length.
     """
 
-    settings: dict[str, Any] | None = None
+    settings: ImportanceConfig | None = None
     rival: type[Rival] | None = None
     as_long_as: str | None = None
     raised: bool = False
@@ -49,8 +49,7 @@ class Method:
         if self.settings is None:
             name = Trainer.__name__ if self.rival is None else self.rival.__name__
             return {"class": name, "cost": self.cost, **strategy}
-        settings = asdict(ImportanceConfig(**self.settings))
-        return {name: str(value) if value == math.inf else value for name, value in settings.items()} | strategy
+        return {"sampling": self.settings.sampling, **asdict(self.settings), **strategy}
 
     def runs_at(self, budget: float, of_texts: bool) -> bool:
         """Whether the method runs with this budget, on texts or on other data."""
@@ -70,7 +69,7 @@ class Method:
         common = {"model": task.model(), "args": task.arguments(folder, steps, seed, **strategy)}
         common |= {"train_dataset": Rows(task.train), "data_collator": collate}
         if self.settings is not None:
-            return ImportanceTrainer(**common, importance=ImportanceConfig(**self.settings))
+            return ImportanceTrainer(**common, importance=self.settings)
         if self.rival is not None:
             return RivalTrainer(**common, rival=self.rival(task.examples, task.batch, steps))
         return Trainer(**common)
@@ -79,12 +78,12 @@ class Method:
 METHODS = {
     "uniform": Method(),
     "uniform, grouped": Method(by_length=True, whole=True),
-    "ours": Method({}, whole=True),
-    "ours, grouped": Method({}, by_length=True, whole=True),
+    "ours": Method(ImportanceConfig(), whole=True),
+    "ours, grouped": Method(ImportanceConfig(), by_length=True, whole=True),
     "uniform, as many steps": Method(as_long_as="ours", whole=True),
     "uniform, as many, raised": Method(as_long_as="ours", raised=True, whole=True),
-    "ours, all steps": Method({"budget": 1.0}),
-    "paper": Method(asdict(ImportanceConfig.paper())),
+    "ours, all steps": Method(ImportanceConfig(effective_epochs=False)),
+    "paper": Method(ImportanceConfig.paper()),
     "InfoBatch": Method(rival=InfoBatch),
     "ES": Method(rival=EvolvedSampling),
     "ESWP": Method(rival=ESWP),

@@ -17,19 +17,12 @@ from PIL import Image, PngImagePlugin
 
 import hf_importance.report
 from benchmarks.results import FOLDER
-from hf_importance.command_line.embedded_data import digits
 
 PICTURE = FOLDER / "report.png"
 _SOURCES = ("page.html.jinja", "findings.py", "plots.py")
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _WIDTH, _HEIGHT = 1200, 1000
-
-
 _WRONG = 0.05
-_SETTINGS = (
-    *("image_size", "patch_size", "per_device_train_batch_size", "num_train_epochs", "learning_rate", "weight_decay"),
-    *("warmup_steps", "save_strategy"),
-)
 
 
 def digest() -> str:
@@ -48,13 +41,12 @@ def draw(path: Path = PICTURE) -> None:
     if browser is None:
         raise SystemExit(f"error: the picture requires a browser, one of {', '.join(_BROWSERS)}.")
     with tempfile.TemporaryDirectory() as folder:
-        data = digits()["train"]
+        data = run_image_classification.digits()["train"]
         wrong = data.map(_with_another_label, with_indices=True, load_from_cache_file=False)
         wrong.to_parquet(f"{folder}/digits.parquet")
-        flags = {name: str(value) for name, value in run_image_classification.EMBEDDED.items() if name in _SETTINGS}
-        flags |= {"train_file": f"{folder}/digits.parquet", "output_dir": f"{folder}/digits", "report_to": "none"}
-        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        run_image_classification.main([*words, "--do_train", "--report"])
+        data_flags = ["--train_file", f"{folder}/digits.parquet", "--output_dir", f"{folder}/digits", "--report"]
+        without_evaluation = ["--do_eval", "false", "--eval_strategy", "no"]
+        run_image_classification.main([*run_image_classification.EMBEDDED.split(), *without_evaluation, *data_flags])
         page = Path(folder) / "digits" / "_importance_report" / "report.html"
         shot = Path(folder) / "shot.png"
         size = f"--window-size={_WIDTH},{_HEIGHT}"

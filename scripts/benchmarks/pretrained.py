@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from run_text_classification import TextArguments, learn_words
+from run_language_modeling import signatures
+from run_text_classification import docstrings, learn_words
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
@@ -37,7 +38,6 @@ from transformers import (
 )
 
 from benchmarks.task import IGNORED, Columns, Rows, Task, collate, path_of
-from hf_importance.command_line.embedded_data import docstrings, signatures
 
 _ENCODER, _CNN = "sentence-transformers/all-MiniLM-L6-v2", "google/mobilenet_v2_1.0_224"
 _LAYERS = 2
@@ -201,9 +201,7 @@ def completions_task(examples: int = 6000, tested: int = 400) -> Task:
     It is pretrained on other docstrings. The length of the sentences that it generates is reported as well.
     """
     data = signatures()
-    tokenizer = learn_words(
-        [*data["train"]["prompt"], *data["train"]["completion"]], TextArguments(max_seq_length=_LONGEST_PROMPT)
-    )
+    tokenizer = learn_words([*data["train"]["prompt"], *data["train"]["completion"]], _LONGEST_PROMPT)
 
     def columns(split: str, most: int) -> Columns:
         limits = {"truncation": True, "max_length": _LONGEST_PROMPT}

@@ -51,7 +51,7 @@ class Observed:
     @classmethod
     def of(cls, measured: Measured) -> Observed:
         """Observations of a measured batch."""
-        label, loss, prediction, probability = (measured.observed[OBSERVED.index(name)].cpu() for name in OBSERVED)
+        label, loss, prediction, probability = (measured.observed[name].cpu() for name in OBSERVED)
         unknown = probability.isnan()
         confidence = torch.where(unknown, (-loss).exp() if measured.are_sums else 1.0, probability)
         return cls(loss, confidence, unknown | (prediction == label))

@@ -44,14 +44,14 @@ def run(name: str, share: float, method: str, seed: int) -> dict[str, Any]:
         task = replace(task, train=with_wrong_labels(task, share, 1000 + seed)[0])
     removed = 0
     if method == "uniform, without the flagged":
-        found = _trained(task, seed, ImportanceTrainer, importance=ImportanceConfig(budget=1.0)).suspects
+        found = _trained(task, seed, ImportanceTrainer, importance=ImportanceConfig(effective_epochs=False)).suspects
         kept = torch.ones(task.examples, dtype=torch.bool)
         kept[found] = False
         removed, task = len(found), replace(task, train={name: column[kept] for name, column in task.train.items()})
     if method in OURS:
         trainer = _trained(task, seed, ImportanceTrainer, importance=ImportanceConfig(**OURS[method]))
         if OURS[method]:
-            removed = int(trainer._sampler.suspects.flagged.sum())
+            removed = int(trainer._run.sampler.suspects.flagged.sum())
     else:
         more = {"compute_loss_func": _generalised} if method.endswith("cross-entropy") else {}
         trainer = _trained(task, seed, Trainer, **more)

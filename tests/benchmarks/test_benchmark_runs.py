@@ -9,6 +9,8 @@ from benchmarks import accuracy, results
 from benchmarks.methods import METHODS, Method
 from small_tasks import early_end_task, use_same_process, use_small_tasks
 
+from hf_importance import ImportanceConfig
+
 pytestmark = pytest.mark.usefixtures("small_tasks")
 
 WITH_BUDGETS = [name for name, method in METHODS.items() if not method.whole]
@@ -139,6 +141,6 @@ def test_runs_with_other_settings_are_not_mixed(tmp_path, monkeypatch):
     assert settings["method"]["ours, all steps"]["uniform_fraction"] == 0.3
     benchmark.main(["accuracy", *grid, "--seeds", "2"])
     assert len(json.loads(path.read_text())["runs"]) == 2, "control: the same settings"
-    monkeypatch.setitem(METHODS, "ours, all steps", Method({"uniform_fraction": 0.5}))
+    monkeypatch.setitem(METHODS, "ours, all steps", Method(ImportanceConfig(uniform_fraction=0.5)))
     with pytest.raises(SystemExit, match="has runs of the method 'ours, all steps' with other settings"):
         benchmark.main(["accuracy", *grid, "--seeds", "3"])

@@ -1,6 +1,7 @@
 """The classification scripts: data, training, predictions and invalid flags, in runs of a few steps."""
 
 import csv
+import runpy
 import sys
 
 import datasets
@@ -14,8 +15,6 @@ from runs import flags, predictions, results, write
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
-from hf_importance.command_line.embedded_data import docstrings
-from hf_importance.command_line.fine_tuning import script
 
 CALM = "The food was calm and good, the waiter calm too."
 ANGRY = "Never again! Cold soup, angry people."
@@ -63,20 +62,25 @@ def test_resumed_training_is_identical_with_a_tokenizer_trained_again(tmp_path):
 
 
 def test_flags_set_the_importance_config(tmp_path):
-    more = {"budget": 0.5, "sampling": "replacement", "uniform_fraction": 0.4, "seed": 5, "max_train_samples": 40}
+    more = {
+        "effective_epochs": False,
+        "visits_per_epoch": 0.5,
+        "uniform_fraction": 0.4,
+        "seed": 5,
+        "max_train_samples": 40,
+    }
     trainer = run_image_classification.main(flags(tmp_path, max_eval_samples=10, **more))
     config = trainer.importance_config
-    assert (config.budget, config.sampling, config.uniform_fraction) == (0.5, "replacement", 0.4)
-    assert len(trainer.get_train_dataloader()) == 5
+    assert (config.effective_epochs, config.visits_per_epoch, config.uniform_fraction) == (False, 0.5, 0.4)
     assert results(tmp_path)["examples_processed"] == 12
 
 
 def test_flags_take_precedence_over_an_importance_config_file(tmp_path):
     """The file takes precedence over the defaults."""
-    ImportanceConfig(budget=0.5, uniform_fraction=0.6, metric="loss", seed=7).save_pretrained(tmp_path)
+    ImportanceConfig(prune_mass=0.1, uniform_fraction=0.6, metric="loss", seed=7).save_pretrained(tmp_path)
     more = {"importance_config": tmp_path, "metric": "logit_gradient", "max_train_samples": 40, "max_eval_samples": 10}
     trainer = run_image_classification.main(flags(tmp_path, **more))
-    assert trainer.importance_config == ImportanceConfig(budget=0.5, uniform_fraction=0.6, seed=7)
+    assert trainer.importance_config == ImportanceConfig(prune_mass=0.1, uniform_fraction=0.6, seed=7)
     assert ImportanceConfig.from_pretrained(tmp_path / "run") == trainer.importance_config
 
 
@@ -88,7 +92,7 @@ def test_report_shows_the_original_texts_and_images(tmp_path, capsys, module):
     if module is run_text_classification:
         with (folder / "hardest.csv").open(encoding="utf-8", newline="") as file:
             shown = list(csv.DictReader(file))
-        texts = docstrings()["train"]["text"]
+        texts = run_text_classification.docstrings()["train"]["text"]
         assert len(shown) == 12, "the examples visited in three steps"
         assert all(row["text"] == texts[int(row["index"])] or len(row["text"]) == 500 for row in shown)
     else:
@@ -300,7 +304,7 @@ def test_missing_image_folders_are_an_error(tmp_path):
 
 def test_training_without_a_model_warns(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_importance.command_line.arguments.logger.warning", warnings.append)
+    monkeypatch.setattr("run_text_classification.logger.warning", warnings.append)
     data = write(tmp_path / "train.csv", reviews())
     for more, number in (({"train_file": data}, 1), ({"max_train_samples": 20}, 0)):
         warnings.clear()
@@ -311,4 +315,4 @@ def test_training_without_a_model_warns(tmp_path, monkeypatch):
 def test_errors_are_shown_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_text_classification.py", *flags(tmp_path, train_file="none.csv")])
     with pytest.raises(SystemExit, match=r"^error: Nothing to do"):
-        script(run_text_classification.main)
+        runpy.run_path(run_text_classification.__file__, run_name="__main__")

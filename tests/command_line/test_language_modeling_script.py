@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from language_modeling_runs import dishes, main, parameters_of, train
+from run_language_modeling import IGNORED, encode
 from runs import flags, predictions, results, write
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Trainer
 
 from hf_importance import ImportanceTrainer
-from hf_importance.command_line.completions import IGNORED, encode
 
 
 def texts_of(rows):

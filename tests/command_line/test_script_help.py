@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -12,12 +13,10 @@ from pathlib import Path
 import benchmark
 import compare_runs
 import pytest
-from runs import data_arguments
 from transformers import TrainingArguments
 
 import hf_importance
 from hf_importance import ImportanceConfig
-from hf_importance.command_line.arguments import ModelArguments
 
 SCRIPTS = sorted(Path(compare_runs.__file__).parent.glob("*.py"))
 PARTS = next(iter(benchmark.new_parser()._subparsers._group_actions)).choices
@@ -30,7 +29,7 @@ def flags_of(name, part=None):
     if part is not None:
         return [flag for action in PARTS[part]._actions for flag in action.option_strings]
     if name.startswith("run_"):
-        classes = (ModelArguments, data_arguments(importlib.import_module(name)), TrainingArguments, ImportanceConfig)
+        classes = (importlib.import_module(name).ScriptArguments, TrainingArguments, ImportanceConfig)
         return [f"--{field.name}" for cls in classes for field in dataclasses.fields(cls) if field.init]
     return {"benchmark": list(PARTS), "compare_runs": ["folder"]}.get(name, ["--help"])
 
@@ -71,3 +70,25 @@ def test_copied_scripts_run_alone(tmp_path, path):
     other = tmp_path / "other.py"
     other.write_text("import compare_runs")
     assert "No module named 'compare_runs'" in run_alone(other).stderr, "control: other scripts cannot be imported"
+
+
+COPIES = {
+    ("text_classification", "image_classification", "language_modeling"): (
+        *("load_files", "choose_splits", "find_column", "load_pretrained"),
+        *("Clock", "train", "save_metrics", "save_predictions", "publish"),
+    ),
+    ("text_classification", "image_classification"): ("find_label_column", "drop_missing_labels", "label_id"),
+    ("text_classification", "language_modeling"): ("load", "definitions"),
+}
+
+
+@pytest.mark.parametrize(("tasks", "name"), [(tasks, name) for tasks, names in COPIES.items() for name in names])
+def test_copies_in_the_scripts_are_the_same(tasks, name):
+    """The scripts share no code, so that each can be copied alone; a change in one must be made in the others."""
+    sources = {inspect.getsource(getattr(importlib.import_module(f"run_{task}"), name)) for task in tasks}
+    assert len(sources) == 1
+
+
+def test_control_other_functions_differ():
+    sources = {inspect.getsource(importlib.import_module(path.stem).main) for path in FINE_TUNING}
+    assert len(sources) == len(FINE_TUNING) == 3
