@@ -1,39 +1,47 @@
-"""`ImportanceTrainer`: its construction and results. What it changes in `Trainer` is in `hooks`."""
+"""`ImportanceTrainer`: the hooks of `Trainer` that importance sampling needs; what they do is in `run` and `report`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from hf_importance.adapters.base import LossAdapter
 from hf_importance.adapters.known import adapted_class, adapter_of
 from hf_importance.config import ImportanceConfig
-from hf_importance.data.dataset import LABEL_COLUMNS
-from hf_importance.hooks.checkpoints import CheckpointMixin
-from hf_importance.hooks.data import DataMixin
-from hf_importance.hooks.report import ReportMixin
-from hf_importance.hooks.step import StepMixin
-from hf_importance.losses.heads import PerExampleLoss
+from hf_importance.data.dataset import DRAW_KEY, LABEL_COLUMNS
+from hf_importance.losses.custom import PerExampleLoss
+from hf_importance.losses.objective import Objective
 from hf_importance.randomness import isolated_randomness
+from hf_importance.report.findings import Findings
+from hf_importance.report.hub import CARD, FOLDER, extend_card, pushing, warn_of_failed_pushes
 from hf_importance.report.logs import limit_console_logs
-from hf_importance.report.tokens import Token, token_losses
+from hf_importance.report.page import validate_report, write_for_hub, write_report
 from hf_importance.report.training import Training
-from hf_importance.run.overrides import TrainingWatch, refuse_overrides
-from hf_importance.run.schedule import EffectiveEpochs
-from hf_importance.run.step import StepDraws
-from hf_importance.run.validation import refuse_arguments, refuse_training, refuse_version
+from hf_importance.run.callbacks import RunCallbackHandler
+from hf_importance.run.checkpoints import newest_complete
+from hf_importance.run.run import ImportanceRun
+from hf_importance.run.step import pop_labels
+from hf_importance.run.validation import validate_arguments, validate_training
 from hf_importance.sampling.memory import unimportant
 from hf_importance.sampling.rates import per_cost
-from hf_importance.sampling.record import suspects
+from hf_importance.sampling.suspects import suspects
+from hf_importance.upstream import validate_upstream
 
-refuse_version()
+logger = logging.get_logger(__name__)
+validate_upstream()
 
 
-class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin):
+class ImportanceTrainerMixin:
     """Online importance sampling for a subclass of `Trainer`. It must come first in the bases.
 
     Args:
@@ -63,48 +71,43 @@ class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin)
         **kwargs: Any,
     ) -> None:
         adapted = adapted_class(type(self))
-        self._start_measuring()
+        self._run: ImportanceRun | None = None  # the training in progress, or the last one
         super().__init__(*args, **kwargs)
+        validate_upstream(self)
         self.importance_config = ImportanceConfig() if importance is None else importance
         self.per_example_loss_func = per_example_loss_func
         self.report_examples_to_hub = report_examples_to_hub
         self.loss_is_scaled_for_ga = False  # the loss is a mean over the micro-batch
-        self._schedule_passed = self.lr_scheduler  # passed in `optimizers`
-        self._adapter: LossAdapter | None = None
-        refuse_arguments(self)
+        self.current_gradient_accumulation_steps = 1  # outside of `train()`; `Trainer` sets it in its loop only
+        validate_arguments(self)
         if adapted is not None and self.train_dataset is not None:
-            self._adapter = adapter_of(self, adapted)  # before general checks: its messages are more specific
-        self._refuse_unsupported()
+            adapter_of(self, adapted)  # before general checks: its messages are more specific
+        self._validate_training(self.lr_scheduler)
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
         limit_console_logs(self.callback_handler.callbacks)
-        self._effective: EffectiveEpochs | None = None
-        if self.importance_config.budget == "auto":
-            handler = self.callback_handler
-            self._effective = EffectiveEpochs(self._sum_over_processes, self._say, lambda: handler.callbacks)
-            handler.callbacks.insert(0, self._effective)
-        self.callback_handler.callbacks.insert(0, TrainingWatch(self, ImportanceTrainerMixin))
+        self.callback_handler = RunCallbackHandler(self.callback_handler, self)
 
-    def _refuse_unsupported(self) -> None:
-        refuse_arguments(self)
+    def _validate_training(self, schedule: LRScheduler | None = None) -> None:
+        validate_arguments(self)
         if self.train_dataset is not None:
-            refuse_training(self, self._schedule_passed)
-            refuse_overrides(type(self), ImportanceTrainerMixin, self.per_example_loss_func is not None)
+            validate_training(self, ImportanceTrainerMixin, schedule)
 
     def _find_label_names(self) -> None:
         """Set `label_names` for a model whose `forward` has no labels, if the data has labels for the loss function."""
         data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        with isolated_randomness(owners=(data,)):
+        with isolated_randomness():
             example = data[0] if hasattr(data, "__getitem__") and not isinstance(data, dict) and len(data) else {}
         if isinstance(example, Mapping) and set(LABEL_COLUMNS) & set(example):
             self.label_names = ["labels"]
         else:
             self.can_return_loss = True  # otherwise `Trainer` does not evaluate the loss
 
-    def _start_measuring(self) -> None:
-        self._examples_to_show = None
-        self._start_data()
-        self._start_steps()
+    @property
+    def _active_run(self) -> ImportanceRun | None:
+        return self._run if self._run is not None and self._run.active else None
+
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train like `Trainer.train`. Every call starts with an empty memory, or with that of the checkpoint.
@@ -112,10 +115,8 @@ class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin)
         `resume_from_checkpoint=True` selects the newest complete checkpoint. `ignore_data_skip` has no effect, because
         skipping batches does not load any data.
         """
-        self._refuse_unsupported()
-        self._start_measuring()
-        if self._effective is not None:
-            self._effective.progress = None
+        self._validate_training()
+        self._run = ImportanceRun(self, ImportanceTrainerMixin)
         ignored, self.args.ignore_data_skip = self.args.ignore_data_skip, False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
@@ -123,14 +124,94 @@ class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = ignored
-            self._step, self._loop_wants_loader, self._loop_loader = StepDraws([]), False, None
-            if self._sampler is not None:
-                self._sampler.flush(everything=True)
-            if self._objective is not None:
-                self._objective.close()
-        self._columns.gather(self.args.ddp_timeout)
+            self._run.end()
+        self._run.columns.gather(self.args.ddp_timeout)
         self._summarise()
         return output
+
+    def _newest_checkpoint(self) -> str | bool:
+        newest = newest_complete(self.args.output_dir)
+        if newest is not None:
+            return str(newest)
+        if get_last_checkpoint(self.args.output_dir) is None:
+            return True  # no checkpoint at all: `Trainer` raises an error
+        logger.warning(f"{self.args.output_dir} has no complete checkpoint: training starts from scratch.")
+        return False
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        """Number of steps and epochs like `Trainer`, with the dataloader of importance sampling."""
+        if self._active_run is None:
+            return super().set_initial_training_values(args, dataloader)
+        values = super().set_initial_training_values(args, self._run.begin(dataloader))
+        self._run.plan(max_steps=values[-1])
+        return values
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Create the schedule like `Trainer`; with `effective_epochs` it follows the effective steps."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._active_run is not None:
+            self._run.follow(scheduler)
+        return scheduler
+
+    def _run_epoch(self, *args: Any, train_dataloader: DataLoader, **kwargs: Any) -> None:
+        return super()._run_epoch(*args, train_dataloader=self._run.epoch_loader(), **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Get the batches of a step like `Trainer`."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._active_run is not None:
+            self._run.step.begin(batches)
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run a training step like `Trainer`, in `train()` for the batch of a draw."""
+        if self._active_run is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with self._run.step.of(model, inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """In a training step, the mean of weight · loss over the batch.
+
+        Elsewhere, the mean of `per_example_loss_func`, or `Trainer.compute_loss` if there is none.
+        """
+        run = self._active_run
+        if run is not None and (run.step.draw is not None or DRAW_KEY in inputs):
+            compute_loss = partial(super().compute_loss, return_outputs=return_outputs)
+            loss, outputs = run.step.loss(compute_loss, model, dict(inputs))
+        elif self.per_example_loss_func is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # Liger: keep logits
+            labels = pop_labels(inputs, [name for name in self.label_names or ["labels"] if name in inputs])
+            objective = Objective(self.model, per_example_loss_func=self.per_example_loss_func)
+            loss, outputs = objective.evaluate(model, inputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also save the state of importance sampling, before `Trainer` marks the checkpoint as complete."""
+        super()._save_rng_state(output_dir)
+        if self._active_run is not None:
+            self._run.save(output_dir)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, *args: Any
+    ) -> tuple[int, int]:
+        """Also restore the run, and return epoch and batches of the loop, whose epochs may have been shorter."""
+        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, *args)
+        return position if checkpoint is None else self._run.restore(checkpoint, position, epochs)
+
+    # ---- results -----------------------------------------------------------------------------------------------------
 
     @property
     def importances(self) -> Tensor:
@@ -144,9 +225,9 @@ class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin)
         """
         if self.train_dataset is None:
             raise ValueError("importances requires train_dataset, but it is None: pass it to ImportanceTrainer.")
-        if self._sampler is None:
+        if self._training is None:
             return torch.full((len(self.train_dataset),), torch.nan)
-        return self._columns.importances
+        return self._run.columns.importances
 
     @property
     def kept_indices(self) -> Tensor:
@@ -155,10 +236,13 @@ class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin)
         It excludes the examples that together hold less than `prune_mass` of the `importances`; per token, if losses
         are sums over tokens.
         """
-        tokens = None if self._lengths is None or self._lengths.tokens is None else self._lengths.tokens.float()
-        importance = per_cost(self.importances, tokens)
-        if self._sampler is not None and self._sampler.suspects is not None:  # their importance was scaled
-            importance[self._reported.columns()["down_weighted"]] = torch.nan
+        importance = self.importances
+        if self._training is not None:
+            tokens = self._run.lengths.tokens
+            importance = per_cost(importance, None if tokens is None else tokens.float())
+            down_weighted = self._training.columns().get("down_weighted")
+            if down_weighted is not None:  # their importance was scaled
+                importance[down_weighted] = torch.nan
         return (~unimportant(importance, self.importance_config.prune_mass)).nonzero().flatten()
 
     @property
@@ -170,30 +254,137 @@ class ImportanceTrainerMixin(DataMixin, StepMixin, CheckpointMixin, ReportMixin)
         Raises:
             ValueError: before training, and with `record=False`.
         """
-        if self._reported is None or not self._reported.has_record:
+        if self._training is None or not self._training.has_record:
             raise ValueError(
                 "suspects requires train() with ImportanceConfig(record=True), but no visits were recorded."
             )
-        return suspects(self._reported.columns()).nonzero().flatten()
+        return suspects(self._training.columns()).nonzero().flatten()
 
+    @property
     def _training(self) -> Training | None:
-        return self._reported
+        """Figures of the training; None before it."""
+        return None if self._run is None else self._run.figures
 
-    def _token_losses(self, index: list[int]) -> dict[int, list[Token]]:
-        """See [`token_losses`]. Empty with several processes, because forward passes need all of them."""
-        if self.args.world_size > 1 or not hasattr(self.processing_class, "decode"):
-            return {}
-        base, shifts = self._base_loader(), self._get_objective().shifts
-        given = (self.model, base.dataset, base.collate_fn, self._prepare_inputs, self.processing_class, shifts)
-        return token_losses(*given, index)
+    def _findings(self) -> Findings:
+        """Figures of the examples of all processes, complete in the main process."""
+        label_names = getattr(getattr(self.model, "config", None), "id2label", None) or {}
+        return self._training.findings(self.state.log_history, label_names, asdict(self.importance_config))
 
-    def _sum_over_processes(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="sum")
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log like `Trainer.log`, with our measurements next to each training loss."""
+        training = self._training
+        if training is not None and "loss" in logs:
+            logs.update(training.measured())
+        if training is not None and "train_samples_per_second" in logs:
+            logs.update(training.at_end(self.state.global_step))
+            logs["train_samples_per_second"] *= self._run.share_of_visits
+        super().log(logs, *args, **kwargs)
 
-    def _sum_on_device(self, values: Tensor) -> Tensor:
-        """Sum CPU tensors over processes on the device, because not every backend supports the CPU."""
-        return self._sum_over_processes(values.to(self.accelerator.device)).cpu()
+    def _summarise(self) -> None:
+        """Print a summary of the training."""
+        progress = self._training.progress
+        if progress is not None and progress.finished:
+            self._run.say(self._training.ended(self.state.global_step))
+        if self._training.has_record and self.is_world_process_zero():
+            self._run.say(self._findings().summary())
+
+    # ---- report, model card and Hub ----------------------------------------------------------------------------------
+
+    def importance_report(
+        self, output_dir: str | Path | None = None, examples: Any = None, number: int = 24
+    ) -> Path | None:
+        """Write a report on the training data: a page, a table of all examples, and plots.
+
+        `report.html` is self-contained. `examples.parquet` has one row per training example: `index`, `label`,
+        `prediction` and its `probability` (at the last visit, in training mode), `loss` (at the last visit),
+        `mean_loss` (over the visits after the first), `suspect`, `importance`, `visits`, `pruned`; null where unknown.
+
+        With several processes, the main process writes the report; see `importances` on how current it is.
+
+        Args:
+            output_dir: by default `_importance_report` in `args.output_dir`, which is not pushed to the Hub.
+            examples: what to show for each training example, in order, instead of `train_dataset`: a sequence whose
+                items have an image, texts, `pixel_values` or `input_ids`.
+            number: number of examples in each list, at least 1.
+
+        Returns:
+            The path of the page; None in other than the main process.
+
+        Raises:
+            ValueError: before training, with `record=False`, for an invalid argument, or for a folder that a push to
+                the Hub would upload with examples, unless `report_examples_to_hub` is set.
+            ImportError: if a dependency of the report is not installed.
+        """
+        model_folder = Path(self.args.output_dir)
+        folder = model_folder / f"_{FOLDER}" if output_dir is None else Path(output_dir)
+        examples = self.train_dataset if examples is None else examples
+        validate_report(self._training, folder, examples, number, model_folder, self.report_examples_to_hub)
+        self._run.shown_examples = examples
+        return self._write_report(folder, number) if self.is_world_process_zero() else None
+
+    def _write_report(self, folder: Path, number: int) -> Path:
+        title, findings = f"Importance report: {Path(self.args.output_dir).resolve().name}", self._findings()
+        examples = self.train_dataset if self._run.shown_examples is None else self._run.shown_examples
+        is_trained_on = examples is self.train_dataset
+        tokens = self._training.token_losses(findings.hardest(number)) if is_trained_on else {}
+        return write_report(folder, findings, examples, self.processing_class, number, title, tokens)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model like `Trainer.save_model`, together with `importance_config.json`.
+
+        If this writes a model card, as in sentence-transformers, the card is extended.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.importance_config.save_pretrained(folder)
+        before = _read(folder / CARD)
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and _read(folder / CARD) not in (None, before):
+            self._extend_card(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Create a model card like `Trainer`, with tags, a section with plots, and the importances as a csv file.
+
+        Files contain training examples only if `report_examples_to_hub` is set.
+        """
+        super().create_model_card(*args, **kwargs)
+        self._extend_card(Path(self.args.output_dir))
+
+    def _extend_card(self, folder: Path) -> None:
+        if self._training is None or not self._training.has_record or not self.is_world_process_zero():
+            return
+        findings = self._findings()
+        plots = write_for_hub(folder / FOLDER, findings)
+        if self.report_examples_to_hub:
+            self._write_report(folder / FOLDER, number=24)
+        extend_card(folder / CARD, findings, plots)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push model, card with plots and `importance_config.json` like `Trainer.push_to_hub`; no training examples.
+
+        Raises:
+            PushError: if it fails. Everything is still in `args.output_dir`, and the message says how to retry.
+        """
+        with pushing(self._repository(), self.args.output_dir):
+            return super().push_to_hub(*args, **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository like `Trainer`, which calls this before training if `push_to_hub` is set."""
+        with pushing(self._repository(), None if self._training is None else self.args.output_dir):
+            super().init_hf_repo(*args, **kwargs)
+
+    def _finish_current_push(self) -> None:
+        """Also warn if a push during training failed, which `Trainer` does not report."""
+        super()._finish_current_push()
+        warn_of_failed_pushes(getattr(self, "push_in_progress", None))
+
+    def _repository(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
 
 class ImportanceTrainer(ImportanceTrainerMixin, Trainer):
     """`Trainer` with online importance sampling. It takes the arguments of both, see [`ImportanceTrainerMixin`]."""
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None

@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests: offline, quiet, one thread, a fixed seed."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before transformers is imported
@@ -15,6 +16,14 @@ def _quiet_and_repeatable():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_garbage_collection():
+    """`Trainer` collects garbage when training starts, which is most of the time of a short training."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,12 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
-from hf_importance.run.schedule import EffectiveEpochs
+from hf_importance.config import PaperConfig
+from hf_importance.data.dataset import DRAW_KEY
 from hf_importance.sampling import guard
 
 WORDS, LENGTH, CLASSES = 60, 8, 4
-FIXED = {"budget": 1.0}
+FIXED = {"effective_epochs": False}
 """Settings that make all steps; training does not end early."""
 EVEN = {"uniform_fraction": 1.0, **FIXED}
 """Settings that visit every example once per pass; importances are still measured."""
@@ -164,7 +165,7 @@ class Recording:
         self.draws = []
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.draws.append(self._step.of(inputs, self._sampler.is_outstanding))
+        self.draws.append(inputs[DRAW_KEY])
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -188,6 +189,20 @@ def arguments(tmp_path, cls=TrainingArguments, **changes):
     return cls(**{**settings, **changes})
 
 
+def visits(share):
+    """Settings for this many visits per epoch, relative to the number of examples."""
+    return {"effective_epochs": False, "visits_per_epoch": share}
+
+
+def config(sampling="reshuffled", **settings):
+    """Settings; with `sampling="replacement"` draws are independent, as in `ImportanceConfig.paper()`."""
+    if sampling == "reshuffled":
+        return ImportanceConfig(**settings)
+    assert sampling == "replacement"
+    defaults = {"effective_epochs": True, "uniform_fraction": 0.3, "importance_increment": 0.0}
+    return PaperConfig(**defaults | settings)
+
+
 def trainer(tmp_path, model, data, cls=ImportanceTrainer, importance=None, more=None, **changes):
     """A trainer of a copy of `model`.
 
@@ -202,7 +217,7 @@ def trainer(tmp_path, model, data, cls=ImportanceTrainer, importance=None, more=
     """
     more = dict(more or {})
     if importance is not None:
-        more["importance"] = ImportanceConfig(**importance)
+        more["importance"] = config(**importance)
     return cls(model=copy.deepcopy(model), args=arguments(tmp_path, **changes), train_dataset=data, **more)
 
 
@@ -225,6 +240,6 @@ def logged(a, key):
 
 
 def progress_of(trainer):
-    """The `EffectiveVisits` of a trainer; None for `Trainer`, and without `budget="auto"`."""
-    callbacks = trainer.callback_handler.callbacks
-    return next((callback.progress for callback in callbacks if isinstance(callback, EffectiveEpochs)), None)
+    """The `EffectiveSteps` of a trainer; None for `Trainer`, before training, and without `effective_epochs`."""
+    run = getattr(trainer, "_run", None)
+    return None if run is None or run.schedule is None else run.schedule.progress

@@ -1,1 +1,11 @@
-"""placeholder"""
+"""What a training with importance sampling needs: one object, made when training starts.
+
+- `loop_epochs`: where each epoch of the training loop ends.
+- `effective_epochs`: learning rate, epochs and the end of training, by effective steps.
+- `validation`: what is not supported, with the fix.
+- `data`: the sampler, and the lengths of texts.
+- `step`: from the batch of a draw to its weighted loss.
+- `checkpoints`: saving and restoring.
+- `run`: `ImportanceRun`, which joins all of these.
+- `callbacks`: passes the events of training to the run.
+"""

@@ -1,101 +1,175 @@
-"""The batches of one training step and their draws."""
+"""From the batch of a draw to its weighted loss, and the measurements that are remembered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_importance.data.dataset import DRAW_KEY
+from hf_importance.adapters.base import LossAdapter
+from hf_importance.data.dataset import DRAW_KEY, mean_over_examples, validate_labels
+from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
+from hf_importance.sampling.record import OBSERVED
 
 
-class StepDraws:
-    """Maps the batches of a step to their draws, even if users have modified them, and tracks which were measured.
+class TrainingStep:
+    """The batches of one optimizer step, with their draws.
 
     Args:
-        batches: batches of the step from the training dataloader. The draws are removed from them.
-
-    Raises:
-        ValueError: if a batch has no draw.
+        run: the `ImportanceRun` it belongs to.
     """
 
-    def __init__(self, batches: list[MutableMapping[str, Any]]) -> None:
-        if not all(DRAW_KEY in batch for batch in batches):
-            raise ValueError(
-                "The batch does not carry its draw: training batches must come from "
-                "ImportanceTrainer.get_train_dataloader(). To change the data, wrap the dataset or the collator "
-                "instead."
-            )
-        self._drawn = [(batch, batch.pop(DRAW_KEY)) for batch in batches]
-        self._measured: set[int] = set()  # numbers of draws
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._batches: list[tuple[MutableMapping[str, Any], Draw | None]] = []
+        self.draw: Draw | None = None  # of the batch that is trained on; None outside of a training step
+        self._model: nn.Module | None = None  # that was passed to the training step
+        self._measured: set[int] = set()  # numbers of the draws
+        self._unmeasured_steps = 0  # in a row
+        self._has_begun = False  # whether any batch of this training was measured
         self._positions: Tensor | None = None
+        self._mean_positions: float | None = None
 
-    def __len__(self) -> int:
-        """Number of batches in the step."""
-        return len(self._drawn)
+    def begin(self, batches: list[MutableMapping[str, Any]]) -> None:
+        """Begin a step on these batches of the training dataloader."""
+        self._batches = [(batch, batch.get(DRAW_KEY)) for batch in batches]
+        self._measured.clear()
+        self._positions = None
 
-    def of(self, inputs: Mapping[str, Any], is_outstanding: Callable[[Draw], bool]) -> Draw:
-        """The draw of this batch, or of the batch it was made from: matched by tensors, then by values, else the next.
+    @contextmanager
+    def of(self, model: nn.Module, batch: MutableMapping[str, Any]) -> Iterator[None]:
+        """Train on a batch, whose draw is taken out meanwhile; afterwards it is back, for overrides that train twice.
 
         Raises:
-            ValueError: outside of a training step.
+            ValueError: if the batch has no draw, or its loss was not computed by [`loss`].
         """
-        if not self._drawn:
+        draw = batch.pop(DRAW_KEY, None)
+        if draw is None:
             raise ValueError(
-                "training_step() must be called inside train(), where batches carry draws. Use compute_loss() "
-                "elsewhere."
+                f"The batch does not carry its draw in batch[{DRAW_KEY!r}], without which its losses cannot be "
+                "weighted: keep this key in overrides that make new batches. To change the data, wrap the dataset or "
+                "the collator instead."
             )
-        for batch, draw in self._drawn:
-            if batch is inputs or any(batch.get(name) is value for name, value in _tensors(inputs)):
-                return draw
-        if len(self._drawn) > 1:
-            alike = [sum(_equal(batch.get(name), x) for name, x in _tensors(inputs)) for batch, _ in self._drawn]
-            if alike.count(max(alike)) == 1:
-                return self._drawn[alike.index(max(alike))][1]
-        waiting = [draw for _, draw in self._drawn if is_outstanding(draw)]
-        return waiting[0] if waiting else self._drawn[-1][1]
+        if not self._batches:  # an override of `get_batch_samples` does not call that of the trainer
+            raise self._run.unmeasured()
+        self._run.sampler.mark_used(draw)
+        self.draw, self._model = draw, model
+        try:
+            yield
+            if draw.number not in self._measured:
+                raise self._run.unmeasured()
+        finally:
+            batch[DRAW_KEY], self.draw, self._model = draw, None, None
 
-    def has_measured(self, draw: Draw | None = None) -> bool:
-        """Whether this draw was measured, or any draw of the step."""
-        return bool(self._measured) if draw is None else draw.number in self._measured
+    def validate_measured(self) -> None:
+        """Check, before the parameters are updated, that batches of this step were measured, or of the last one.
 
-    def mark_measured(self, draw: Draw) -> None:
-        """Mark this draw as measured."""
-        self._measured.add(draw.number)
+        Raises:
+            ValueError: if none was in the first step of a training, or in two steps in a row.
+        """
+        self._has_begun |= bool(self._measured)
+        self._unmeasured_steps = 0 if self._measured else self._unmeasured_steps + 1
+        if not self._has_begun or self._unmeasured_steps > 1:
+            raise self._run.unmeasured()
 
-    def positions(
-        self, label: str, count: Callable[[Tensor, list[int] | None], Tensor], mean: Callable[[Tensor], Tensor] | None
-    ) -> Tensor | None:
-        """Σ w n over the batches of the step: the weighted number of tokens or pixels with a loss.
+    def loss(self, compute_loss: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The mean of weight · loss over the batch, and the outputs of the model.
 
         Args:
-            label: name of the labels.
-            count: maps labels, and the lengths of examples in one row, to the number per example, `[batch]`.
-            mean: averages over the processes; None if there is only one.
+            compute_loss: method of the next class, for trainers that compute their own loss.
+            model: the model, possibly wrapped.
+            inputs: the batch; modified.
+        """
+        if self.draw is None:  # an override of `training_step` calls `compute_loss` itself
+            with self.of(model, inputs):
+                return self.loss(compute_loss, model, inputs)
+        draw, run = self.draw, self._run
+        label_names = [name for name in run.label_names if name in inputs]
+        if isinstance(run.objective, LossAdapter):
+            measured = run.objective(compute_loss, model, inputs, len(draw.index), draw.lengths)
+        else:
+            if not label_names and run.needs_labels:
+                raise _no_labels(run, inputs)
+            measured = run.objective(model, inputs, pop_labels(inputs, label_names), len(draw.index))
+        if model is self._model and draw.number not in self._measured:  # not a teacher model in distillation
+            self._measured.add(draw.number)
+            self._remember(draw, measured)
+        weight = torch.tensor(draw.weight, dtype=measured.losses.dtype)
+        if measured.losses.is_cuda:
+            weight = weight.to(measured.losses.device, non_blocking=True)
+        if measured.are_sums:
+            return self._loss_of_sums(measured, weight, *label_names), measured.outputs
+        return measured.weighted_mean(weight), measured.outputs
+
+    def _remember(self, draw: Draw, measured: Measured) -> None:
+        """Pass the measurements of a batch to the sampler, asynchronously from a GPU.
+
+        They are one tensor, `[1, batch]` or `[5, batch]`: the importances, and the rows to be recorded.
+        """
+        observed = [measured.observed[name] for name in OBSERVED] if self._run.config.record else []
+        rows, arrived = torch.stack([measured.importance.float(), *observed]), None
+        if rows.is_cuda:
+            rows = rows.to("cpu", non_blocking=True)  # into pinned memory
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._run.sampler.update(draw, rows.cpu(), arrived)
+
+    # ---- losses that are sums over tokens or pixels ------------------------------------------------------------------
+
+    def _loss_of_sums(self, measured: Measured, weight: Tensor, label: str) -> Tensor:
+        """Loss over the tokens or pixels of the whole step, or over their mean n̄ if batches have no labels."""
+        run, batches = self._run, len(self._batches)
+        positions = self._positions_of_step(label)
+        run.trainer.loss_is_scaled_for_ga = positions is not None
+        if positions is not None:
+            return measured.weighted_mean(weight, positions, 1 / batches)
+        if batches > 1:
+            if self._mean_positions is None:
+                self._mean_positions = mean_over_examples(*run.data_of_loader, label, run.objective.count)
+            positions = torch.tensor(self._mean_positions * len(weight))
+        return measured.weighted_mean(weight, positions)
+
+    def _positions_of_step(self, label: str) -> Tensor | None:
+        """Σ w n over the batches of the step: the weighted number of tokens or pixels with a loss.
+
+        Averaged over processes if `average_tokens_across_devices`, as in `Trainer`.
 
         Returns:
             A scalar; None if each batch is normalised on its own: there is one batch, or some have no labels.
         """
-        alone = len(self._drawn) == 1 and mean is None
-        if alone or not all(isinstance(batch.get(label), Tensor) for batch, _ in self._drawn):
+        run = self._run
+        processes = run.args.world_size if run.args.average_tokens_across_devices else 1
+        alone = len(self._batches) == 1 and processes == 1
+        if alone or not all(isinstance(batch.get(label), Tensor) for batch, _ in self._batches):
             return None
         if self._positions is None:
             total = torch.zeros(())
-            for batch, draw in self._drawn:
-                number = count(batch[label], draw.lengths)
-                weight = torch.tensor(draw.weight).to(number.device, non_blocking=True)
+            for batch, draw in self._batches:
+                number = run.objective.count(batch[label], draw.lengths)
+                weight = torch.tensor(draw.weight, dtype=number.dtype).to(number.device, non_blocking=True)
                 total = total.to(number.device) + (weight * number).sum()
-            total = total if mean is None else mean(total)
+            if processes > 1:
+                total = run.sum_over_processes(total.to(run.args.device)) / processes
             self._positions = total.clamp(min=torch.finfo(total.dtype).tiny)
         return self._positions
 
 
-def _tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value) for name, value in inputs.items() if isinstance(value, Tensor))
+def pop_labels(inputs: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Take the labels out of the inputs, unless there is nothing else that the model could reconstruct."""
+    labels = {name: inputs.pop(name) for name in names}
+    if not any(isinstance(value, Tensor) for value in inputs.values()):
+        inputs.update(labels)  # inputs that the model reconstructs, as in masked image modelling
+    return labels
 
 
-def _equal(before: Any, now: Tensor) -> bool:
-    return isinstance(before, Tensor) and before.shape == now.shape and torch.equal(before.to(now.device), now)
+def _no_labels(run: Any, inputs: dict[str, Any]) -> ValueError:
+    validate_labels(run.trainer.train_dataset[0])
+    return ValueError(
+        f"The batch must have {run.label_names}, but only has {list(inputs)}: rename the label column or set "
+        "label_names in TrainingArguments, and keep the labels in the batch in overrides. For a model trained without "
+        "labels, pass per_example_loss_func=f with f(outputs, inputs) -> Tensor[batch]."
+    )

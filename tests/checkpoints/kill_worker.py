@@ -1,8 +1,10 @@
 """Trains in child processes that are killed at random times and restarted; prints the results as JSON.
 
-python tests/checkpoints/kill_worker.py FOLDER KILLS IMPORTANCE
+python tests/checkpoints/kill_worker.py FOLDER KILLS IMPORTANCE …
 """
 
+import gc
+import importlib
 import json
 import os
 import random
@@ -18,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import tiny
 import torch
 import transformers
+from accelerate.utils import extract_model_from_parallel
 
 from hf_importance import ImportanceTrainer
 from hf_importance.run.checkpoints import newest_complete
@@ -32,9 +35,8 @@ def train(folder, importance, resume):
     run = tiny.trainer(folder, tiny.bert(dropout=0.1), tiny.texts(), ImportanceTrainer, importance, **settings)
     run.train(resume_from_checkpoint=resume)
     parameters = torch.cat([p.detach().flatten() for p in run.model.parameters()])
-    progress = tiny.progress_of(run)
-    steps = torch.tensor(0.0 if progress is None else progress.value)
-    return {"parameters": parameters, "importances": run.importances.nan_to_num(-1), "effective steps": steps}
+    epochs = torch.tensor(tiny.logged(run, "train_effective_epochs") or [0.0], dtype=torch.float64)
+    return {"parameters": parameters, "importances": run.importances.nan_to_num(-1), "effective epochs": epochs}
 
 
 def run_in_child(function):
@@ -72,11 +74,15 @@ def train_until_killed(folder, importance, seconds):
     }
 
 
-def main(folder, kills, importance):
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    random.seed(1)
-    folder.mkdir(exist_ok=True)
+def _import_what_training_imports():
+    """Import once, rather than in each child, so that most kills hit training."""
+    extract_model_from_parallel(torch.nn.Linear(1, 1))  # DeepSpeed, if it is installed
+    importlib.import_module("torch._dynamo")
+
+
+def kill_and_compare(folder, kills, importance):
+    """Kill training this often; compare those that finish with one that is not interrupted."""
+    folder.mkdir()
     result = folder / "uninterrupted.pt"
     start = time.monotonic()
     child = run_in_child(lambda: torch.save(train(folder / "uninterrupted", importance, False), result))
@@ -93,8 +99,19 @@ def main(folder, kills, importance):
         finished = torch.load(run.with_suffix(".pt"))
         differences.append(max((finished[key] - uninterrupted[key]).abs().max().item() for key in uninterrupted))
         shutil.rmtree(run)
-    print(json.dumps({"kills": killed, "differences": differences}))
+    return {"kills": killed, "differences": differences}
+
+
+def main(folder, kills, importances):
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    random.seed(1)
+    _import_what_training_imports()
+    gc.freeze()  # `Trainer` collects garbage when training starts, which would take most of each run
+    folder.mkdir()
+    results = [kill_and_compare(folder / str(i), kills, importance) for i, importance in enumerate(importances)]
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), [json.loads(text) for text in sys.argv[3:]])

@@ -1,71 +1,69 @@
 """Damaged checkpoints are refused with a message that names the file and the fix."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from resuming import assert_identical, resume, train
+from resuming import assert_identical, copied_checkpoint, resume, state_of
 
-from hf_importance.run.checkpoints import load_states, save_state
+from hf_importance.run.checkpoints import save_state
 
 
-def importance_file(folder, step):
+def importance_file(checkpoint):
     """The only importance file of a checkpoint."""
-    (path,) = (folder / f"checkpoint-{step}").glob("importance_*.pt")
+    (path,) = checkpoint.glob("importance_*.pt")
     return path
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04 half", b"not a file of torch"], ids=["empty", "half an archive", "text"]
-)
-def test_unreadable_file_is_refused(tmp_path, content):
-    train(tmp_path)
-    path = importance_file(tmp_path, 7)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"importance_00000_of_00001.pt cannot be read .* delete") as raised:
-        resume(tmp_path, 7)
-    assert str(raised.value).count("Resume from another checkpoint") == 1
-    path.unlink()  # the fix in the message
-    assert resume(tmp_path, 7).state.global_step == 15
+@pytest.fixture
+def eight_steps(uninterrupted):
+    return uninterrupted(max_steps=8)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [{"format": 99, "sampler": {}}, {"weights": torch.ones(3)}, [1, 2]],
-    ids=["unknown format", "no format", "a list"],
-)
-def test_file_with_other_content_is_refused(tmp_path, content):
-    train(tmp_path, max_steps=3)
-    torch.save(content, importance_file(tmp_path, 2))
-    with pytest.raises(ValueError, match="cannot be read"):
-        resume(tmp_path, 2, max_steps=3)
+@pytest.fixture
+def checkpoint(tmp_path, eight_steps):
+    """A copy of the checkpoint of step 7, which tests damage."""
+    return copied_checkpoint(eight_steps, 7, tmp_path)
 
 
-def test_code_in_a_file_is_not_executed(tmp_path):
+def test_control_undamaged_checkpoint_is_resumed(checkpoint, eight_steps):
+    assert_identical(resume(checkpoint, max_steps=8), eight_steps)
+
+
+def test_code_in_a_file_is_not_executed(checkpoint):
     class Executing:
         def __reduce__(self):
             return (exec, ("raise SystemError('executed')",))
 
-    train(tmp_path, max_steps=3)
-    torch.save({"format": 1, "sampler": Executing()}, importance_file(tmp_path, 2))
+    torch.save({"format": 1, "sampler": Executing()}, importance_file(checkpoint))
     with pytest.raises(ValueError, match="cannot be read"):
-        resume(tmp_path, 2, max_steps=3)
+        resume(checkpoint, max_steps=8)
 
 
-def test_interrupted_save_keeps_the_previous_file(tmp_path, monkeypatch):
-    train(tmp_path, max_steps=3)
-    before = load_states(tmp_path / "checkpoint-2")[0]["sampler"]["draws"]
+def test_interrupted_save_keeps_the_previous_file(checkpoint):
+    before = importance_file(checkpoint).read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        save_state(checkpoint, 0, 1, {"sampler": {"draws": -1, "not written": lambda: None}})
+    assert importance_file(checkpoint).read_bytes() == before
 
-    def write_half(_, file):
-        file.write(b"half")
-        raise OSError("the disk is full")
 
-    monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises(OSError, match="full"):
-        save_state(tmp_path / "checkpoint-2", 0, 1, {"sampler": {"draws": -1}})
-    monkeypatch.undo()
-    assert load_states(tmp_path / "checkpoint-2")[0]["sampler"]["draws"] == before
+@pytest.mark.parametrize("written", [7, 8])
+def test_checkpoint_of_an_older_version_is_refused(checkpoint, written):
+    """Versions 0.2 and 0.3.dev wrote these formats, whose states have other parts. The fix in the message works."""
+    path = importance_file(checkpoint)
+    state = {**state_of(checkpoint), "format": written}
+    state["reported"] = state.pop("figures")
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="cannot be read") as raised:
+        resume(checkpoint, max_steps=8)
+    message = str(raised.value)
+    assert str(path) in message
+    assert f"another version of hf_importance wrote it, with format {written}, not 9" in message
+    assert message.endswith(
+        "Resume from another checkpoint, or delete its importance_*.pt files to continue with the saved model and "
+        "unknown importances."
+    )
+    assert message.count("Resume from another checkpoint") == 1
+    path.unlink()
+    assert resume(checkpoint, max_steps=8).state.global_step == 8
 
 
 # ---- kinds of damage, as functions of the path of the file -----------------------------------------------------------
@@ -111,6 +109,15 @@ def truncated(share):
     return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
+def written(content):
+    """The file has other content, as bytes or as an object of torch."""
+
+    def apply(path):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+    return apply
+
+
 def renamed(name):
     return lambda path: path.rename(path.with_name(name))
 
@@ -123,6 +130,9 @@ POSITIONS = torch.arange(40)
 DAMAGE = {
     "empty": truncated(0.0), "truncated early": truncated(0.1), "truncated in the middle": truncated(0.5),
     "truncated at the end": truncated(0.98),
+    "half of an archive": written(b"PK\x03\x04 half"), "text": written(b"not a file of torch"),
+    "unknown format": written({"format": 99, "sampler": {}}), "no format": written({"weights": torch.ones(3)}),
+    "a list": written([1, 2]),
     "renamed to another rank": renamed("importance_00001_of_00002.pt"),
     "renamed to more ranks": renamed("importance_00000_of_00002.pt"),
     "renamed without ranks": renamed("importance_final.pt"),
@@ -140,13 +150,14 @@ DAMAGE = {
     "importances are a list": replaced(POSITIONS.tolist(), "sampler", "memory", "importance"),
     "half of the record": halved("sampler", "record", "visits"),
     "one recorded loss": replaced(torch.ones(1), "sampler", "record", "total_loss"),
-    "99 rates": replaced(torch.ones(99), "sampler", "visits", "rate"),
-    "planned visits above the range": replaced(torch.full((3,), 40, dtype=torch.int32), "sampler", "visits", "index"),
-    "planned visits below the range": replaced(torch.full((3,), -1, dtype=torch.int32), "sampler", "visits", "index"),
+    "99 rates": replaced(torch.ones(99), "sampler", "planned", "rate"),
+    "planned visits above the range": replaced(torch.full((3,), 40, dtype=torch.int32), "sampler", "planned", "index"),
+    "planned visits below the range": replaced(torch.full((3,), -1, dtype=torch.int32), "sampler", "planned", "index"),
     "half of the strata": replaced(
         {"importance": torch.ones(40), "place": torch.ones(20)}, "sampler", "visits", "strata"
     ),
-    "half of the returned visits": replaced((torch.zeros(2).long(), torch.zeros(1).double()), "sampler", "returned"),
+    "half of the weights": halved("sampler", "planned", "weight"),
+    "returned visits are text": replaced("two", "sampler", "returned"),
     "no epoch": replaced(None, "effective", "loop"),
     "passes are text": replaced("two", "sampler", "visits", "passes"),
     "floor is None": replaced(None, "sampler", "visits", "floor"),
@@ -160,53 +171,33 @@ DAMAGE = {
     "gradients of another shape": replaced(torch.ones(3, 3), "effective", "gradients", "last"),
     "half of the measured moments": halved("effective", "measured_until"),
     "one pending sum": replaced(torch.ones(1), "effective", "pending"),
-    "forecast is text": replaced("soon", "effective", "forecast"),
+    "announcement is text": replaced("soon", "effective", "is_announced"),
+    "no announcement": edited(lambda state: state["effective"].pop("is_announced")),
     "empty objective": replaced({}, "objective"),
-    "objective is text": replaced("yes", "objective", "looked"),
+    "findings are text": replaced("yes", "objective", "found"),
     "negative draws": replaced(-1, "sampler", "draws"),
     "negative passes": replaced(-3, "sampler", "visits", "passes"),
     "distribution of two numbers": replaced(
         [(1.0, torch.ones(2), torch.ones(101))], "sampler", "record", "distributions"
     ),
-    "logs are text": replaced({"visits": "many"}, "reported"),
+    "logs are text": replaced({"visits": "many"}, "figures"),
     "renamed to too many ranks": renamed("importance_99999_of_99999999999.pt"),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def eight_steps(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("eight_steps"), max_steps=8)
-
-
-@pytest.fixture
-def copied_checkpoint(tmp_path, eight_steps):
-    """A copy of the checkpoint of step 7 in `tmp_path`."""
-    checkpoint = tmp_path / "checkpoint-7"
-    shutil.copytree(Path(eight_steps.args.output_dir) / "checkpoint-7", checkpoint)
-    return checkpoint
-
-
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_checkpoint_is_refused(tmp_path, copied_checkpoint, case):
-    """The message names the checkpoint, the damage and the fix, which works."""
-    DAMAGE[case](importance_file(tmp_path, 7))
+def test_damaged_checkpoint_is_refused(checkpoint, case):
+    """The message names the checkpoint, the damage and the fix, which a test above follows."""
+    DAMAGE[case](importance_file(checkpoint))
     with pytest.raises(
         ValueError, match=r"(cannot be read|cannot be used) .*\(.+\)\. Resume from another checkpoint, or "
-    ):
-        resume(tmp_path, 7, max_steps=8)
-    for path in copied_checkpoint.glob("importance_*.pt"):  # the fix in the message
-        path.unlink()
-    assert resume(tmp_path, 7, max_steps=8).state.global_step == 8
+    ) as raised:
+        resume(checkpoint, max_steps=8)
+    assert str(checkpoint) in str(raised.value)
 
 
-@pytest.mark.usefixtures("copied_checkpoint")
-def test_damaged_record_is_refused_with_other_settings(tmp_path):
+def test_damaged_record_is_refused_with_other_settings(checkpoint):
     """Importances and record are kept with other settings, and are validated too."""
-    replaced(torch.ones(1), "sampler", "record", "total_loss")(importance_file(tmp_path, 7))
+    replaced(torch.ones(1), "sampler", "record", "total_loss")(importance_file(checkpoint))
     with pytest.raises(ValueError, match=r"cannot be used .*total_loss must be a float32 tensor of shape \[40\]"):
-        resume(tmp_path, 7, {"weight_exponent": 0.5}, max_steps=8)
-
-
-@pytest.mark.usefixtures("copied_checkpoint")
-def test_control_undamaged_checkpoint_is_resumed(tmp_path, eight_steps):
-    assert_identical(resume(tmp_path, 7, max_steps=8), eight_steps)
+        resume(checkpoint, {"weight_exponent": 0.5}, max_steps=8)

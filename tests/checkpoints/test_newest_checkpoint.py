@@ -1,20 +1,14 @@
 """`resume_from_checkpoint=True` resumes from the newest complete checkpoint."""
 
 import json
-import shutil
 
 import pytest
 import tiny
 import torch
-from resuming import MODEL, SAVING, collect_warnings, train
+from resuming import MODEL, SAVING, assert_identical, copied_checkpoint
 from tiny import Recorder
 
 from hf_importance.run.checkpoints import newest_complete
-
-
-@pytest.fixture
-def checkpoint_warnings(monkeypatch):
-    return collect_warnings(monkeypatch)
 
 
 def test_newest_complete_checkpoint_is_found(tmp_path):
@@ -28,27 +22,30 @@ def test_newest_complete_checkpoint_is_found(tmp_path):
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-10"
 
 
-def test_training_resumes_from_the_newest_complete_checkpoint(tmp_path, checkpoint_warnings):
-    uninterrupted = train(tmp_path)
-    for step in range(8, 16):
-        shutil.rmtree(tmp_path / f"checkpoint-{step}")
-    shutil.copytree(tmp_path / "checkpoint-7", tmp_path / "checkpoint-8")
-    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()  # as if killed while saving
-    run = tiny.trainer(tmp_path, tiny.bert(**MODEL), tiny.texts(), Recorder, **SAVING)
+def new_run(folder, data=tiny.texts, **settings):
+    return tiny.trainer(folder, tiny.bert(**MODEL), data(), Recorder, **{**SAVING, **settings})
+
+
+def test_training_resumes_from_the_newest_complete_checkpoint(tmp_path, uninterrupted):
+    copied_checkpoint(uninterrupted(), 7, tmp_path)
+    incomplete = copied_checkpoint(uninterrupted(), 8, tmp_path)  # as if killed while saving
+    (incomplete / "trainer_state.json").unlink()
+    run = new_run(tmp_path, save_steps=8)
     run.train(resume_from_checkpoint=True)
     assert len(run.draws) == 8
-    assert tiny.difference(run, uninterrupted) == 0.0
-    assert json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
+    assert_identical(run, uninterrupted())
+    assert json.loads((incomplete / "trainer_state.json").read_text())["global_step"] == 8
 
 
-def test_training_starts_from_scratch_without_a_complete_checkpoint(tmp_path, checkpoint_warnings):
-    uninterrupted = train(tmp_path, max_steps=4)
-    for step in range(1, 5):
+def test_training_starts_from_scratch_without_a_complete_checkpoint(tmp_path, warned):
+    first = new_run(tmp_path, max_steps=2)
+    first.train()
+    for step in (1, 2):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    run = tiny.trainer(tmp_path, tiny.bert(**MODEL), tiny.texts(), Recorder, **SAVING, max_steps=4)
-    run.train(resume_from_checkpoint=True)
-    assert "has no complete checkpoint: training starts from scratch" in checkpoint_warnings[0]
-    assert tiny.difference(run, uninterrupted) == 0.0
+    again = new_run(tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert "has no complete checkpoint: training starts from scratch" in warned()[0]
+    assert tiny.difference(again, first) == 0.0
 
 
 def test_resuming_without_any_checkpoint_is_refused_by_trainer(tmp_path):
@@ -73,15 +70,12 @@ class FailingTexts(torch.utils.data.Dataset):
         return self.rows[i]
 
 
-def test_training_resumes_exactly_after_an_exception_in_the_dataset(tmp_path):
-    uninterrupted = train(tmp_path)
-    folder = tmp_path / "failing"
-    folder.mkdir()
-    failing = tiny.trainer(folder, tiny.bert(**MODEL), FailingTexts(fails_at=2 * 40 + 75), Recorder, **SAVING)
+def test_training_resumes_exactly_after_an_exception_in_the_dataset(tmp_path, uninterrupted):
+    failing = new_run(tmp_path, lambda: FailingTexts(fails_at=2 * 40 + 75))
     with pytest.raises(OSError, match="the disk is gone"):
         failing.train()
     assert failing.importances.isfinite().any()
-    resumed = tiny.trainer(folder, tiny.bert(**MODEL), tiny.texts(), Recorder, **SAVING)
+    resumed = new_run(tmp_path, save_steps=15)
     resumed.train(resume_from_checkpoint=True)
     assert 0 < len(resumed.draws) < 15
-    assert tiny.difference(resumed, uninterrupted) == 0.0
+    assert_identical(resumed, uninterrupted())

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from hf_importance.report.columns import Columns
-from hf_importance.sampling.draw import Shard
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.record import OBSERVED, VisitRecord
 from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.sampling.shard import Shard
 
 EXAMPLES = 10  # 4 + 3 + 3
 BACKENDS = ("gloo", "cuda:gloo")  # the second has no group for CPU tensors, like NCCL

@@ -43,7 +43,7 @@ def parameters(run):
 def results_of(run):
     return {
         "draws": [(draw.index, draw.weight) for draw in run.draws],
-        "batches": len(run.get_train_dataloader()),
+        "batches": len(run._run.epoch_loader()),
         "parameters": parameters(run),
         "importances": run.importances,
         "steps": run.state.global_step,
@@ -81,10 +81,10 @@ class EffectiveSteps(TrainerCallback):
     """Records the effective steps before each step."""
 
     def __init__(self, run):
-        self._run, self.recorded = run, []
+        self._trainer, self.recorded = run, []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.recorded.append(tiny.progress_of(self._run).value)
+        self.recorded.append(tiny.progress_of(self._trainer).value)
 
 
 def resumed_elsewhere(folder, checkpoint, owners, **settings):
@@ -102,7 +102,7 @@ def resumed_elsewhere(folder, checkpoint, owners, **settings):
     for path in copy.glob("importance_*.pt"):
         if not (path.name.startswith(f"importance_{rank:05d}") and rank in owners):
             path.unlink()
-    with patch("hf_importance.hooks.checkpoints.logger.warning") as warning:
+    with patch("hf_importance.run.run.logger.warning") as warning:
         run = new_trainer(folder / "resumed", model=tiny.bert(dropout=0.1, initializer_range=0.5), **settings)
         progress = EffectiveSteps(run)
         run.add_callback(progress)
@@ -119,7 +119,7 @@ def resumed_from_single_process(folder):
 
 
 def collectives(folder):
-    """Collective operations in eight steps of `Trainer` and ours, with and without a fixed budget."""
+    """Collective operations in eight steps of `Trainer` and ours, with and without effective epochs."""
 
     def profiled(cls, importance=None):
         settings = {"logging_steps": 100, "max_steps": 8, "per_device_train_batch_size": 1}
@@ -193,7 +193,7 @@ def first_batches(folder, rank):
             run.train()
         except ValueError as error:
             return str(error)
-        return {"state": run._get_objective().state_dict(), "parameters": parameters(run)}
+        return {"state": run._run.objective.state_dict(), "parameters": parameters(run)}
 
     return {"usual": train(1.0), "other": train(1.0 if rank == 0 else 1.5)}
 
@@ -222,7 +222,7 @@ def one_step(folder, batch, accumulation, task, ranks=1, rank=0):
         "classes": (tiny.bert(), tiny.texts(24), {}),
         "tokens": (tiny.token_bert(), tiny.token_rows(24), {"data_collator": tiny.pad}),
     }[task]
-    import hf_importance.hooks.data as module
+    import hf_importance.run.data as module
 
     original = module.ImportanceBatchSampler
     module.ImportanceBatchSampler = sampler_of_visits(index, weight, ranks, rank)
@@ -251,21 +251,21 @@ def main(folder):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    half = {"importance": {"budget": 0.5}, "gradient_accumulation_steps": 2}
+    half = {"importance": tiny.visits(0.5), "gradient_accumulation_steps": 2}
     results = {
         "default": results_of(trained(folder / "default")),
         "early end": results_of(trained(folder / "early-end", **EARLY_END)),
-        "fixed budget": results_of(trained(folder / "fixed", importance=tiny.FIXED)),
+        "all steps": results_of(trained(folder / "fixed", importance=tiny.FIXED)),
         "uniform": results_of(trained(folder / "uniform", importance={"metric": "uniform"})),
         "frozen": frozen(folder / "frozen"),
         "reported": reported(folder / "reported"),
-        "half budget": results_of(trained(folder / "half", **half)),
+        "half of the visits": results_of(trained(folder / "half", **half)),
     }
     if ranks == 2:
         early_end = folder / "resumed-early-end" / "uninterrupted" / "checkpoint-60"
         results |= {
             "resumed": resumed(folder / "resumed", 7, dataloader_num_workers=2, importance=REPLACEMENT),
-            "resumed, fixed budget": resumed(folder / "resumed-fixed", 7, importance=tiny.FIXED),
+            "resumed, all steps": resumed(folder / "resumed-fixed", 7, importance=tiny.FIXED),
             "resumed, early end": resumed(folder / "resumed-early-end", 60, **EARLY_END),
             "resumed, grouped": resumed(folder / "resumed-grouped", 7, **GROUPED),
             "resumed elsewhere": resumed_elsewhere(folder / "elsewhere", early_end, (0, 1), **EARLY_END),

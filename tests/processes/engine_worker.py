@@ -147,7 +147,7 @@ class Engine:
             results["resumed"] = run("resumed", seed=1, dropout=DROPOUT, resume=middle, **EARLY_END)
         if self.name == "zero2":
             own_schedule = {**ALL_EXAMPLES, "warmup_steps": 4, **deepspeed(2, optimizer=OPTIMIZER, scheduler=SCHEDULE)}
-            fixed = {"metric": "uniform", "budget": 1.0}
+            fixed = {"metric": "uniform", "effective_epochs": False}
             results["trainer, own schedule"] = run("own-schedule-trainer", Trainer, **own_schedule)
             results["uniform, own schedule"] = run("own-schedule-uniform", importance=fixed, **own_schedule)
             results["refusal"] = message_of(lambda: self.new_trainer("refused", **own_schedule))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import workers
 
 from hf_importance.report.columns import Columns
-from hf_importance.sampling.draw import Shard
+from hf_importance.sampling.shard import Shard
 
 EXAMPLES, RANKS = columns_worker.EXAMPLES, 3
 

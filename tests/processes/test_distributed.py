@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 import workers
+from oracles import rates_of as rates
 
-from hf_importance.run.checkpoints import load_states
-from hf_importance.sampling.rates import rates
+from hf_importance.run.checkpoints import SavedStates
 
 EXAMPLES = distributed_worker.EXAMPLES
 LAUNCHERS = {
@@ -60,12 +60,12 @@ def results_of_ranks(folder):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("run", ["fixed budget", "uniform", "frozen", "half budget"])
+@pytest.mark.parametrize("run", ["all steps", "uniform", "frozen", "half of the visits"])
 def test_ranks_train_one_model_on_disjoint_shards(results_of_ranks, launcher, run):
     results = [result[run] for result in results_of_ranks(launcher)]
     ranks = {"1": 1, "2": 2, "4": 4, "accelerate": 2}[launcher]
     assert len(results) == ranks
-    visits = -(-round(EXAMPLES * (0.5 if run == "half budget" else 1)) // ranks)
+    visits = -(-round(EXAMPLES * (0.5 if run == "half of the visits" else 1)) // ranks)
     for result in results:
         assert result["batches"] == -(-visits // 4)
         assert sum(len(index) for index, _ in result["draws"]) == visits * {"frozen": 2}.get(run, 3)
@@ -74,7 +74,7 @@ def test_ranks_train_one_model_on_disjoint_shards(results_of_ranks, launcher, ru
         assert result["importances"].shape == (EXAMPLES,)
     drawn = [{i for index, _ in result["draws"] for i in index} for result in results]
     assert sum(map(len, drawn)) == len(set.union(*drawn)), "no example is drawn by two ranks"
-    if run != "half budget":
+    if run != "half of the visits":
         assert set.union(*drawn) == set(range(EXAMPLES))
 
 
@@ -151,7 +151,7 @@ def test_collectives_are_those_of_trainer_and_one_reduction_per_segment(results_
 
 @pytest.mark.parametrize(
     ("run", "step"),
-    [("resumed", 7), ("resumed, fixed budget", 7), ("resumed, early end", 60), ("resumed, grouped", 7)],
+    [("resumed", 7), ("resumed, all steps", 7), ("resumed, early end", 60), ("resumed, grouped", 7)],
 )
 def test_resumed_training_is_identical(results_of_ranks, run, step):
     for result in results_of_ranks("2"):
@@ -160,7 +160,7 @@ def test_resumed_training_is_identical(results_of_ranks, run, step):
         assert torch.equal(resumed["importances"].nan_to_num(-1), uninterrupted["importances"].nan_to_num(-1))
         assert resumed["draws"] == uninterrupted["draws"][step:] != []
         assert resumed["steps"] == uninterrupted["steps"]
-        if run != "resumed, fixed budget":
+        if run != "resumed, all steps":
             assert torch.equal(resumed["progress"].pop("sums"), uninterrupted["progress"].pop("sums"))
         assert resumed["progress"] == uninterrupted["progress"]
     assert (uninterrupted["steps"] < 10 * uninterrupted["batches"]) or run != "resumed, early end"
@@ -188,7 +188,7 @@ def test_all_processes_start_over_with_one_progress_if_one_has_no_file(folder, r
     assert set(first["draws"][0][1]) == {21 * 2 / EXAMPLES}
     assert len(set(second["draws"][0][1])) > 1, "weights follow from the importances that are kept"
     checkpoint = folder / "launched-2" / "resumed-early-end" / "uninterrupted" / "checkpoint-60"
-    saved = load_states(checkpoint)[1]["effective"]["progress"]
+    saved = SavedStates(checkpoint)[1]["effective"]["progress"]
     assert saved["value"] > 61, "premise: steps count as more than one"
     for before, result in zip(results_of_ranks("2"), results, strict=True):
         before = before["resumed, early end"]["uninterrupted"]
@@ -216,7 +216,7 @@ def test_processes_decide_together_on_the_first_batches(results_of_ranks):
     """What one of them finds holds for all, and an error in one ends all."""
     first, second = (result["first batches"] for result in results_of_ranks("2"))
     assert first["usual"]["state"] == second["usual"]["state"]
-    assert first["usual"]["state"]["looked"]
+    assert first["usual"]["state"]["done"]
     assert first["usual"]["state"]["shifts"], "the batches of the first process do not show it"
     assert first["usual"]["state"]["batches"] == 1
     assert torch.equal(first["usual"]["parameters"], second["usual"]["parameters"])
@@ -241,10 +241,10 @@ def test_importances_are_kept_from_two_processes_to_one(folder, results_of_ranks
     results_of_ranks("2")
     checkpoint = folder / "launched-2" / "resumed-fixed" / "uninterrupted" / "checkpoint-7"
     importances = torch.full((EXAMPLES,), torch.nan)
-    for state in load_states(checkpoint):
+    for state in SavedStates(checkpoint):
         importances[state["sampler"]["shard"]] = state["sampler"]["memory"]["importance"]
     warnings = []
-    monkeypatch.setattr("hf_importance.hooks.checkpoints.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_importance.run.run.logger.warning", warnings.append)
     settings = {"learning_rate": 0.0, "per_device_train_batch_size": 20}
     run = distributed_worker.new_trainer(folder / "from two processes", importance=tiny.FIXED, **settings)
     run.train(resume_from_checkpoint=str(checkpoint))

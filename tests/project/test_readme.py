@@ -15,11 +15,9 @@ from benchmarks import from_scratch, methods, picture, results, rivals
 from benchmarks.methods import METHODS
 from benchmarks.tasks import Entry
 from PIL import Image
-from runs import data_arguments
 from transformers import TrainingArguments
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
-from hf_importance.command_line.arguments import ModelArguments, parse
 
 PAGES = {
     page.relative_to(benchmark.ROOT).as_posix(): page.read_text(encoding="utf-8")
@@ -71,7 +69,7 @@ def test_both_sides_of_the_diff_train(tmp_path, sign, name):
         exec(report, names)
         assert (tmp_path / "_importance_report" / "report.html").exists()
         exec(settings, names)
-        assert names["trainer"].importance_config.budget == 0.7
+        assert names["trainer"].importance_config.prune_mass == 0.1
 
 
 def anchors(page):
@@ -130,7 +128,7 @@ def test_instructions_for_a_new_method_and_a_new_task_work(tmp_path):
     names = {**vars(rivals), **vars(from_scratch)}
     exec(compile(method, "README.md", "exec"), names)
     exec(compile(task, "README.md", "exec"), names)
-    for line in ("Method(rival=Hardest)", 'Method({"uniform_fraction": 0.5})'):
+    for line in ("Method(rival=Hardest)", "Method(ImportanceConfig(uniform_fraction=0.5))"):
         assert line in RESULTS
         new_method = eval(line, {**vars(methods), **names})
         parity = names["parity_task"]()
@@ -145,16 +143,16 @@ def test_instructions_for_a_new_method_and_a_new_task_work(tmp_path):
 @pytest.mark.parametrize("command", commands("run"), ids=lambda words: words[0])
 def test_flags_of_the_scripts_exist(command):
     script = importlib.import_module(Path(command[0]).stem)
-    parse(command[1:], data_arguments(script), script.EMBEDDED)
+    script.parse(command[1:])
     with pytest.raises(ValueError, match="Some specified arguments are not used"):
-        parse([*command[1:], "--unknown", "1"], data_arguments(script), script.EMBEDDED)
+        script.parse([*command[1:], "--unknown", "1"])
 
 
 @pytest.mark.parametrize("command", commands("run", SCRIPTS), ids=" ".join)
 def test_flags_for_several_processes_exist(command):
     """Only the names of the flags: their values require files, and the packages of the engines."""
     script = importlib.import_module(Path(command[0]).stem)
-    kinds = (ModelArguments, data_arguments(script), TrainingArguments, ImportanceConfig)
+    kinds = (script.ScriptArguments, TrainingArguments, ImportanceConfig)
     flags = {f"--{field.name}" for kind in kinds for field in fields(kind)}
     assert {word for word in command if word.startswith("--")} <= flags
     assert "--unknown" not in flags, "control: not every flag exists"

@@ -10,75 +10,31 @@ import pytest
 import hf_importance
 
 ORDER = [
-    "state",
     "randomness",
-    "record",
-    "losses.per_example",
-    "losses.rows",
-    "losses.heads",
-    "losses.isolation",
-    "losses.made_up",
-    "losses.first_batch",
-    "losses.own_loss",
-    "losses.last_layer",
-    "losses.objective",
-    "sampling.draw",
-    "sampling.rates",
-    "sampling.memory",
-    "sampling.guard",
-    "sampling.strata",
-    "sampling.segments",
-    "sampling.replacement",
-    "sampling.groups",
-    "sampling.suspects",
-    "sampling.progress",
-    "sampling.sampler",
-    "adapters.base",
-    "adapters.fused_head",
-    "adapters.sft",
-    "adapters.preference",
-    "adapters.sentences",
-    "adapters.known",
-    "data",
-    "fingerprint",
-    "lengths",
-    "checkpoint",
+    "upstream",
+    *(
+        f"sampling.{name}"
+        for name in ("state", "draw", "shard", "rates", "memory", "guard", "strata", "segments", "replacement")
+    ),
+    *(f"sampling.{name}" for name in ("groups", "record", "suspects", "effective_steps", "sampler")),
+    *(f"losses.{name}" for name in ("per_example", "outputs", "isolation", "first_batch", "custom", "made_up")),
+    *(f"losses.{name}" for name in ("own_loss", "objective")),
+    *(f"data.{name}" for name in ("dataset", "loader", "lengths", "fingerprint")),
     "config",
-    "step",
-    "columns",
-    "loader",
-    "epochs",
-    "schedule",
-    "support",
-    "overrides",
-    "report.texts",
-    "report.tokens",
-    "report.findings",
-    "report.plots",
-    "report.examples",
-    "report.duplicates",
-    "report.page",
-    "report.hub",
-    "report.logs",
-    "report.training",
-    "hooks.data",
-    "hooks.step",
-    "hooks.checkpoints",
-    "hooks.report",
+    *(f"adapters.{name}" for name in ("base", "trl", "sentence_transformers", "known")),
+    *(f"report.{name}" for name in ("columns", "texts", "tokens", "findings", "pictures", "plots", "duplicates")),
+    *(f"report.{name}" for name in ("tables", "examples", "hub", "logs", "training", "page")),
+    *(
+        f"run.{name}"
+        for name in ("loop_epochs", "effective_epochs", "validation", "data", "step", "checkpoints", "run", "callbacks")
+    ),
     "trainer",
     "__init__",
-    "command_line.arguments",
-    "command_line.metrics",
-    "command_line.embedded_data",
-    "command_line.data_files",
-    "command_line.completions",
-    "command_line.labels",
-    "command_line.fine_tuning",
-    "command_line.lora",
 ]
-FOLDERS = ("losses", "sampling", "adapters", "report", "hooks", "command_line")
-ONLY_TORCH = {"state", "randomness", "record", "fingerprint", "checkpoint", "data", "report.findings"}
-ONLY_TORCH |= {module for module in ORDER if module.startswith(("losses.", "sampling."))}
+FOLDERS = ("sampling", "losses", "data", "adapters", "report", "run")
+STRANGERS = ("sampling", "losses", "data")
+"""Folders that do not know each other."""
+ONLY_TORCH = {module for module in ORDER if module.startswith(("losses.", "sampling."))}
 TORCH = ("torch", "numpy")
 PACKAGE = Path(hf_importance.__file__).parent
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
@@ -104,8 +60,12 @@ def violations(module, source):
     """Messages on imports that the order does not allow."""
     for name in imported(source):
         if name.startswith("hf_importance."):
-            if ORDER.index(name.removeprefix("hf_importance.")) >= ORDER.index(module):
+            other = name.removeprefix("hf_importance.")
+            folder, other_folder = module.split(".")[0], other.split(".")[0]
+            if ORDER.index(other) >= ORDER.index(module):
                 yield f"{module} imports {name}, which is not listed before it"
+            elif folder != other_folder and {folder, other_folder} <= set(STRANGERS):
+                yield f"{module} imports {name}, on which it must not depend"
         elif module in ONLY_TORCH and name not in TORCH and name not in sys.stdlib_module_names:
             yield f"{module} imports {name}, on which it must not depend"
 
@@ -119,13 +79,14 @@ def test_module_imports_only_modules_before_it(module):
     ("module", "source"),
     [
         ("sampling.memory", "from hf_importance.sampling.sampler import ImportanceBatchSampler"),
-        ("record", "from hf_importance import checkpoint"),
+        ("sampling.record", "from hf_importance.run import checkpoints"),
         ("sampling.segments", "def f():\n    import hf_importance.trainer"),
-        ("sampling.sampler", "from hf_importance.run.schedule import follow"),
-        ("sampling.progress", "import transformers"),
-        ("data", "import transformers"),
+        ("sampling.sampler", "from hf_importance.run.effective_epochs import EffectiveEpochs"),
+        ("sampling.rates", "import transformers"),
         ("losses.objective", "from transformers.utils import logging"),
-        ("losses.heads", "from hf_importance.losses import objective"),
+        ("losses.objective", "from hf_importance.sampling.draw import Draw"),
+        ("data.dataset", "from hf_importance.sampling.draw import Draw"),
+        ("losses.outputs", "from hf_importance.losses import objective"),
     ],
 )
 def test_control_violations_are_found(module, source):

@@ -22,7 +22,7 @@ class StepWatch(TrainerCallback):
             self.effective_steps.append(progress.value)
 
 
-def watched_trainer(tmp_path, budget="auto", importance=None, **args):
+def watched_trainer(tmp_path, importance=None, **args):
     """A trainer of 60 uniform steps (6 epochs of 40 examples in batches of 4), and its [`StepWatch`]."""
     common = {"per_device_train_batch_size": 4, "learning_rate": 2e-3, "report_to": [], "use_cpu": True}
     common |= {
@@ -38,7 +38,7 @@ def watched_trainer(tmp_path, budget="auto", importance=None, **args):
         args=TrainingArguments(output_dir=str(tmp_path), **{**common, **args}),
         train_dataset=mostly_easy_texts(),
         eval_dataset=texts(8),
-        importance=ImportanceConfig(budget=budget) if importance is None else importance,
+        importance=ImportanceConfig(**importance or {}),
         callbacks=[watch],
     )
     watch.trainer = trainer

@@ -1,4 +1,4 @@
-"""The settings `budget` and `prune_mass` in trainings."""
+"""The settings `visits_per_epoch` and `prune_mass` in trainings."""
 
 import math
 
@@ -8,40 +8,39 @@ import torch
 from tiny import Recorder
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.6, 1.0, 1.5])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_budget_sets_visits_steps_and_learning_rate(tmp_path, budget, accumulation):
-    """50 examples in batches of 8, 4 epochs."""
+@pytest.mark.parametrize(("share", "accumulation"), [(0.3, 3), (0.6, 1), (1.0, 3), (1.5, 1), (1.5, 3)])
+def test_visits_per_epoch_set_steps_and_learning_rate(tmp_path, share, accumulation):
+    """50 examples in batches of 8, 2 epochs."""
     run = tiny.trained(
         tmp_path,
         tiny.bert(),
         tiny.texts(50),
         Recorder,
-        {"budget": budget},
+        tiny.visits(share),
         gradient_accumulation_steps=accumulation,
-        num_train_epochs=4,
+        num_train_epochs=2,
         logging_steps=1,
     )
-    batches = math.ceil(round(50 * budget) / 8)
+    batches = math.ceil(round(50 * share) / 8)
     steps = math.ceil(batches / accumulation)
-    assert len(run.draws) == 4 * batches
-    assert sum(len(draw.index) for draw in run.draws) == 4 * round(50 * budget)
-    assert run.state.global_step == run.state.max_steps == 4 * steps
-    assert run.state.epoch == 4.0
-    assert tiny.logged(run, "learning_rate")[-1] == pytest.approx(1e-2 / (4 * steps))
+    assert len(run.draws) == 2 * batches
+    assert sum(len(draw.index) for draw in run.draws) == 2 * round(50 * share)
+    assert run.state.global_step == run.state.max_steps == 2 * steps
+    assert run.state.epoch == 2.0
+    assert tiny.logged(run, "learning_rate")[-1] == pytest.approx(1e-2 / (2 * steps))
 
 
 @pytest.mark.parametrize(
     ("sampling", "once"), [("reshuffled", True), ("replacement", False)], ids=["reshuffled", "control: replacement"]
 )
-def test_half_budget_visits_every_example_before_any_twice(tmp_path, sampling, once):
-    importance = {"budget": 0.5, "metric": "uniform", "sampling": sampling}
+def test_half_of_the_visits_visit_every_example_before_any_twice(tmp_path, sampling, once):
+    importance = {**tiny.visits(0.5), "metric": "uniform", "sampling": sampling}
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, importance, num_train_epochs=2)
     assert (sorted(i for draw in run.draws for i in draw.index) == list(range(40))) == once
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_auto_budget_ends_before_the_steps_of_trainer(tmp_path, accumulation):
+def test_effective_epochs_end_before_the_steps_of_trainer(tmp_path, accumulation):
     """50 examples in batches of 8. The dataloader is as long as that of `Trainer`."""
     settings = {"num_train_epochs": 12, "gradient_accumulation_steps": accumulation, "logging_steps": 1}
     plain = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(50), tiny.Plain, **settings)
@@ -63,7 +62,7 @@ def ten_small_losses(outputs, labels):
 
 
 WITH_POSITIONS = [{**row, "labels": torch.tensor([row["labels"], i])} for i, row in enumerate(tiny.texts())]
-FROZEN = {"learning_rate": 0.0, "num_train_epochs": 20, "logging_steps": 5}
+FROZEN = {"learning_rate": 0.0, "num_train_epochs": 20, "per_device_train_batch_size": 20, "logging_steps": 2}
 
 
 def train_frozen(tmp_path, importance, loss=ten_small_losses, cls=Recorder, model=None, **settings):
@@ -77,17 +76,17 @@ def train_frozen(tmp_path, importance, loss=ten_small_losses, cls=Recorder, mode
 def test_pruned_examples_are_not_visited(tmp_path, sampling):
     run = train_frozen(tmp_path, {"prune_mass": 0.05, "sampling": sampling})
     assert run.kept_indices.tolist() == list(range(10, 40))
-    late = {i for draw in run.draws[25:] for i in draw.index}
+    late = {i for draw in run.draws[10:] for i in draw.index}
     assert late == set(range(10, 40))
     shares = tiny.logged(run, "importance/pruned")
     assert shares[0] == 0.0
     assert shares[-1] == 0.25
     assert tiny.logged(run, "importance/known")[-1] == 1.0, "pruned examples were visited before"
-    for draw in run.draws[50:]:
+    for draw in run.draws[20:]:
         assert all(0.8 < rate < 1.2 for rate in draw.rate), "the kept examples have similar rates of mean 1"
     unpruned = train_frozen(tmp_path, {"prune_mass": 0.0, "sampling": sampling})
     assert len(unpruned.kept_indices) == 40
-    assert {i for draw in unpruned.draws[25:] for i in draw.index} == set(range(40)), "control: no pruning"
+    assert {i for draw in unpruned.draws[10:] for i in draw.index} == set(range(40)), "control: no pruning"
     assert set(tiny.logged(unpruned, "importance/pruned")) == {0.0}
 
 
@@ -99,7 +98,7 @@ def test_nothing_is_pruned_by_default(tmp_path):
 
 
 def test_unvisited_examples_are_not_pruned(tmp_path):
-    importance = {"prune_mass": 0.5, "budget": 0.5, "sampling": "replacement"}
+    importance = {"prune_mass": 0.5, **tiny.visits(0.5), "sampling": "replacement"}
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, importance, num_train_epochs=3)
     unvisited = set(range(40)) - {i for draw in run.draws for i in draw.index}
     assert unvisited, "premise: some examples are not visited"
@@ -123,7 +122,7 @@ def test_dataset_select_takes_kept_indices(tmp_path):
     ("shrinks", "are_pruned"), [(True, False), (False, True)], ids=["shrinking", "control: constant"]
 )
 def test_pruned_examples_return_once_other_losses_are_as_small(tmp_path, sampling, shrinks, are_pruned):
-    """From step 20 on, all losses are a tenth, so no example is unimportant; control: losses do not change."""
+    """From step 8 on, all losses are a tenth, so no example is unimportant; control: losses do not change."""
     shrunk = []
 
     def shrinking(outputs, labels):
@@ -132,7 +131,7 @@ def test_pruned_examples_return_once_other_losses_are_as_small(tmp_path, samplin
 
     class Shrinking(Recorder):
         def training_step(self, *args, **kwargs):
-            if len(self.draws) == 20:
+            if len(self.draws) == 8:
                 shrunk.append(True)
             return super().training_step(*args, **kwargs)
 
@@ -140,15 +139,16 @@ def test_pruned_examples_return_once_other_losses_are_as_small(tmp_path, samplin
     run = train_frozen(tmp_path, importance, shrinking, Shrinking)
     shares = tiny.logged(run, "importance/pruned")
     assert 0.25 in shares[:5], "premise: ten examples were pruned"
-    late = {i for draw in run.draws[60:] for i in draw.index}
+    late = {i for draw in run.draws[24:] for i in draw.index}
     assert late.isdisjoint(range(10)) == are_pruned
     assert (shares[-1] == 0.25) == are_pruned
 
 
 def test_logged_loss_is_the_mean_over_the_kept_examples(tmp_path):
-    settings = {"num_train_epochs": 120, "logging_steps": 1, "model": tiny.opinionated_bert()}
+    settings = {"num_train_epochs": 120, "per_device_train_batch_size": 40, "logging_steps": 1}
+    settings["model"] = tiny.opinionated_bert()
     run = train_frozen(tmp_path, {"prune_mass": 0.05, "memory_momentum": 0.0}, **settings)
-    logged = tiny.logged(run, "loss")[50:]
+    logged = tiny.logged(run, "loss")[10:]
     outputs = run.model(torch.stack([row["input_ids"] for row in WITH_POSITIONS]))
     losses = ten_small_losses(outputs, torch.stack([row["labels"] for row in WITH_POSITIONS])).detach()
     kept = run.kept_indices
@@ -156,5 +156,5 @@ def test_logged_loss_is_the_mean_over_the_kept_examples(tmp_path):
     assert sum(logged) / len(logged) == pytest.approx(losses[kept].mean().item(), rel=0.03)
     assert losses[kept].mean() > 1.1 * losses.mean(), "control: kept examples have larger losses"
     unpruned = train_frozen(tmp_path, {"memory_momentum": 0.0}, **settings)
-    logged = tiny.logged(unpruned, "loss")[50:]
+    logged = tiny.logged(unpruned, "loss")[10:]
     assert sum(logged) / len(logged) == pytest.approx(losses.mean().item(), rel=0.03)

@@ -1,6 +1,4 @@
-"""Training dataloaders: previews do not affect training; custom ones are refused if they draw otherwise."""
-
-import gc
+"""Training dataloaders: users see that of `Trainer`; custom ones are refused if they draw otherwise."""
 
 import pytest
 import tiny
@@ -8,128 +6,119 @@ import torch
 import transformers as hf
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from hf_importance import ImportanceTrainer, ImportanceTrainerMixin
-from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance import ImportanceTrainerMixin
 
-# ---- previews --------------------------------------------------------------------------------------------------------
+# ---- what users see --------------------------------------------------------------------------------------------------
 
 
-class PreviewCallback(hf.TrainerCallback):
-    """Reads batches during training, from the dataloader passed to callbacks and from `get_train_dataloader()`."""
+class Visitor(hf.TrainerCallback):
+    """Looks at the dataloader passed to callbacks, and reads batches from it and from `get_train_dataloader()`."""
+
+    def __init__(self):
+        self.first_batches = []
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **_):
-        assert set(next(iter(train_dataloader))) == {"input_ids", "attention_mask", "labels"}
+        self.dataset, self.collate_fn = train_dataloader.dataset, train_dataloader.collate_fn
+        self.batch_size = train_dataloader.batch_sampler.batch_size
+        self.first_batches.append(next(iter(train_dataloader)))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
-        self.trainer.get_train_dataloader()
         next(iter(train_dataloader))
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step % 4 == 2:
             batches = iter(self.trainer.get_train_dataloader())
-            assert len(next(batches)["labels"]) == len(next(batches)["labels"]) == 8
+            self.first_batches.append(next(batches))
+            assert len(next(batches)["labels"]) == 8
 
 
 class RandomMaskCollator:
-    """Masks at random with the global generator and its own, like collators of masked language models."""
-
-    def __init__(self):
-        self.generator = None
+    """Masks at random with the global generator, like collators of masked language models."""
 
     def __call__(self, rows):
-        if self.generator is None:
-            self.generator = torch.Generator().manual_seed(0)
         batch = hf.default_data_collator(rows)
-        shape = batch["attention_mask"].shape
-        kept = (torch.rand(shape) < 0.9) & (torch.rand(shape, generator=self.generator) < 0.9)
-        batch["attention_mask"] = kept.long()
+        batch["attention_mask"] = (torch.rand(batch["attention_mask"].shape) < 0.9).long()
         return batch
 
 
-def make_trainer(tmp_path, previews, workers, collate=None, **settings):
-    callback = PreviewCallback()
-    more = {"callbacks": [callback] if previews else [], "data_collator": collate or RandomMaskCollator()}
+def visited(tmp_path, cls, workers=0, **settings):
+    visitor, collate = Visitor(), RandomMaskCollator()
+    more = {"callbacks": [visitor], "data_collator": collate}
+    importance = None if cls is tiny.Plain else {"metric": "uniform"}
     run = tiny.trainer(
-        tmp_path, tiny.bert(dropout=0.1), tiny.texts(), more=more, num_train_epochs=6, save_strategy="steps",
-        save_steps=13, dataloader_num_workers=workers, **settings,
-    )  # fmt: skip
-    callback.trainer = run
-    return run
+        tmp_path,
+        tiny.bert(dropout=0.1),
+        tiny.texts(),
+        cls,
+        importance,
+        more,
+        dataloader_num_workers=workers,
+        **settings,
+    )
+    visitor.trainer = run
+    run.train()
+    return run, visitor
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_previews_do_not_affect_training(tmp_path, workers):
-    plain = make_trainer(tmp_path / "plain", previews=False, workers=workers)
-    plain.train()
-    previewed = make_trainer(tmp_path / "previewed", previews=True, workers=workers)
-    previewed.train()
-    assert tiny.difference(plain, previewed) == 0.0
-    torch.testing.assert_close(plain.importances, previewed.importances, rtol=0, atol=0)
-    other = make_trainer(tmp_path / "other", previews=False, workers=workers, seed=1)
-    other.train()
-    assert tiny.difference(plain, other) > 1e-3, "control: another seed"
+def test_callbacks_see_and_do_what_they_do_with_trainer(tmp_path, workers):
+    """Their own dataset, collator and batch sampler; batches without draws, in the same order; the same training."""
+    plain, expected = visited(tmp_path, tiny.Plain, workers)
+    ours, visitor = visited(tmp_path, tiny.Recorder, workers)
+    assert visitor.dataset is ours.train_dataset
+    assert visitor.collate_fn.data_collator is ours.data_collator, "as `Trainer` wraps it"
+    assert visitor.batch_size == 8
+    for batch, other in zip(visitor.first_batches, expected.first_batches, strict=True):
+        assert list(batch) == list(other) == ["input_ids", "attention_mask", "labels"]
+        assert torch.equal(batch["input_ids"], other["input_ids"])
+    assert tiny.difference(plain, ours) == 0.0
+    assert [draw.number for draw in ours.draws] == list(range(15)), "nothing was drawn for the callback"
 
 
-def test_previews_do_not_affect_resumed_training(tmp_path):
-    """With a collator without random numbers, whose state is not in a checkpoint of `Trainer` either."""
-    settings = {"workers": 0, "collate": hf.default_data_collator}
-    whole = make_trainer(tmp_path / "whole", previews=True, **settings)
-    whole.train()
-    resumed = make_trainer(tmp_path / "resumed", previews=True, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-13"))
-    assert tiny.difference(whole, resumed) == 0.0
+class Replacing(hf.TrainerCallback):
+    """Replaces dataset or collator of the dataloader between epochs, as curricula and augmentations do."""
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
+        if state.global_step >= 5:
+            setattr(train_dataloader, self.name, self.value)
 
 
-def test_preview_batches_equal_those_of_trainer(tmp_path):
-    """In content and order; the model takes them as they are."""
-    plain = list(tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), tiny.Plain).get_train_dataloader())
-    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
-    ours = list(run.get_train_dataloader())
-    assert [list(batch) for batch in ours] == [list(batch) for batch in plain]
-    for a, b in zip(ours, plain, strict=True):
-        assert torch.equal(a["input_ids"], b["input_ids"])
-    assert run.model(**ours[0]).loss.item() == run.compute_loss(run.model, ours[0]).item() > 0
+def only_zeros(rows):
+    return {name: value * 0 for name, value in hf.default_data_collator(rows).items()}
 
 
-class OptimizerFails(ImportanceTrainer):
-    def create_optimizer(self, *_):
-        raise RuntimeError("no optimizer")
+def test_replaced_collator_is_used_from_the_next_epoch_on(tmp_path):
+    def labels_of(cls, importance=None):
+        seen = []
+
+        class Seeing(cls):
+            def training_step(self, model, inputs, *args, **kwargs):
+                seen.append(int(inputs["labels"].sum()))
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        more = {"callbacks": [Replacing("collate_fn", only_zeros)]}
+        tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Seeing, importance, more)
+        return seen
+
+    ours = labels_of(tiny.Recorder, {"metric": "uniform"})
+    assert any(ours[:5])
+    assert not any(ours[5:])
 
 
-def test_dataloader_after_a_failed_training_is_a_preview(tmp_path):
-    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), OptimizerFails)
-    with pytest.raises(RuntimeError, match="no optimizer"):
-        run.train()
-    assert set(next(iter(run.get_train_dataloader()))) == {"input_ids", "attention_mask", "labels"}
-
-
-def test_preview_has_no_memory_of_the_examples_until_it_is_iterated(tmp_path):
-    def count_memories():
-        gc.collect()
-        return sum(type(x) is ImportanceMemory for x in gc.get_objects())
-
-    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
-    before = count_memories()
-    loader = run.get_train_dataloader()
-    assert count_memories() == before
-    batches = iter(loader)
-    next(batches)
-    assert count_memories() == before + 1, "control: during an iteration"
-    assert len(loader) == 5 == len(list(loader))
-
-
-class RandomMaskDataset(torch.utils.data.Dataset):
-    """Masks tokens with its own generator."""
+class GlobalMaskDataset(torch.utils.data.Dataset):
+    """Masks tokens with the global generator."""
 
     def __init__(self):
-        self.rows, self.generator = [{**row, "labels": row["input_ids"] % 4} for row in tiny.texts()], torch.Generator()
+        self.rows = [{**row, "labels": row["input_ids"] % 4} for row in tiny.texts()]
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        mask = torch.rand(tiny.LENGTH, generator=self.generator) < 0.9
-        return {**self.rows[i], "attention_mask": mask.long()}
+        return {**self.rows[i], "attention_mask": (torch.rand(tiny.LENGTH) < 0.9).long()}
 
 
 @pytest.mark.parametrize("saves", ["no", "epoch"])
@@ -137,13 +126,13 @@ def test_examples_read_before_training_do_not_affect_its_random_numbers(tmp_path
     """Examples are read for labels, lengths and the fingerprint; `Trainer` reads none."""
     model = tiny.token_bert()
     settings = {"num_train_epochs": 1, "save_strategy": saves}
-    plain = tiny.trained(tmp_path / "plain", model, RandomMaskDataset(), tiny.Plain, **settings)
-    ours = tiny.trained(tmp_path / "ours", model, RandomMaskDataset(), importance={"metric": "uniform"}, **settings)
+    plain = tiny.trained(tmp_path / "plain", model, GlobalMaskDataset(), tiny.Plain, **settings)
+    ours = tiny.trained(tmp_path / "ours", model, GlobalMaskDataset(), importance={"metric": "uniform"}, **settings)
     assert tiny.difference(ours, plain) < 1e-6
-    data = RandomMaskDataset()
-    data[0]
-    other = tiny.trained(tmp_path / "other", model, data, tiny.Plain, **settings)
-    assert tiny.difference(other, plain) > 1e-4, "control: an example was read before training"
+    other = tiny.trainer(tmp_path / "other", model, GlobalMaskDataset(), tiny.Plain, **settings)
+    torch.rand(1)
+    other.train()
+    assert tiny.difference(other, plain) > 1e-4, "control: a random number was drawn before training"
 
 
 # ---- custom dataloaders ----------------------------------------------------------------------------------------------

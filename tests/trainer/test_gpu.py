@@ -57,7 +57,7 @@ def test_float16_trains_after_skipped_steps(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 2}, {"gradient_accumulation_steps": 3}], ids=str)
 @pytest.mark.parametrize(
-    "importance", [{}, {"sampling": "replacement"}, tiny.FIXED], ids=["reshuffled", "replacement", "fixed budget"]
+    "importance", [{}, {"sampling": "replacement"}, tiny.FIXED], ids=["reshuffled", "replacement", "all steps"]
 )
 def test_resumed_training_is_identical(tmp_path, settings, importance):
     """A transfer of importances is pending when the checkpoint is saved."""

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+import shutil
 
 import pytest
 import tiny
@@ -16,9 +17,8 @@ from hf_importance import ImportanceConfig, ImportanceTrainer
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 SETTINGS = [
-    ("metric", "gradient", ValueError, "must be one of 'logit_gradient', 'loss', 'last_layer_gradient', 'uniform'"),
+    ("metric", "gradient", ValueError, "must be one of 'logit_gradient', 'loss', 'uniform'"),
     ("metric", None, ValueError, "must be one of"),
-    ("sampling", "random", ValueError, "must be one of 'reshuffled', 'replacement'"),
     ("memory_momentum", 1.0, ValueError, r"must be in \[0, 1\), but is 1.0"),
     ("memory_momentum", -0.1, ValueError, r"must be in \[0, 1\)"),
     ("uniform_fraction", 1.1, ValueError, r"must be in \[0, 1\], but is 1.1 \(default: 0.3\)"),
@@ -26,17 +26,14 @@ SETTINGS = [
     ("uniform_fraction", "0.3", TypeError, r"must be a number in \[0, 1\], but is '0.3'"),
     ("weight_exponent", 2, ValueError, r"must be in \[0, 1\]"),
     ("weight_exponent", True, TypeError, "must be a number"),
-    ("budget", 0.0, ValueError, r"must be 'auto' or a number above 0 .*, but is 0.0 \(default: 'auto'\)"),
-    ("budget", math.inf, ValueError, "must be 'auto' or a number above 0 and at most 10"),
-    ("budget", 70, ValueError, r"at most 10 \(0.7 for 70 % of the visits\), but is 70"),
-    ("budget", "much", ValueError, "must be 'auto' or a number above 0 .*, but is 'much'"),
-    ("budget", "-1", ValueError, "must be 'auto' or a number above 0 .*, but is -1.0"),
-    ("budget", True, TypeError, "must be 'auto' or a number above 0"),
-    ("budget", None, TypeError, "must be 'auto' or a number above 0"),
+    ("effective_epochs", "auto", TypeError, "must be True or False, but is 'auto'"),
+    ("visits_per_epoch", 0.0, ValueError, r"must be above 0 and at most 10, but is 0.0 \(default: 1.0\)"),
+    ("visits_per_epoch", math.inf, ValueError, "must be above 0 and at most 10"),
+    ("visits_per_epoch", 70, ValueError, "at most 10, but is 70"),
+    ("visits_per_epoch", True, TypeError, "must be a number above 0"),
     ("prune_mass", 1.0, ValueError, r"must be in \[0, 1\)"),
     ("prune_mass", -0.01, ValueError, r"must be in \[0, 1\)"),
     ("record", "yes", TypeError, "must be True or False"),
-    ("importance_increment", -1.0, ValueError, "must be at least 0 and finite"),
     ("suspect_weight", 1.1, ValueError, r"must be in \[0, 1\]"),
     ("suspects_from", -1, ValueError, "must be at least 0 and finite"),
     ("seed", -1, ValueError, r"must be in 0 … 2\^63 − 1, but is -1"),
@@ -50,6 +47,16 @@ SETTINGS = [
 def test_invalid_settings_are_refused(name, value, error, message):
     with pytest.raises(error, match=rf"ImportanceConfig.{name} .*{message}"):
         ImportanceConfig(**{name: value})
+
+
+def test_fewer_visits_require_all_steps():
+    with pytest.raises(ValueError, match=r"visits_per_epoch=0.5 requires effective_epochs=False"):
+        ImportanceConfig(visits_per_epoch=0.5)
+
+
+def test_invalid_increment_of_the_paper_is_refused():
+    with pytest.raises(ValueError, match="importance_increment must be at least 0 and finite"):
+        ImportanceConfig.paper(importance_increment=-1.0)
 
 
 # ---- arguments, at construction --------------------------------------------------------------------------------------
@@ -73,13 +80,13 @@ AT_CONSTRUCTION = {
     "dispatch_batches": (
         {"accelerator_config": {"dispatch_batches": True}}, ValueError, "dispatch_batches must not be True"
     ),
-    "importance": ({"more": {"importance": {"budget": 1.0}}}, TypeError, "must be an ImportanceConfig, but is dict"),
+    "importance": ({"more": {"importance": {"seed": 1}}}, TypeError, "must be an ImportanceConfig, but is dict"),
     "report_examples_to_hub": (
         {"more": {"report_examples_to_hub": "no"}}, TypeError, "report_examples_to_hub must be True or False.*'no'"
     ),
     "reduce_lr_on_plateau": (
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "more": {"eval_dataset": tiny.texts()}},
-        ValueError, "budget='auto'.*lr_scheduler_type='reduce_lr_on_plateau' does not.*ImportanceConfig\\(budget=1.0\\)"
+        ValueError, "effective_epochs=True.*lr_scheduler_type='reduce_lr_on_plateau' does not.*effective_epochs=False"
     ),
     "loss that is not a function": (
         {"more": {"per_example_loss_func": 3}}, TypeError, "per_example_loss_func must be a function.*is int"
@@ -223,15 +230,7 @@ IN_TRAINING = {
         "data_collator must return a dict of tensors, but returned list",
     ),
     "dataloader without draws": (
-        tiny.bert, tiny.texts(), {"cls": DataLoaderWithoutDraws}, "The batch does not carry its draw"
-    ),
-    "last_layer_gradient of tokens": (
-        tiny.token_bert, tiny.token_rows(), {"importance": {"metric": "last_layer_gradient"}},
-        r"requires inputs \[8, hidden\] of the last layer, but got \[8, .*use metric='logit_gradient'",
-    ),
-    "model without last layer": (
-        lambda: tiny.vit(num_labels=0), tiny.images(), {"importance": {"metric": "last_layer_gradient"}},
-        "requires a last layer nn.Linear with 0 outputs",
+        tiny.bert, tiny.texts(), {"cls": DataLoaderWithoutDraws}, "uses the sampler SequentialSampler"
     ),
     "fewer examples than a batch": (
         tiny.bert, tiny.texts(5), {"dataloader_drop_last": True},
@@ -244,22 +243,42 @@ def file_hashes(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("case", IN_TRAINING)
-def test_invalid_data_and_models_are_refused_before_the_first_step(tmp_path, case):
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The output folder of a training, with its checkpoints."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tiny.trained(folder, tiny.bert(), tiny.texts(), max_steps=2, save_strategy="steps", save_steps=1)
+    return folder
+
+
+def refused(folder, case):
+    """The trainer of a case, after its training in this folder was refused."""
     model, data, settings, message = IN_TRAINING[case]
     settings = {**settings, "more": dict(settings.get("more", {}))}
     if data and data[0].get("labels") is not None and len({len(row.get("input_ids", ())) for row in data}) > 1:
         settings["more"]["data_collator"] = tiny.pad
-    tiny.trained(tmp_path, tiny.bert(), tiny.texts(), max_steps=2, save_strategy="steps", save_steps=1)
-    before = file_hashes(tmp_path)
-    run = tiny.trainer(tmp_path, model(), data, save_strategy="steps", save_steps=1, **settings)
+    run = tiny.trainer(folder, model(), data, save_strategy="steps", save_steps=1, **settings)
     parameters = [p.detach().clone() for p in run.model.parameters()]
     with pytest.raises((ValueError, TypeError), match=re.compile(message, re.DOTALL)):
         run.train()
     assert run.state.global_step == 0
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), parameters, strict=True))
     assert not list(getattr(getattr(run.model, "classifier", None), "_forward_pre_hooks", ()))
+
+
+@pytest.mark.parametrize("case", IN_TRAINING)
+def test_invalid_data_and_models_are_refused_before_the_first_step(tmp_path, checkpoints, case):
+    """And no file of an earlier training is changed."""
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    before = file_hashes(tmp_path)
+    assert len(before) > 10, "premise: there are checkpoints"
+    refused(tmp_path, case)
     assert file_hashes(tmp_path) == before
+
+
+def test_training_can_be_resumed_after_a_refusal(tmp_path, checkpoints):
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    refused(tmp_path, "label too large")
     resumed = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4

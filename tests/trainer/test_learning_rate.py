@@ -1,6 +1,7 @@
 """The learning rate follows the effective steps; schedules that cannot follow them are refused."""
 
 import pytest
+import tiny
 import torch
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from effective_training import watched_trainer
@@ -9,17 +10,14 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
-from hf_importance.run.schedule import EffectiveEpochs, follow
-from hf_importance.sampling.progress import EffectiveVisits
+from hf_importance.run.effective_epochs import EffectiveEpochs
+from hf_importance.sampling.effective_steps import EffectiveSteps
 
 SCHEDULES = {
     "linear": {},
-    "cosine": {},
     "cosine_with_restarts": {"num_cycles": 2},
-    "polynomial": {},
     "constant_with_warmup": {},
     "inverse_sqrt": {},
-    "cosine_with_min_lr": {"min_lr_rate": 0.1},
     "warmup_stable_decay": {"num_decay_steps": 20},
 }
 
@@ -29,7 +27,7 @@ def test_learning_rate_follows_the_effective_steps(tmp_path, name):
     settings = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name]}
     trainer, watch = watched_trainer(tmp_path, **settings)
     trainer.train()
-    fixed, _ = watched_trainer(tmp_path, budget=1.0, **settings)
+    fixed, _ = watched_trainer(tmp_path, importance=tiny.FIXED, **settings)
     fixed.create_optimizer()
     schedule = fixed.create_scheduler(60).lr_lambdas[0]
     steps = list(zip(watch.effective_steps[:-1], watch.effective_steps[1:], strict=True))
@@ -77,9 +75,9 @@ def test_learning_rate_follows_the_effective_steps_if_deepspeed_steps_the_schedu
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
 def test_schedules_by_evaluation_results_are_refused(tmp_path, name):
     settings = {"lr_scheduler_type": name, "eval_strategy": "epoch"}
-    with pytest.raises(ValueError, match=rf"{name}.*budget=1\.0"):
+    with pytest.raises(ValueError, match=rf"{name}.*effective_epochs=False"):
         watched_trainer(tmp_path, **settings)
-    watched_trainer(tmp_path, budget=1.0, **settings)  # control: accepted with a fixed budget
+    watched_trainer(tmp_path, importance=tiny.FIXED, **settings)  # control: accepted with all steps
 
 
 def test_schedule_passed_in_optimizers_is_refused(tmp_path):
@@ -88,9 +86,9 @@ def test_schedule_passed_in_optimizers_is_refused(tmp_path):
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     common = {"model": model, "args": args, "train_dataset": texts(), "optimizers": (optimizer, schedule)}
-    with pytest.raises(ValueError, match=r"StepLR.*budget=1\.0"):
+    with pytest.raises(ValueError, match=r"StepLR.*effective_epochs=False"):
         ImportanceTrainer(**common)
-    ImportanceTrainer(**common, importance=ImportanceConfig(budget=1.0))  # control: accepted with a fixed budget
+    ImportanceTrainer(**common, importance=ImportanceConfig(effective_epochs=False))  # control: accepted with all steps
 
 
 def test_schedule_set_in_create_scheduler_is_refused_before_the_first_step(tmp_path):
@@ -101,7 +99,7 @@ def test_schedule_set_in_create_scheduler_is_refused_before_the_first_step(tmp_p
 
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=3)
     trainer = CustomSchedule(model=opinionated_bert(), args=args, train_dataset=texts())
-    with pytest.raises(ValueError, match=r"StepLR.*budget=1\.0"):
+    with pytest.raises(ValueError, match=r"StepLR.*effective_epochs=False"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -116,18 +114,17 @@ def test_create_scheduler_without_super_is_refused_before_the_first_step(tmp_pat
     common = {"model": opinionated_bert(), "args": args, "train_dataset": texts()}
     trainer = NoSuper(**common)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"overridden create_scheduler\(\) does not.*budget=1\.0"):
+        with pytest.raises(ValueError, match=r"overridden create_scheduler\(\) does not.*effective_epochs=False"):
             trainer.train()
         assert trainer.state.global_step == 0
-    fixed = NoSuper(**common, importance=ImportanceConfig(budget=1.0))
-    assert fixed.train().global_step == 3, "control: accepted with a fixed budget"
+    fixed = NoSuper(**common, importance=ImportanceConfig(effective_epochs=False))
+    assert fixed.train().global_step == 3, "control: accepted with all steps"
 
 
 def test_schedule_kept_between_trainings_is_scaled_once(tmp_path):
     schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), lambda step: 1.0)
-    epochs = EffectiveEpochs(lambda values: values, print, list)
-    epochs.progress = EffectiveVisits(10, 5)
-    epochs.progress.gain = 4.0
+    progress = EffectiveSteps(10, 5)
+    progress.gain = 4.0
     for _ in range(2):
-        follow(schedule, epochs)
+        EffectiveEpochs(progress, None, lambda values: values, print, list).follow(schedule, nn.Linear(1, 1))
         assert schedule.lr_lambdas[0](0) == 2.0

@@ -23,24 +23,25 @@ from hf_importance.sampling.rates import relative_costs
 )
 def test_lengths_are_costs_of_token_losses_and_groups(tmp_path, per_token, settings, config, costs):
     rows = make_rows(per_token=per_token)
-    run = train(tmp_path, rows, importance={**tiny.FIXED, **config}, num_train_epochs=1, **settings)
-    found = run._sampler.memory.cost
+    run = train(tmp_path, rows, importance={**tiny.FIXED, **config}, max_steps=1, **settings)
+    found = run._run.sampler.memory.cost
     assert (found is not None) == costs
     if costs:
         assert torch.equal(found, relative_costs(lengths(rows)))
-    assert (run._sampler._groups is not None) == bool(settings)
+    assert (run._run.sampler._groups is not None) == bool(settings)
 
 
 def test_texts_of_equal_length_have_no_costs(tmp_path):
     """Training is the same, bit for bit, whatever the length."""
     rows = make_rows(equal=True)
-    run = train(tmp_path, rows)
-    assert run._sampler.memory.cost is None
-    assert run._lengths.length is not None, "premise: lengths are known"
-    ones = train(tmp_path, [{**row, "length": 1} for row in rows])
+    settings = {"num_train_epochs": 2}
+    run = train(tmp_path, rows, **settings)
+    assert set(tiny.logged(run, "importance/cost")) == {1.0}, "lengths are known"
+    ones = train(tmp_path, [{**row, "length": 1} for row in rows], **settings)
     assert tiny.difference(run, ones) == 0.0
     assert [draw.weight for draw in run.draws] == [draw.weight for draw in ones.draws]
-    unequal = train(tmp_path, [{**row, "length": 1 + i % 3} for i, row in enumerate(rows)])
+    unequal = train(tmp_path, [{**row, "length": 1 + i % 3} for i, row in enumerate(rows)], **settings)
+    assert len(set(tiny.logged(unequal, "importance/cost"))) > 1, "control: different costs"
     assert tiny.difference(run, unequal) > 1e-4, "control: different costs"
 
 
@@ -54,9 +55,9 @@ def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch, s
         values = [run.importances.double(), torch.tensor([last_rates[i] for i in range(300)]).double()]
         return [torch.corrcoef(torch.stack([v.log(), log_length]))[0, 1].item() for v in values]
 
-    settings = {"num_train_epochs": 6, "learning_rate": 1e-3}
+    settings = {"num_train_epochs": 6, "per_device_train_batch_size": 12, "learning_rate": 1e-3}
     of_importance, of_rate = correlations(train(tmp_path, rows, **settings))
-    monkeypatch.setattr("hf_importance.data.lengths.Lengths.cost", lambda *_: None)
+    monkeypatch.setattr("hf_importance.run.data.relative_costs", lambda *_: None)
     _, of_rate_without_costs = correlations(train(tmp_path, rows, **settings))
     assert of_importance > 0.9, "premise: importance is mostly length"
     assert of_rate_without_costs > 0.9, "control"
@@ -65,10 +66,11 @@ def test_rates_of_token_losses_do_not_follow_the_length(tmp_path, monkeypatch, s
 
 def test_sampling_by_token_losses_is_uniform_unless_a_tenth_is_saved(tmp_path, monkeypatch):
     """Weights in the second half of training; without the threshold as a control."""
+    settings = {"num_train_epochs": 4, "per_device_train_batch_size": 12, "learning_rate": 1e-3}
     weights = {}
     for threshold in (0.9, 1.0):
         monkeypatch.setattr("hf_importance.sampling.guard._MAX_RELATIVE_SPENDING", threshold)
-        run = train(tmp_path, make_rows(300), importance=tiny.FIXED, num_train_epochs=4, learning_rate=1e-3)
+        run = train(tmp_path, make_rows(300), importance=tiny.FIXED, **settings)
         half = len(run.draws) // 2
         weights[threshold] = {weight for draw in run.draws[half:] for weight in draw.weight}
     assert weights[0.9] == {1.0}
@@ -117,8 +119,8 @@ def test_savings_are_also_reported_in_tokens(tmp_path, caplog, per_token, settin
 
 def test_logged_variance_ratio_is_at_equal_cost(tmp_path, small_gains):
     rows = make_rows(200)
-    run = train(tmp_path, rows, logging_steps=1000, save_strategy="no", importance={})
-    moments = run._sampler.moments
+    run = train(tmp_path, rows, num_train_epochs=2, logging_steps=1000, save_strategy="no", importance={})
+    moments = run._run.sampler.moments
     cost = moments["cost"] / moments["visits"]
     expected = moments["ours"] / moments["uniform"] * cost
     run.log({"loss": 1.0})
@@ -137,13 +139,14 @@ def test_pruning_does_not_prefer_short_answers(tmp_path, monkeypatch):
     def length_of_pruned_answers():
         """Median, relative to that of the kept answers."""
         config = {**tiny.FIXED, "prune_mass": 0.2}
-        run = train(tmp_path, rows, importance=config, num_train_epochs=3, learning_rate=1e-3)
+        settings = {"num_train_epochs": 3, "per_device_train_batch_size": 10, "learning_rate": 1e-3}
+        run = train(tmp_path, rows, importance=config, **settings)
         kept = torch.zeros(200, dtype=torch.bool).index_fill_(0, run.kept_indices, True)
-        assert torch.equal(kept, ~run._sampler.memory.unimportant(0.2))
+        assert torch.equal(kept, ~run._run.sampler.memory.unimportant(0.2))
         assert 10 < (~kept).sum() < 150, "premise: some answers are pruned"
         return (answers[~kept].median() / answers[kept].median()).item()
 
     found = length_of_pruned_answers()
-    monkeypatch.setattr("hf_importance.data.lengths.labels_of", lambda *_: None)
+    monkeypatch.setattr("hf_importance.run.data.labels_of", lambda *_: None)
     assert length_of_pruned_answers() < 0.5, "control: tokens are not counted"
     assert found > 0.75

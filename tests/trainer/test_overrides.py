@@ -1,6 +1,5 @@
 """Overrides by users: those that call `super()` are honoured; others are refused, at the latest at the first step."""
 
-import re
 import types
 
 import pytest
@@ -12,18 +11,96 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from hf_importance import ImportanceTrainer, ImportanceTrainerMixin
 
-# ---- refused at construction -----------------------------------------------------------------------------------------
+# ---- refused -----------------------------------------------------------------------------------------------------
+
+
+def test_loss_in_a_later_base_is_refused_at_construction(tmp_path):
+    message = r"Weighted.compute_loss comes after.*class LossInALaterBase\(Weighted, ImportanceTrainer\).*per_example"
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), LossInALaterBase)
+    tiny.trainer(tmp_path, tiny.bert(), None, LossInALaterBase)  # accepted without training data, for evaluation
 
 
 class LossWithoutSuper(ImportanceTrainer):
     compute_loss = Weighted.compute_loss
 
 
-class StepWithoutSuper(ImportanceTrainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+class SuperOnlyInEvaluation(ImportanceTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return model(**inputs).loss
+
+
+class StepWithItsOwnLoss(ImportanceTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        loss = model(**inputs).loss
         self.accelerator.backward(loss)
         return loss.detach()
+
+
+class BatchesWithoutSuper(ImportanceTrainer):
+    def get_batch_samples(self, iterator, number, device):
+        return [next(iterator) for _ in range(number)], None
+
+
+class BatchesWithoutDraws(ImportanceTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def replace_compute_loss(run):
+    run.compute_loss = types.MethodType(Weighted.compute_loss, run)
+
+
+AT_THE_FIRST_STEP = {
+    "compute_loss": (
+        LossWithoutSuper,
+        "LossWithoutSuper.compute_loss does not reach the method of.*per_example_loss_func=f with f.*Tensor",
+    ),
+    "compute_loss, in training only": (
+        SuperOnlyInEvaluation,
+        "SuperOnlyInEvaluation.compute_loss does not reach the method of",
+    ),
+    "training_step": (StepWithItsOwnLoss, "StepWithItsOwnLoss.training_step does not reach the method of"),
+    "get_batch_samples": (BatchesWithoutSuper, "BatchesWithoutSuper.get_batch_samples does not reach the method of"),
+    "batches without their draw": (
+        BatchesWithoutDraws,
+        r"does not carry its draw in batch\['importance_draw'\].*keep this key",
+    ),
+    "replaced method": (ImportanceTrainer, "No importance was measured.*a replaced method"),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "effective_epochs"),
+    [("compute_loss", False), *((case, i % 2 == 0) for i, case in enumerate(AT_THE_FIRST_STEP))],
+)
+def test_unmeasured_first_step_is_refused_before_the_update(tmp_path, case, effective_epochs):
+    cls, message = AT_THE_FIRST_STEP[case]
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls, {"effective_epochs": effective_epochs})
+    if case == "replaced method":
+        replace_compute_loss(run)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert tiny.difference(run, tiny.trainer(tmp_path, tiny.bert(), tiny.texts())) == 0.0
+    assert run.state.global_step == 0
+
+
+class OwnLossAfterTheFirstStep(ImportanceTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 0:
+            return super().training_step(model, inputs, *args, **kwargs)
+        return StepWithItsOwnLoss.training_step(self, model, inputs)
+
+
+def test_later_unmeasured_steps_are_refused(tmp_path):
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), OwnLossAfterTheFirstStep)
+    with pytest.raises(ValueError, match=r"OwnLossAfterTheFirstStep.training_step does not reach the method of"):
+        run.train()
+    assert run.state.global_step <= 2
 
 
 class SamplerWithoutSuper(ImportanceTrainer):
@@ -42,108 +119,11 @@ class LoaderWithoutSuper(ImportanceTrainer):
         return DataLoader(self.train_dataset, batch_size=8)
 
 
-class RngStateWithoutSuper(ImportanceTrainer):
-    def _save_rng_state(self, output_dir):
-        pass
-
-
-AT_CONSTRUCTION = {
-    "compute_loss": (
-        LossWithoutSuper,
-        "LossWithoutSuper.compute_loss does not call super.*per_example_loss_func=f with f.*Tensor",
-    ),
-    "compute_loss in a later base": (
-        LossInALaterBase,
-        r"Weighted.compute_loss comes after.*class LossInALaterBase\(Weighted, ImportanceTrainer\).*per_example",
-    ),
-    "training_step": (StepWithoutSuper, r"StepWithoutSuper.training_step does not call super\(\).training_step\(\)"),
-    "_get_train_sampler": (
-        SamplerWithoutSuper,
-        r"SamplerWithoutSuper._get_train_sampler does not call super.*It decides which examples are drawn"
-        ".*or use Trainer",
-    ),
-    "_get_train_sampler in a later base": (
-        SamplerInALaterBase,
-        "BalancedTrainer._get_train_sampler does not call super",
-    ),
-    "get_train_dataloader": (
-        LoaderWithoutSuper,
-        "LoaderWithoutSuper.get_train_dataloader does not call super.*the collator instead",
-    ),
-    "_save_rng_state": (
-        RngStateWithoutSuper,
-        "RngStateWithoutSuper._save_rng_state does not call super.*lose the importances",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", AT_CONSTRUCTION)
-def test_overrides_without_super_are_refused_at_construction(tmp_path, case):
-    cls, message = AT_CONSTRUCTION[case]
-    with pytest.raises(ValueError, match=re.compile(message)):
-        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls)
-    tiny.trainer(tmp_path, tiny.bert(), None, cls)  # accepted without training data, for evaluation
-
-
-# ---- refused in training ---------------------------------------------------------------------------------------------
-
-
-class SuperOnlyInEvaluation(ImportanceTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return model(**inputs).loss
-
-
-class SuperNotReached(ImportanceTrainer):
-    def training_step(self, model, inputs, *args, **kwargs):
-        if self.state.global_step > 10**6:
-            return super().training_step(model, inputs, *args, **kwargs)
-        loss = self.compute_loss(model, inputs)
-        self.accelerator.backward(loss)
-        return loss.detach()
-
-
-def replace_compute_loss(run):
-    run.compute_loss = types.MethodType(Weighted.compute_loss, run)
-
-
-AT_THE_FIRST_STEP = {
-    "compute_loss": (
-        SuperOnlyInEvaluation,
-        None,
-        "SuperOnlyInEvaluation.compute_loss does not reach the method of",
-    ),
-    "training_step": (SuperNotReached, None, "SuperNotReached.training_step does not reach the method of"),
-    "replaced method": (ImportanceTrainer, replace_compute_loss, "No importance was measured.*a replaced method"),
-}
-
-
-@pytest.mark.parametrize("case", AT_THE_FIRST_STEP)
-@pytest.mark.parametrize("budget", ["auto", 1.0])
-def test_unmeasured_first_step_is_refused_before_the_update(tmp_path, case, budget):
-    cls, change, message = AT_THE_FIRST_STEP[case]
-    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls, {"budget": budget})
-    if change is not None:
-        change(run)
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("cls", [SamplerWithoutSuper, SamplerInALaterBase, LoaderWithoutSuper])
+def test_samplers_that_would_be_replaced_are_refused(tmp_path, cls):
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls)
+    with pytest.raises(ValueError, match=r"uses the sampler .*, which importance sampling would replace.*or use Train"):
         run.train()
-    assert tiny.difference(run, tiny.trainer(tmp_path, tiny.bert(), tiny.texts())) == 0.0
-    assert run.state.global_step == 0
-
-
-class SuperOnlyInTheFirstStep(ImportanceTrainer):
-    def training_step(self, model, inputs, *args, **kwargs):
-        if self.state.global_step == 0:
-            return super().training_step(model, inputs, *args, **kwargs)
-        return StepWithoutSuper.training_step(self, model, inputs)
-
-
-def test_later_steps_without_super_are_refused(tmp_path):
-    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), SuperOnlyInTheFirstStep)
-    with pytest.raises(ValueError, match=r"SuperOnlyInTheFirstStep.training_step does not reach the method of"):
-        run.train()
-    assert run.state.global_step <= 2
 
 
 # ---- honoured --------------------------------------------------------------------------------------------------------
@@ -158,6 +138,13 @@ class SuperInAHelper(ImportanceTrainer):
     def _with_penalty(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         return (loss + 0.1, outputs) if return_outputs else loss + 0.1
+
+
+class StepWithoutSuper(ImportanceTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
 
 
 class StepInALaterBase(
@@ -224,6 +211,7 @@ class SkippedBatch(ImportanceTrainer):
 
 HONOURED = [
     SuperInAHelper,
+    StepWithoutSuper,
     StepInALaterBase,
     Decorated,
     OriginalInsteadOfSuper,
@@ -236,7 +224,7 @@ HONOURED = [
 
 @pytest.mark.parametrize("cls", HONOURED)
 def test_overrides_that_reach_the_mixin_are_honoured(tmp_path, cls):
-    run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), cls, tiny.FIXED)
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), cls, tiny.FIXED, num_train_epochs=2)
     assert run.importances.isfinite().all()
 
 
@@ -287,14 +275,14 @@ def test_importances_of_a_teacher_model_are_not_remembered(tmp_path):
 
 class CopiedInputs(tiny.Recorder):
     def training_step(self, model, inputs, *args, **kwargs):
-        assert set(inputs) == {"input_ids", "attention_mask", "labels"}
+        assert set(inputs) == {"input_ids", "attention_mask", "labels", "importance_draw"}
         inputs = {name: value.to("cpu", copy=True) for name, value in inputs.items()}
         return super().training_step(model, inputs, *args, **kwargs)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_copied_batches_keep_their_draws(tmp_path, accumulation):
-    settings = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 4}
+    settings = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 2}
     model = tiny.opinionated_bert()
     plain = tiny.trained(tmp_path, model, tiny.texts(), tiny.Recorder, tiny.FIXED, **settings)
     copied = tiny.trained(tmp_path, model, tiny.texts(), CopiedInputs, tiny.FIXED, **settings)

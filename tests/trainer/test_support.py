@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import tiny
-import transformers as hf
+import torch
 from overridden_losses import LossInALaterBase
 from torch.utils.data import IterableDataset
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
-from hf_importance.run.validation import refuse_version
+from hf_importance.upstream import validate_upstream
 
 
 class Stream(IterableDataset):
@@ -71,12 +71,31 @@ def test_copy_of_a_trainer_trains(tmp_path):
     assert run.importances.isnan().all(), "control: the original is not trained"
 
 
-def test_version_of_transformers_without_an_overridden_method_is_refused():
-    refuse_version()
-    with pytest.raises(
-        ImportError, match=rf"overrides Trainer._inner_training_loop, which transformers {hf.__version__}"
-    ):
-        refuse_version(object)
+def test_versions_without_a_private_name_are_refused(tmp_path, monkeypatch):
+    """The message says what would break; at import, and for attributes of trainers at construction."""
+    validate_upstream()
+    with monkeypatch.context() as patch:
+        patch.delattr("transformers.Trainer._run_epoch")
+        with pytest.raises(
+            ImportError, match=r"needs Trainer._run_epoch, without which .* without importance sampling"
+        ):
+            validate_upstream()
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
+    del run._train_batch_size
+    with pytest.raises(ImportError, match=r"needs ImportanceTrainer._train_batch_size, without which batches"):
+        validate_upstream(run)
+
+
+def test_training_step_outside_of_a_training_is_that_of_trainer(tmp_path):
+    batch = {name: torch.stack([row[name] for row in tiny.texts(8)]) for name in ("input_ids", "attention_mask")}
+    batch["labels"] = torch.tensor([row["labels"] for row in tiny.texts(8)])
+    plain = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), tiny.Plain)
+    plain.current_gradient_accumulation_steps = 1  # set in the loop only, without which its `training_step` fails
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts())
+    expected = plain.training_step(plain.model, dict(batch))
+    assert run.training_step(run.model, dict(batch)) == expected
+    run.train()
+    assert run.training_step(run.model, dict(batch)) > 0, "also after it"
 
 
 def test_importances_require_training_data(tmp_path):

@@ -19,17 +19,21 @@ EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps
 EVALUATED = {"eval_dataset": tiny.texts(12), "compute_metrics": accuracy}
 
 
-def test_evaluation_within_an_epoch_does_not_affect_training(tmp_path):
-    plain = tiny.trained(tmp_path / "plain", tiny.bert(), tiny.texts(), Recorder)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A training without evaluation."""
+    return tiny.trained(tmp_path_factory.mktemp("plain"), tiny.bert(), tiny.texts(), Recorder)
+
+
+def test_evaluation_within_an_epoch_does_not_affect_training(tmp_path, plain):
     evaluated = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, more=EVALUATED, **EVALUATING)
     assert evaluated.draws == plain.draws
     assert tiny.difference(evaluated, plain) == 0.0
     assert len(tiny.logged(evaluated, "eval_accuracy")) == 8
 
 
-def test_best_model_is_loaded_and_importances_are_kept(tmp_path):
+def test_best_model_is_loaded_and_importances_are_kept(tmp_path, plain):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
-    plain = tiny.trained(tmp_path / "plain", tiny.bert(), tiny.texts(), Recorder)
     run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), Recorder, more=EVALUATED, **EVALUATING, **best)
     assert run.evaluate()["eval_accuracy"] == max(tiny.logged(run, "eval_accuracy"))
     assert torch.equal(run.importances, plain.importances), "importances are those of the end of training"
@@ -66,7 +70,7 @@ def test_epochs_ended_by_a_callback(tmp_path, workers):
     assert all(len(draw.index) == 8 for draw in run.draws)
     numbers = [draw.number for draw in run.draws]
     assert numbers == sorted(set(numbers))
-    assert len(run._sampler.state_dict()["outstanding"]) <= 2
+    assert len(run._run.sampler.state_dict()["outstanding"]) <= 2
 
 
 ENDS_EARLY = {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "num_train_epochs": 8, "logging_steps": 1}

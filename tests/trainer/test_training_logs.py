@@ -3,9 +3,8 @@
 import pytest
 import tiny
 import torch
+from oracles import rates_of as rates
 from step_recorder import StepRecorder
-
-from hf_importance.sampling.rates import rates
 
 
 @pytest.mark.parametrize("sampling", ["reshuffled", "replacement"])
@@ -42,13 +41,13 @@ def test_logged_measurements_follow_their_definitions(tmp_path, sampling):
         assert {name: log[name] for name in expected} == pytest.approx({k: float(x) for k, x in expected.items()})
         assert 0.3 <= log["importance/uniform_fraction"] <= 1
         assert "importance/effective_epoch" not in log
-    assert logs[-1]["importance/uniform_fraction"] == pytest.approx(run._sampler.visits.floor)
+    assert logs[-1]["importance/uniform_fraction"] == pytest.approx(run._run.sampler.visits.floor)
     assert logs[-1]["importance/variance_ratio"] < 0.99
     assert logs[-1]["importance/effective_sample_size"] < 0.99
     assert "importance/mean" not in next(iter(run.evaluate(tiny.texts()))), "only logged with a training loss"
 
 
-def test_effective_epochs_are_logged_with_an_auto_budget_only(tmp_path):
+def test_effective_epochs_are_logged_without_all_steps_only(tmp_path):
     settings = {"logging_steps": 1, "num_train_epochs": 10}
     run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), **settings)
     effective, epochs = tiny.logged(run, "importance/effective_epoch"), tiny.logged(run, "epoch")
@@ -59,33 +58,35 @@ def test_effective_epochs_are_logged_with_an_auto_budget_only(tmp_path):
     assert effective[-1] == tiny.progress_of(run).value / 5 >= 10
     assert tiny.logged(run, "train_effective_epochs") == [10.0]
     assert tiny.logged(run, "train_share_of_steps") == [run.state.global_step / 50]
+    settings["num_train_epochs"] = 2
     fixed = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), importance=tiny.FIXED, **settings)
+    assert tiny.logged(fixed, "importance/mean"), "premise: other figures are logged"
     for name in ("importance/effective_epoch", "train_effective_epochs", "train_share_of_steps"):
         assert tiny.logged(fixed, name) == []
 
 
-@pytest.mark.parametrize("budget", ["auto", 1.0, 0.4, 2])
-def test_samples_and_steps_per_second_count_the_steps_made(tmp_path, budget):
+@pytest.mark.parametrize("importance", [{}, tiny.FIXED, tiny.visits(0.4), tiny.visits(2)])
+def test_samples_and_steps_per_second_count_the_steps_made(tmp_path, importance):
     settings = {"num_train_epochs": 10}
-    run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), importance={"budget": budget}, **settings)
+    run = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), importance=importance, **settings)
     (log,) = [log for log in run.state.log_history if "train_runtime" in log]
     steps = run.state.global_step
     assert log["train_steps_per_second"] * log["train_runtime"] == pytest.approx(steps, rel=0.02)
     assert log["train_samples_per_second"] * log["train_runtime"] == pytest.approx(8 * steps, rel=0.02)
-    assert (steps < 50) == (budget in ("auto", 0.4))
+    assert (steps < 50) == (importance in ({}, tiny.visits(0.4)))
 
 
 def test_logged_variance_ratio_and_mean_converge_to_their_expectations(tmp_path):
-    """With fixed importances, to (Σ q²/r) / Σ q² and q̄; seeded, 300 epochs of 20 visits."""
+    """With fixed importances, to (Σ q²/r) / Σ q² and q̄; seeded, 100 epochs of 60 visits."""
     run = tiny.trained(
         tmp_path,
         tiny.opinionated_bert(),
         tiny.texts(20),
-        importance={"metric": "loss", **tiny.FIXED},
+        importance={"metric": "loss", **tiny.visits(3.0)},
         learning_rate=0.0,
-        num_train_epochs=300,
-        per_device_train_batch_size=20,
-        logging_steps=300,
+        num_train_epochs=100,
+        per_device_train_batch_size=60,
+        logging_steps=100,
     )
     q = run.importances.double()
     rate = rates(q, 0.3, 64.0)
@@ -102,15 +103,16 @@ def test_logged_loss_is_the_mean_over_the_data(tmp_path):
         tmp_path,
         model,
         data,
-        StepRecorder,
+        tiny.Recorder,
         {"memory_momentum": 0.0, **tiny.FIXED},
         learning_rate=0.0,
         num_train_epochs=101,
+        per_device_train_batch_size=40,
         logging_steps=1,
     )
     mean = sum((model(r["input_ids"][None]).logits.item() - r["labels"]) ** 2 for r in data) / len(data)
-    logged = torch.tensor(tiny.logged(run, "loss"))[5:]
+    logged = torch.tensor(tiny.logged(run, "loss"))[1:]
     assert logged.mean().item() == pytest.approx(mean, rel=0.02)
-    visited = torch.tensor([i for step in run.steps[5:] for i in step.draw.index])
+    visited = torch.tensor([i for draw in run.draws[1:] for i in draw.index])
     losses = torch.tensor([(model(r["input_ids"][None]).logits.item() - r["labels"]) ** 2 for r in data])
     assert losses[visited].mean().item() > 1.1 * mean, "control: visited examples are harder"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hf_importance.sampling.progress import EffectiveVisits
+from hf_importance.sampling.effective_steps import EffectiveSteps
 from hf_importance.sampling.state import read_number
 
 _ROUNDING = 1e-9
@@ -22,7 +22,7 @@ class LoopEpochs:
     Args:
         progress: the effective steps.
 
-    >>> progress = EffectiveVisits(steps=20, steps_per_epoch=10)
+    >>> progress = EffectiveSteps(steps=20, steps_per_epoch=10)
     >>> loop = LoopEpochs(progress)
     >>> loop.begin()
     >>> progress.gain = 4.0
@@ -36,7 +36,7 @@ class LoopEpochs:
     2
     """
 
-    def __init__(self, progress: EffectiveVisits) -> None:
+    def __init__(self, progress: EffectiveSteps) -> None:
         self._progress = progress
         self.finished = 0  # epochs
         self.steps = 0  # in the current epoch

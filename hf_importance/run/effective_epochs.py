@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_importance.run.epochs import LoopEpochs
-from hf_importance.sampling.progress import EffectiveVisits, GradientSample, learning_rate_factor
+from hf_importance.run.loop_epochs import LoopEpochs
+from hf_importance.sampling.effective_steps import EffectiveSteps, GradientSample, learning_rate_factor
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.segments import SEGMENTS
 from hf_importance.sampling.state import read_number, read_tensor
+from hf_importance.upstream import unwrapped_scheduler
 
 _FORECAST_AFTER = 0.2
 """Share of the effective steps after which the expected end of training is announced, …"""
@@ -26,81 +26,90 @@ _FORECAST_EPOCH = 1.25
 _NO_GAIN_ABOVE = 0.95
 """If the smallest possible variance ratio is above this, there is little to gain."""
 _ROUNDING = 1e-9
-ALL_STEPS = "Pass ImportanceConfig(budget=1.0) to run all epochs or steps with any schedule."
+ALL_STEPS = "Pass ImportanceConfig(effective_epochs=False) to run all epochs or steps with any schedule."
 
 
-class EffectiveEpochs(TrainerCallback):
+class EffectiveEpochs:
     """Counts effective steps; ends each epoch when it has made those of a uniform epoch, and training after the last.
 
-    It must stand before the callbacks of `Trainer` and of users, which then see an epoch that has ended: `state.epoch`
-    is a whole number, and at the end `state.max_steps` is `state.global_step`. Before, `state.max_steps` is a forecast.
+    Its methods are called before the callbacks of users, which then see an epoch that has ended: `state.epoch` is a
+    whole number, and at the end `state.max_steps` is `state.global_step`. Before, `state.max_steps` is a forecast.
 
     Once per segment (an eighth of an epoch), four numbers are summed over all processes; they determine what a step is
     worth until the next segment. They are read from the device one step later, to avoid a synchronisation.
 
     Args:
+        progress: the effective steps.
+        sampler: the sampler of this process.
         reduce: sums a tensor over all processes.
         say: prints a line for the user.
-        callbacks: the callbacks of the trainer, for their progress bars.
+        callbacks: the callbacks of the user, for their progress bars.
     """
 
     def __init__(
         self,
+        progress: EffectiveSteps,
+        sampler: ImportanceBatchSampler,
         reduce: Callable[[Tensor], Tensor],
         say: Callable[[str], None],
         callbacks: Callable[[], Sequence[TrainerCallback]],
     ) -> None:
-        self.progress: EffectiveVisits | None = None
-        self.loop: LoopEpochs | None = None
-        self._reduce, self._say, self._callbacks = reduce, say, callbacks
-        self._sampler: ImportanceBatchSampler | None = None
-        self._gradients: GradientSample | None = None
+        self.progress, self.loop = progress, LoopEpochs(progress)
+        self._sampler, self._reduce, self._say, self._callbacks = sampler, reduce, say, callbacks
+        self._gradients: GradientSample | None = None  # once the model is wrapped
+        self._restored: dict[str, Any] | None = None  # its state in a checkpoint, until then
         self._measured_until = torch.zeros(2, dtype=torch.float64)  # moments of the sampler at the last measurement
         self._pending: tuple[Tensor, torch.Event | None] | None = None
-        self._forecast = True  # whether it is still to be announced
+        self._is_announced = False
         self._before = 0.0  # effective steps before the last step
 
-    def start(self, model: nn.Module, sampler: ImportanceBatchSampler, steps: int, steps_per_epoch: int) -> None:
-        """Start counting for a training run of `steps` uniform steps."""
-        self.progress = EffectiveVisits(steps, steps_per_epoch)
-        self.loop = LoopEpochs(self.progress)
-        self._sampler, self._gradients = sampler, GradientSample(model.parameters())
-        self._measured_until.zero_()
-        self._pending, self._forecast = None, True
+    def follow(self, scheduler: LRScheduler, model: nn.Module) -> None:
+        """Make a schedule of transformers follow the effective steps, scaled by [`learning_rate_factor`].
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+        Raises:
+            ValueError: if the schedule is not a `LambdaLR`.
+        """
+        scheduler = unwrapped_scheduler(scheduler)
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"With effective_epochs=True the learning rate follows the effective epochs, which the schedule "
+                f"{type(scheduler).__name__} does not support. {ALL_STEPS}"
+            )
+        scheduler.lr_lambdas = [_following(schedule, self.progress) for schedule in scheduler.lr_lambdas]
+        self._gradients = GradientSample(model.parameters())
+        if self._restored is not None:
+            self._gradients.load_state_dict(self._restored)
+
+    # ---- events of training ------------------------------------------------------------------------------------------
+
+    def begin_training(self, state: TrainerState) -> None:
         """Set the forecast of the last step.
 
         Raises:
             ValueError: if the schedule does not follow the effective steps.
         """
-        if self.progress is None:
+        if self._gradients is None:
             raise ValueError(
-                "With budget='auto' the learning rate follows the effective epochs, but the schedule of the overridden "
-                f"create_scheduler() does not: return super().create_scheduler(...) from it. {ALL_STEPS}"
+                "With effective_epochs=True the learning rate follows the effective epochs, but the schedule of the "
+                f"overridden create_scheduler() does not: return super().create_scheduler(...) from it. {ALL_STEPS}"
             )
         state.max_steps = state.global_step + self.loop.remaining_steps()
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Begin an epoch."""
-        self.loop.begin()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def observe_gradients(self) -> None:
         """Observe the gradients before they are cleared."""
         self._gradients.observe()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count the effective step, unless it overflowed."""
+    def count_step(self, step: int, counts: bool, device: torch.device, scheduler: LRScheduler) -> None:
+        """Count an effective step.
+
+        Args:
+            step: number of the step.
+            counts: whether the parameters were updated; False if gradients overflowed.
+            device: device of the gradients.
+            scheduler: the schedule of the learning rate.
+        """
         self._before = self.progress.value
-        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+        if counts:
             self.progress.advance()
         if self._pending is not None:
             sums, arrived = self._pending
@@ -108,19 +117,20 @@ class EffectiveEpochs(TrainerCallback):
                 arrived.synchronize()
             self.progress.measure(sums.double())
             self._pending = None
-        step = state.global_step + 1
         if step % max(1, self.progress.steps_per_epoch // SEGMENTS) == 0:
-            self._measure(args.device)
+            self._measure(device)
         wait = max(_FORECAST_AFTER * self.progress.steps, _FORECAST_EPOCH * self.progress.steps_per_epoch)
-        if self._forecast and self.progress.value >= min(wait, self.progress.steps):
-            self._forecast = False
+        if not self._is_announced and self.progress.value >= min(wait, self.progress.steps):
+            self._is_announced = True
             self._say(self.forecast(step))
-        _recompute_learning_rates(kwargs.get("lr_scheduler"))
+        _recompute_learning_rates(scheduler)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def end_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Set epoch and forecast; end the epoch, or training."""
         if self.loop.step(exhausted=state.epoch >= self.loop.finished + 1):
             control.should_epoch_stop = True
+        if self.progress.finished:
+            control.should_training_stop = True
         state.epoch = self.loop.epoch
         state.max_steps = state.global_step + self.loop.remaining_steps()
         self._set_intervals(args, state)
@@ -129,9 +139,7 @@ class EffectiveEpochs(TrainerCallback):
         for callback in self._callbacks():
             _set_total(callback, state.max_steps)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def end_epoch(self, control: TrainerControl) -> None:
         """End an epoch that a callback ended; training that a callback ended may be resumed within the epoch."""
         if self.loop.steps and control.should_epoch_stop and not control.should_training_stop:
             self.loop.end()
@@ -183,6 +191,8 @@ class EffectiveEpochs(TrainerCallback):
             "steps, or sooner if importances diverge as the model learns."
         )
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values."""
         if self._pending is not None and self._pending[1] is not None:
@@ -193,19 +203,19 @@ class EffectiveEpochs(TrainerCallback):
             "gradients": self._gradients.state_dict(),
             "measured_until": self._measured_until.clone(),
             "pending": None if self._pending is None else self._pending[0].cpu(),
-            "forecast": self._forecast,
+            "is_announced": self._is_announced,
         }
 
     def load_state_dict(self, state: dict[str, Any], exactly: bool) -> None:
         """Restore a [`state_dict`]; with `exactly=False` if the sampler was restarted."""
         self.progress.load_state_dict(state["progress"])
-        self._forecast = read_number(state, "forecast", bool)
+        self._is_announced = read_number(state, "is_announced", bool)
         if exactly:
             self.loop.load_state_dict(state["loop"])
-            self._gradients.load_state_dict(state["gradients"])
+            GradientSample(()).load_state_dict(state["gradients"])  # an error shows here, where it is explained
+            self._restored = state["gradients"]
             self._measured_until = read_tensor(state, "measured_until", [2], torch.float64)
-            pending = read_tensor(state, "pending", [4], torch.float32, optional=True)
-            self._pending = None if pending is None else (pending, None)
+            self._pending = None if state["pending"] is None else (state["pending"].view(4), None)
         else:
             self.loop.finished = int(self.progress.epochs)
 
@@ -213,6 +223,26 @@ class EffectiveEpochs(TrainerCallback):
         """Resume from a training in which each of these steps counted as one."""
         self.progress.value = float(steps)
         self.loop.count_all(steps)
+
+
+def _following(schedule: Callable[[float], float], progress: EffectiveSteps) -> Callable[[int], float]:
+    steps_to_factor = getattr(schedule, "steps_to_factor", schedule)  # already wrapped
+
+    def factor(_: int) -> float:
+        return steps_to_factor(min(progress.value, progress.steps)) * learning_rate_factor(progress.gain)
+
+    factor.steps_to_factor = steps_to_factor
+    return factor
+
+
+def _recompute_learning_rates(scheduler: LRScheduler) -> None:
+    """Recompute the learning rates, because DeepSpeed steps the schedule before the step is counted."""
+    inner = unwrapped_scheduler(scheduler)
+    if inner is scheduler:
+        return
+    inner._last_lr = [base * factor(0) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
+    for group, learning_rate in zip(inner.optimizer.param_groups, inner._last_lr, strict=True):
+        group["lr"] = learning_rate
 
 
 def _set_total(callback: TrainerCallback, total: int) -> None:
@@ -223,43 +253,3 @@ def _set_total(callback: TrainerCallback, total: int) -> None:
         bar.update(task, total=total)
     elif hasattr(bar, "total"):
         bar.total = total
-
-
-def unwrapped(scheduler: Any) -> Any:
-    """The schedule inside the wrapper that accelerate uses for schedules stepped by DeepSpeed."""
-    return scheduler.scheduler if isinstance(scheduler, DeepSpeedSchedulerWrapper) else scheduler
-
-
-def _recompute_learning_rates(scheduler: Any) -> None:
-    """Recompute the learning rates, because DeepSpeed steps the schedule before the step is counted."""
-    inner = unwrapped(scheduler)
-    if inner is scheduler:
-        return
-    inner._last_lr = [base * factor(0) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
-    for group, rate in zip(inner.optimizer.param_groups, inner._last_lr, strict=True):
-        group["lr"] = rate
-
-
-def follow(scheduler: LRScheduler, epochs: EffectiveEpochs) -> None:
-    """Make a schedule of transformers follow the effective steps, scaled by [`learning_rate_factor`].
-
-    Raises:
-        ValueError: if the schedule is not a `LambdaLR`.
-    """
-    if not isinstance(scheduler, LambdaLR):
-        raise ValueError(
-            f"With budget='auto' the learning rate follows the effective epochs, which the schedule "
-            f"{type(scheduler).__name__} does not support. {ALL_STEPS}"
-        )
-    scheduler.lr_lambdas = [_following(schedule, epochs) for schedule in scheduler.lr_lambdas]
-
-
-def _following(schedule: Callable[[float], float], epochs: EffectiveEpochs) -> Callable[[int], float]:
-    steps_to_factor = getattr(schedule, "steps_to_factor", schedule)  # already wrapped
-
-    def factor(_: int) -> float:
-        progress = epochs.progress
-        return steps_to_factor(min(progress.value, progress.steps)) * learning_rate_factor(progress.gain)
-
-    factor.steps_to_factor = steps_to_factor
-    return factor
