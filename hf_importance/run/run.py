@@ -157,15 +157,9 @@ class ImportanceRun:
             smoothing = 0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon
             classes = type(without_peft(trainer.model)).__mro__  # FSDP2 inserts a class before that of the model
             causal = not {cls.__name__ for cls in classes}.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-            objective = Objective(
-                trainer.model,
-                self.config.metric,
-                smoothing,
-                trainer.per_example_loss_func,
-                causal
-                or (not smoothing and trainer._loss_shifts_labels),  # with smoothing, `Trainer` only checks causal
-                self.gather,
-            )
+            causal |= not smoothing and trainer._loss_shifts_labels  # with smoothing, `Trainer` goes by the class only
+            function, metric = trainer.per_example_loss_func, self.config.metric
+            objective = Objective(trainer.model, metric, smoothing, function, causal, self.gather)
         if self._restored_objective is not None:
             with explaining_errors(self._checkpoint):
                 objective.load_state_dict(self._restored_objective)

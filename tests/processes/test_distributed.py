@@ -217,7 +217,7 @@ def test_processes_decide_together_on_the_first_batches(results_of_ranks):
     first, second = (result["first batches"] for result in results_of_ranks("2"))
     assert first["usual"]["state"] == second["usual"]["state"]
     assert first["usual"]["state"]["done"]
-    assert first["usual"]["state"]["shifts"], "the batches of the first process do not show it"
+    assert first["usual"]["state"]["found"]["shifts"], "the batches of the first process do not show it"
     assert first["usual"]["state"]["batches"] == 1
     assert torch.equal(first["usual"]["parameters"], second["usual"]["parameters"])
     assert "A check failed in process 1, whose error says why" in first["other"]

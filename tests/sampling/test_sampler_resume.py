@@ -9,10 +9,11 @@ from sampling_helpers import SAMPLING_MODES, draws_of, equal_with_nan
 from simulated_training import SimulatedTraining
 from torch import tensor
 
-from hf_importance.sampling.draw import SKIPPED, Shard
+from hf_importance.sampling.draw import SKIPPED
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.sampling.shard import Shard
 
 
 def resumed(state, sampling, n, batch, delay, skip, **settings):

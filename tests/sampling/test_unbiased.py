@@ -10,11 +10,12 @@ import pytest
 import torch
 from adaptive import AdaptiveTraining, Credits, FollowsMemory, PrunesByMemory, WithoutScaling
 
-from hf_importance.sampling.draw import SKIPPED, Shard
+from hf_importance.sampling.draw import SKIPPED
 from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.rates import relative_costs
 from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.segments import SegmentedVisits
+from hf_importance.sampling.shard import Shard
 from hf_importance.sampling.suspects import SuspectWeights
 
 WITHIN = torch.tensor([0.005, 0.03, 0.03, 0.03, 0.03])
