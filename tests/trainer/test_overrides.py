@@ -288,3 +288,20 @@ def test_copied_batches_keep_their_draws(tmp_path, accumulation):
     copied = tiny.trained(tmp_path, model, tiny.texts(), CopiedInputs, tiny.FIXED, **settings)
     assert [draw.index for draw in copied.draws] == [draw.index for draw in plain.draws]
     assert tiny.difference(copied, plain) == 0.0
+
+
+class TwoPasses(tiny.Recorder):
+    """Trains on each batch twice, like adversarial training."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        return (loss + super().training_step(model, inputs, *args, **kwargs)) / 2
+
+
+def test_batches_that_are_trained_on_twice_keep_their_draw(tmp_path):
+    """Twice the same gradients, without dropout; the importances are those of the first pass."""
+    settings = {"optim": "sgd", "learning_rate": 0.0, "num_train_epochs": 1}
+    once = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), tiny.Recorder, tiny.FIXED, **settings)
+    twice = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), TwoPasses, tiny.FIXED, **settings)
+    assert twice.draws == [draw for draw in once.draws for _ in range(2)]
+    assert torch.equal(twice.importances, once.importances)
