@@ -4,8 +4,10 @@ The modules and folders, in the order of their imports (each imports only those 
 
 - `randomness`: random numbers that do not affect those of training.
 - `upstream`: what is private in transformers, accelerate and torch.
+- `errors`: errors that more than one folder raises.
 - `sampling`: which examples are drawn next, their weights, and what a step is worth.
 - `losses`: per-example losses and importances.
+- `backward`: selective backward: only the rows of a batch that matter are propagated back.
 - `data`: batches that carry their draw; lengths and identity of the data.
 - `config`: all settings.
 - `adapters`: losses of trainers of other libraries (TRL, sentence-transformers).

@@ -15,6 +15,7 @@ CONFIG_FILE = "importance_config.json"
 _MOST_VISITS = 10
 
 Metric = Literal["logit_gradient", "loss", "uniform"]
+Backward = Literal["auto", "full", "selective"]
 
 
 def _setting(default: object, text: str) -> Any:
@@ -25,8 +26,8 @@ def _setting(default: object, text: str) -> Any:
 class ImportanceConfig:
     """Settings of how importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
 
-    The settings for everyday use are `effective_epochs`, `prune_mass`, `record`, `seed`, and `suspect_weight` for noisy
-    labels. The others are for experiments.
+    The settings for everyday use are `effective_epochs`, `backward`, `prune_mass`, `record`, `seed`, and for noisy
+    labels `suspect_weight`. The others are for experiments.
 
     Raises:
         ValueError: if a value is out of range; the message names the field and the accepted values.
@@ -46,6 +47,15 @@ class ImportanceConfig:
         1.0,
         "Visits per epoch relative to the number of training examples, above 0 and at most 10; other than 1 only "
         "without effective_epochs.",
+    )
+    backward: Backward = _setting(
+        "auto",
+        "Which examples of a batch are propagated back: only those whose gradients matter, without bias (selective), "
+        "all (full), or selective where models and batches are large enough for it to pay (auto).",
+    )
+    backward_tolerance: float = _setting(
+        0.1,
+        "Largest relative rise of the second moment of the gradient that selective backward may cause, in (0, 1].",
     )
     prune_mass: float = _setting(
         0.0,
@@ -131,6 +141,9 @@ class ImportanceConfig:
     def __post_init__(self) -> None:
         if self.metric not in get_args(Metric):
             raise ValueError(self._message("metric", "one of " + ", ".join(map(repr, get_args(Metric)))))
+        if self.backward not in get_args(Backward):
+            raise ValueError(self._message("backward", "one of " + ", ".join(map(repr, get_args(Backward)))))
+        self._check_range("backward_tolerance", "above 0 and at most 1", lambda x: 0 < x <= 1)
         self._check_range("memory_momentum", "in [0, 1)", lambda x: 0 <= x < 1)
         self._check_range("uniform_fraction", "in [0, 1]", lambda x: 0 <= x <= 1)
         self._check_range("weight_exponent", "in [0, 1]", lambda x: 0 <= x <= 1)
@@ -185,6 +198,7 @@ class PaperConfig(ImportanceConfig):
     """
 
     effective_epochs: bool = False
+    backward: Backward = "full"
     uniform_fraction: float = 0.0
     importance_increment: float = 1e-3
 

@@ -19,11 +19,12 @@ from transformers.utils import logging
 from hf_importance.adapters.known import adapted_class, adapter_of
 from hf_importance.config import ImportanceConfig
 from hf_importance.data.dataset import DRAW_KEY, LABEL_COLUMNS
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.custom import PerExampleLoss
 from hf_importance.losses.objective import Objective
 from hf_importance.randomness import isolated_randomness
 from hf_importance.report.findings import Findings
-from hf_importance.report.hub import CARD, FOLDER, extend_card, pushing, warn_of_failed_pushes
+from hf_importance.report.hub import CARD, FOLDER, extend_card, extend_card_without_weights, pushing, warn_of_failed_pushes
 from hf_importance.report.logs import limit_console_logs
 from hf_importance.report.page import validate_report, write_for_hub, write_report
 from hf_importance.report.training import Training
@@ -31,6 +32,7 @@ from hf_importance.run.callbacks import RunCallbackHandler
 from hf_importance.run.checkpoints import newest_complete
 from hf_importance.run.run import ImportanceRun
 from hf_importance.run.step import pop_labels
+from hf_importance.run.unweighted import UnweightedRun
 from hf_importance.run.validation import validate_arguments, validate_training
 from hf_importance.sampling.memory import unimportant
 from hf_importance.sampling.rates import per_cost
@@ -70,28 +72,35 @@ class ImportanceTrainerMixin:
         report_examples_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        adapted = adapted_class(type(self))
-        self._run: ImportanceRun | None = None  # the training in progress, or the last one
+        self._run: ImportanceRun | UnweightedRun | None = None  # the training in progress, or the last one
         super().__init__(*args, **kwargs)
         validate_upstream(self)
         self.importance_config = ImportanceConfig() if importance is None else importance
         self.per_example_loss_func = per_example_loss_func
         self.report_examples_to_hub = report_examples_to_hub
-        self.loss_is_scaled_for_ga = False  # the loss is a mean over the micro-batch
         self.current_gradient_accumulation_steps = 1  # outside of `train()`; `Trainer` sets it in its loop only
         validate_arguments(self)
-        if adapted is not None and self.train_dataset is not None:
-            adapter_of(self, adapted)  # before general checks: its messages are more specific
-        self._validate_training(self.lr_scheduler)
+        self._unweighted_run(self.lr_scheduler, is_new=True)
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
         limit_console_logs(self.callback_handler.callbacks)
         self.callback_handler = RunCallbackHandler(self.callback_handler, self)
 
-    def _validate_training(self, schedule: LRScheduler | None = None) -> None:
+    def _unweighted_run(self, schedule: LRScheduler | None = None, is_new: bool = False) -> UnweightedRun | None:
+        """Validate the settings; the run if draws cannot be weighted, None if they can."""
         validate_arguments(self)
-        if self.train_dataset is not None:
+        if self.train_dataset is None:
+            return None
+        try:
+            adapted = adapted_class(type(self))
+            if is_new and adapted is not None:
+                adapter_of(self, adapted)  # before general checks: its messages are more specific
             validate_training(self, ImportanceTrainerMixin, schedule)
+        except UnweightedError as error:
+            if self.importance_config.backward == "full":
+                raise
+            return UnweightedRun(self, str(error))
+        return None
 
     def _find_label_names(self) -> None:
         """Set `label_names` for a model whose `forward` has no labels, if the data has labels for the loss function."""
@@ -115,9 +124,10 @@ class ImportanceTrainerMixin:
         `resume_from_checkpoint=True` selects the newest complete checkpoint. `ignore_data_skip` has no effect, because
         skipping batches does not load any data.
         """
-        self._validate_training()
-        self._run = ImportanceRun(self, ImportanceTrainerMixin)
-        ignored, self.args.ignore_data_skip = self.args.ignore_data_skip, False
+        self._run = self._unweighted_run() or ImportanceRun(self, ImportanceTrainerMixin)
+        ignored = self.args.ignore_data_skip
+        if isinstance(self._run, ImportanceRun):
+            self.args.ignore_data_skip = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
         try:
@@ -125,8 +135,9 @@ class ImportanceTrainerMixin:
         finally:
             self.args.ignore_data_skip = ignored
             self._run.end()
-        self._run.columns.gather(self.args.ddp_timeout)
-        self._summarise()
+        self._run.gather_columns()
+        for line in self._run.summary():
+            self._run.say(line)
         return output
 
     def _newest_checkpoint(self) -> str | bool:
@@ -142,7 +153,15 @@ class ImportanceTrainerMixin:
         """Number of steps and epochs like `Trainer`, with the dataloader of importance sampling."""
         if self._active_run is None:
             return super().set_initial_training_values(args, dataloader)
-        values = super().set_initial_training_values(args, self._run.begin(dataloader))
+        try:
+            loader = self._run.begin(dataloader)
+        except UnweightedError as error:
+            if self.importance_config.backward == "full":
+                raise
+            self.args.ignore_data_skip = self._run.ignores_data_skip
+            self._run = UnweightedRun(self, str(error))
+            loader = self._run.begin(dataloader)
+        values = super().set_initial_training_values(args, loader)
         self._run.plan(max_steps=values[-1])
         return values
 
@@ -154,7 +173,7 @@ class ImportanceTrainerMixin:
         return scheduler
 
     def _run_epoch(self, *args: Any, train_dataloader: DataLoader, **kwargs: Any) -> None:
-        return super()._run_epoch(*args, train_dataloader=self._run.epoch_loader(), **kwargs)
+        return super()._run_epoch(*args, train_dataloader=self._run.epoch_loader(train_dataloader), **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -181,19 +200,26 @@ class ImportanceTrainerMixin:
     ) -> Tensor | tuple[Tensor, Any]:
         """In a training step, the mean of weight · loss over the batch.
 
-        Elsewhere, the mean of `per_example_loss_func`, or `Trainer.compute_loss` if there is none.
+        Elsewhere, and where draws cannot be weighted, the mean of `per_example_loss_func`, or `Trainer.compute_loss` if
+        there is none.
         """
         run = self._active_run
-        if run is not None and (run.step.draw is not None or DRAW_KEY in inputs):
+        if run is not None and not run.unweighted and (run.step.draw is not None or DRAW_KEY in inputs):
             compute_loss = partial(super().compute_loss, return_outputs=return_outputs)
-            loss, outputs = run.step.loss(compute_loss, model, dict(inputs))
-        elif self.per_example_loss_func is None:
+            try:
+                loss, outputs = run.step.loss(compute_loss, model, dict(inputs))
+                return (loss, outputs) if return_outputs else loss
+            except UnweightedError as error:
+                compute_loss = partial(self.compute_loss, num_items_in_batch=num_items_in_batch)
+                return run.fall_back(error, partial(compute_loss, model, inputs, return_outputs))
+        if run is not None:
+            inputs = {name: value for name, value in inputs.items() if name != DRAW_KEY}
+        if self.per_example_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        else:
-            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # Liger: keep logits
-            labels = pop_labels(inputs, [name for name in self.label_names or ["labels"] if name in inputs])
-            objective = Objective(self.model, per_example_loss_func=self.per_example_loss_func)
-            loss, outputs = objective.evaluate(model, inputs, labels)
+        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # Liger: keep logits
+        labels = pop_labels(inputs, [name for name in self.label_names or ["labels"] if name in inputs])
+        objective = Objective(self.model, per_example_loss_func=self.per_example_loss_func)
+        loss, outputs = objective.evaluate(model, inputs, labels)
         return (loss, outputs) if return_outputs else loss
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -252,8 +278,9 @@ class ImportanceTrainerMixin:
         With several processes, the main process has those of all, as of the last checkpoint or the end of training.
 
         Raises:
-            ValueError: before training, and with `record=False`.
+            ValueError: before training, with `record=False`, and if draws were not weighted.
         """
+        self._validate_weighted("suspects")
         if self._training is None or not self._training.has_record:
             raise ValueError(
                 "suspects requires train() with ImportanceConfig(record=True), but no visits were recorded."
@@ -262,8 +289,12 @@ class ImportanceTrainerMixin:
 
     @property
     def _training(self) -> Training | None:
-        """Figures of the training; None before it."""
-        return None if self._run is None else self._run.figures
+        """Figures of the training; None before it, and if its draws are not weighted."""
+        return None if self._run is None or self._run.unweighted else self._run.figures
+
+    def _validate_weighted(self, name: str) -> None:
+        if self._run is not None and self._run.unweighted:
+            raise ValueError(f"{name} needs measured importances, but draws were not weighted: {self._run.unweighted}")
 
     def _findings(self) -> Findings:
         """Figures of the examples of all processes, complete in the main process."""
@@ -272,21 +303,12 @@ class ImportanceTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log like `Trainer.log`, with our measurements next to each training loss."""
-        training = self._training
-        if training is not None and "loss" in logs:
-            logs.update(training.measured())
-        if training is not None and "train_samples_per_second" in logs:
-            logs.update(training.at_end(self.state.global_step))
+        if self._run is not None and "loss" in logs:
+            logs.update(self._run.measured())
+        if self._run is not None and "train_samples_per_second" in logs:
+            logs.update(self._run.at_end())
             logs["train_samples_per_second"] *= self._run.share_of_visits
         super().log(logs, *args, **kwargs)
-
-    def _summarise(self) -> None:
-        """Print a summary of the training."""
-        progress = self._training.progress
-        if progress is not None and progress.finished:
-            self._run.say(self._training.ended(self.state.global_step))
-        if self._training.has_record and self.is_world_process_zero():
-            self._run.say(self._findings().summary())
 
     # ---- report, model card and Hub ----------------------------------------------------------------------------------
 
@@ -311,10 +333,11 @@ class ImportanceTrainerMixin:
             The path of the page; None in other than the main process.
 
         Raises:
-            ValueError: before training, with `record=False`, for an invalid argument, or for a folder that a push to
+            ValueError: before training, with `record=False`, if draws were not weighted, for an invalid argument, or for a folder that a push to
                 the Hub would upload with examples, unless `report_examples_to_hub` is set.
             ImportError: if a dependency of the report is not installed.
         """
+        self._validate_weighted("importance_report")
         model_folder = Path(self.args.output_dir)
         folder = model_folder / f"_{FOLDER}" if output_dir is None else Path(output_dir)
         examples = self.train_dataset if examples is None else examples
@@ -351,7 +374,11 @@ class ImportanceTrainerMixin:
         self._extend_card(Path(self.args.output_dir))
 
     def _extend_card(self, folder: Path) -> None:
-        if self._training is None or not self._training.has_record or not self.is_world_process_zero():
+        if not self.is_world_process_zero():
+            return
+        if self._run is not None and self._run.unweighted:
+            extend_card_without_weights(folder / CARD, self._run.unweighted, self._run.summary())
+        if self._training is None or not self._training.has_record:
             return
         findings = self._findings()
         plots = write_for_hub(folder / FOLDER, findings)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.first_batch import FirstBatches, Gather, alone, losses_agree
 from hf_importance.losses.objective import Measured
 from hf_importance.losses.outputs import Inputs, importance_by
@@ -71,8 +72,8 @@ class LossAdapter(ABC):
             raise self._another_loss(loss.item(), mean.item())
         return [finite]
 
-    def _another_loss(self, loss: float, mean: float) -> ValueError:
-        return ValueError(
+    def _another_loss(self, loss: float, mean: float) -> UnweightedError:
+        return UnweightedError(
             f"The loss of {type(self.trainer).__name__} on the first batch is {loss:.5g}, but the mean of its "
             f"per-example losses is {mean:.5g}. {UNKNOWN}"
         )

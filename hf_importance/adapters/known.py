@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from hf_importance.adapters.base import LossAdapter
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.first_batch import Gather, alone
 
 _ADAPTERS = {
@@ -27,7 +28,7 @@ _COUPLED = {
 
 
 def adapted_class(cls: type) -> type | None:
-    """The base class whose `compute_loss` is adapted; None for trainers of transformers, a ValueError for others."""
+    """The base class whose `compute_loss` is adapted; None for trainers of transformers, else an `UnweightedError`."""
     for base in cls.__mro__:
         library = _library(base)
         known = _ADAPTERS.get(library, {})
@@ -36,7 +37,7 @@ def adapted_class(cls: type) -> type | None:
         if known and {"compute_loss", "_compute_loss"} & set(vars(base)):
             first = next(c.__name__ for c in cls.__mro__ if _library(c) == library)
             reason = _COUPLED.get(base.__name__, "its loss is not supported")
-            raise ValueError(
+            raise UnweightedError(
                 f"{first} cannot be used with importance sampling: {reason}. Use it without ImportanceTrainerMixin. "
                 f"Supported trainers of {library}: {', '.join(known)}."
             )

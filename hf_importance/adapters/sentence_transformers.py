@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_importance.adapters.base import UNKNOWN, ComputeLoss, Inputs, Lengths, LossAdapter
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.custom import copies_of
 from hf_importance.losses.first_batch import FirstBatches, Gather, alone, losses_agree
 from hf_importance.losses.isolation import without_side_effects
@@ -51,7 +52,7 @@ class SentenceLoss(LossAdapter):
         if self._coupling.due():
             self._coupling.refuse_coupled(
                 partial(self._first_losses_change, compute_loss, model, inputs, batch),
-                ValueError(
+                UnweightedError(
                     f"{self._name} compares the examples of a batch with each other (in-batch negatives): the "
                     f"loss of the first one changes with the others, so it cannot be weighted on its own. {_TRAINER}"
                 ),
@@ -79,21 +80,21 @@ class SentenceLoss(LossAdapter):
         if not recorder.calls:
             raise self._no_losses()
         if any(call.function in _OF_CLASSES and call.settings["weight"] is not None for call in recorder.calls):
-            raise ValueError(
+            raise UnweightedError(
                 f"{self._name} has class weights, and divides the batch loss by their sum, so it is not a mean "
                 f"over examples. Remove them: hard examples are drawn more often anyway. Otherwise: {_TRAINER}"
             )
         return loss[0] if isinstance(loss, tuple) else loss, recorder.calls
 
-    def _no_losses(self) -> ValueError:
-        return ValueError(
+    def _no_losses(self) -> UnweightedError:
+        return UnweightedError(
             f"{self._name} is not based on the mean of a torch loss such as nn.MSELoss, so its per-example losses "
             "are unknown. Losses that compare the examples of a batch with each other (in-batch negatives, mined "
             f"triplets) have none. {_TRAINER}"
         )
 
-    def _another_loss(self, loss: float, mean: float) -> ValueError:
-        return ValueError(
+    def _another_loss(self, loss: float, mean: float) -> UnweightedError:
+        return UnweightedError(
             f"{self._name} is {loss:.5g} on the first batch, but the mean of the torch losses in it is "
             f"{mean:.5g}: it has other terms, or is a sum instead of a mean. {_TRAINER}"
         )
@@ -116,12 +117,12 @@ class SentenceLoss(LossAdapter):
         finally:
             trainer.accum_loss_components = components
         if len(terms) > 1:
-            raise ValueError(
+            raise UnweightedError(
                 f"{self._name} is a sum of {', '.join(sorted(terms))}. Such terms, for example "
                 f"regularisers over the batch, are not means over examples and cannot be weighted. {_TRAINER}"
             )
         if inputs.get("label") is None:
-            raise ValueError(
+            raise UnweightedError(
                 f"The training data has no label, so {self._name} is assumed to compare the examples of a batch "
                 f"with each other (in-batch negatives): such losses have no per-example loss to weight. {_TRAINER}"
             )
@@ -136,18 +137,18 @@ def _validate_arguments(trainer: Any) -> None:
     for name in ("loss", "train_dataset"):
         value = getattr(trainer, name)
         if isinstance(value, dict):
-            raise ValueError(
+            raise UnweightedError(
                 f"{name} must be a single one, but is a dict of {', '.join(value)}. If one loss fits all datasets, "
                 f"join them with datasets.concatenate_datasets. Otherwise: {_TRAINER}"
             )
     args = trainer.args
     if getattr(args.batch_sampler, "value", None) != "batch_sampler":
-        raise ValueError(
+        raise UnweightedError(
             f"batch_sampler must be BatchSamplers.BATCH_SAMPLER, the default, but is {args.batch_sampler}: importance "
             f"sampling draws the batches. Remove it; if the loss compares the examples of a batch: {_TRAINER}"
         )
     if args.train_sampling_strategy == "group_by_length":
-        raise ValueError(
+        raise UnweightedError(
             "train_sampling_strategy must be 'random', but is 'group_by_length', which the trainers of "
             "sentence-transformers ignore, because the lengths of their texts are unknown. Remove it."
         )
@@ -184,7 +185,7 @@ class _LossCall:
         """Losses of `size` examples, `[size]`: the mean over several texts of each, or over elements."""
         each = self.function(self.input, self.target, **{**self.settings, "reduction": "none"}).float()
         if not each.dim() or len(each) % size:
-            raise ValueError(f"A torch loss has shape {list(each.shape)} for {size} examples. {UNKNOWN}")
+            raise UnweightedError(f"A torch loss has shape {list(each.shape)} for {size} examples. {UNKNOWN}")
         each = _rows(each, size)
         return each.sum(1) if self.settings["reduction"] == "batchmean" else each.mean(1)
 

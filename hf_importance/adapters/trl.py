@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_importance.adapters.base import ComputeLoss, Inputs, Lengths, LossAdapter
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.first_batch import Gather, alone
 from hf_importance.losses.objective import Measured, predicted
 from hf_importance.losses.outputs import observed_of, without_peft
@@ -114,7 +115,7 @@ class DPOLoss(LossAdapter):
         for name, value in _DPO.items():
             if getattr(trainer, name) != value:
                 argument = "loss_type" if name == "loss_types" else name
-                raise ValueError(
+                raise UnweightedError(
                     f"{argument} must be {value!r}, but is {getattr(trainer, name)!r}, for which there is no per-pair "
                     f"loss to weight: set {argument}={value!r} in DPOConfig, or use DPOTrainer alone."
                 )
@@ -199,7 +200,7 @@ def _rows_of(labels: Tensor, batch: int, lengths: Lengths) -> Tensor | None:
     if len(labels) == batch:
         return None
     if len(labels) != 1 or lengths is None or sum(lengths) > labels.shape[1]:
-        raise ValueError(
+        raise UnweightedError(
             f"A batch of {batch} examples has labels of shape {list(labels.shape)}, so the example of each token is "
             "unknown: the data collator must return one row per example, or one row with the 'input_ids' of all "
             "examples in order."

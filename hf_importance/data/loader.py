@@ -8,6 +8,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_importance.data.dataset import ImportanceCollator, ImportanceDataset
+from hf_importance.errors import UnweightedError
 
 _OF_WORKERS = ("num_workers", "persistent_workers", "multiprocessing_context", "prefetch_factor", "worker_init_fn")
 _SETTINGS = (*_OF_WORKERS, "pin_memory", "in_order", "timeout")
@@ -72,7 +73,7 @@ def validate_loader(loader: Any, overrides: list[str], batch_size: int, drop_las
         problem = f"iterates with {type(loader).__name__}.__iter__"
     else:
         return
-    raise ValueError(
+    raise UnweightedError(
         f"{' or '.join(overrides) or 'The training dataloader'} {problem}, which importance sampling would replace: "
         "change the dataset, the collator or TrainingArguments instead, or use Trainer."
     )

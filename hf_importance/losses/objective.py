@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_importance.errors import UnweightedError
 from hf_importance.losses import per_example
 from hf_importance.losses.custom import CustomLoss, PerExampleLoss, check_coupling
 from hf_importance.losses.first_batch import FirstBatches, Gather, alone
@@ -192,7 +193,13 @@ class Objective:
         if self._requires_labels is None:
             self._requires_labels = requires(self.model, labels)
         if not (with_labels or self._requires_labels or self._found.adds):
-            return model(**inputs), False
+            try:
+                return model(**inputs), False
+            except (AttributeError, KeyError, TypeError) as error:  # as of `None.shape`
+                if not labels:
+                    raise
+                names = ", ".join(labels)
+                raise UnweightedError(f"The model has no logits without {names} ({error!r}). {HINT}") from error
         if self._may_skip_logits:
             inputs = {**inputs, "skip_logits": False}
         return model(**{**inputs, **labels}), True
@@ -241,14 +248,14 @@ class Objective:
         except (IndexError, RuntimeError) as error:
             validate_classes(logits, target)
             shapes = f"{list(target.shape)} ({target.dtype}) do not fit logits {list(logits.shape)}"
-            raise ValueError(f"Labels {shapes} ({error}). {HINT}") from error
+            raise UnweightedError(f"Labels {shapes} ({error}). {HINT}") from error
 
     def kind_and_target(self, logits: Tensor, labels: Labels) -> tuple[str, Tensor]:
         """See [`kind_of_loss`]; and the first of the labels, with -100 where masks have no loss."""
         target = next(iter(labels.values()))
         if not isinstance(target, Tensor):
             of = f" of {type(target[0]).__name__}" if isinstance(target, (list, tuple)) and target else ""
-            raise ValueError(
+            raise UnweightedError(
                 f"{next(iter(labels))} must be a tensor, but is a {type(target).__name__}{of}, for which there is no "
                 f"standard loss. {HINT}"
             )

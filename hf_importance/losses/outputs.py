@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.per_example import IGNORE_INDEX, observed_classes
 
 Inputs = dict[str, Any]
@@ -31,14 +32,16 @@ def logits_of(
     else:
         logits = list(without_loss(outputs, with_labels)[: len(names)])
     if len(logits) < len(names) or not all(isinstance(value, Tensor) for value in logits):
-        raise ValueError(
+        raise UnweightedError(
             f"The model must return a dict with {' and '.join(map(repr, names))}, or a tuple that starts with it, but "
             f"returned {described(outputs)}. {HINT} Losses that compare the examples of a batch (contrastive, "
             "preference pairs) cannot be weighted per example: use Trainer for them."
         )
     for name, value in zip(names, logits, strict=True):
         if value.shape[:1] != (batch,):
-            raise ValueError(f"{name} must have shape [{batch}, …], one row per example, but has {list(value.shape)}.")
+            raise UnweightedError(
+                f"{name} must have shape [{batch}, …], one row per example, but has {list(value.shape)}."
+            )
     return logits
 
 

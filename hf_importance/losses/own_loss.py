@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_importance.errors import UnweightedError
 from hf_importance.losses import made_up
 from hf_importance.losses.first_batch import FirstBatches, precision_of, tolerance
 from hf_importance.losses.isolation import without_side_effects
@@ -151,10 +152,12 @@ class _Check:
             with without_side_effects(objective.model):
                 outputs, _ = objective.forward(objective.model, inputs, labels, with_labels=True)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"The model cannot compute its own loss for these labels ({error}). {HINT}") from error
+            raise UnweightedError(
+                f"The model cannot compute its own loss for these labels ({error}). {HINT}"
+            ) from error
         loss = model_loss(outputs)
         if loss is None:
-            raise ValueError(f"The model returned no 'loss' for its labels, so its loss is unknown. {HINT}")
+            raise UnweightedError(f"The model returned no 'loss' for its labels, so its loss is unknown. {HINT}")
         if isinstance(outputs, Mapping):
             self.adds |= any(key.endswith(_AUXILIARY_LOSSES) and isinstance(outputs[key], Tensor) for key in outputs)
         fused = any_logits(outputs, True) is None  # the model returns logits or a loss
@@ -168,11 +171,11 @@ class _Check:
         relative = precision_of(loss, precisely=not (fused or resized or _mixes_precisions(objective.model)))
         return _Comparison(loss.float().mean().item(), [value.item() for value in means], relative), mean
 
-    def _another_loss(self, comparison: _Comparison, number: int) -> ValueError:
+    def _another_loss(self, comparison: _Comparison, number: int) -> UnweightedError:
         place = "the first batch" if number == 1 else f"batch {number}"
         how = "" if comparison is self.own else ", with labels made up so that every class occurs,"
         shifts = self._objective.shifts and len(comparison.mean_losses) > 1
-        return ValueError(
+        return UnweightedError(
             f"The model's loss on {place}{how} is {comparison.model_loss:.5g}, but the mean of the usual per-example "
             f"losses is {comparison.mean_losses[int(shifts)]:.5g}: the model has its own loss (class weights, another "
             f"reduction, …). {HINT}"
@@ -259,7 +262,7 @@ def _mixes_precisions(model: Any) -> bool:
 def _validate_same_logits(without: Tensor, with_labels: Tensor) -> None:
     finite = without.isfinite() and with_labels.isfinite()
     if finite and (without - with_labels).abs() > _CHANGED_LOGITS * without.abs() + _CHANGED_LOGITS:
-        raise ValueError(
+        raise UnweightedError(
             f"The model returns other logits if it is given labels: the mean loss is then {with_labels.item():.5g}, "
             f"else {without.item():.5g}. It is trained without labels. {HINT}"
         )

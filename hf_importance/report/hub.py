@@ -1,7 +1,7 @@
 """Pushing to the Hub: the section of the model card, and errors that say what to do."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,22 @@ The settings are in `importance_config.json`:
 Method:
 
 {_CITATION}"""
+    _append(path, section)
+
+
+def extend_card_without_weights(path: Path, reason: str, summary: Sequence[str]) -> None:
+    """Add tags and a section to the card of a model whose draws were not weighted, with lines on the training."""
+    section = f"""## Importance sampling
+
+This model was trained with `hf_importance`, but its examples were drawn and weighted as by `Trainer`.
+{" ".join(summary)} Why draws were not weighted:
+
+> {reason}
+"""
+    _append(path, section)
+
+
+def _append(path: Path, section: str) -> None:
     card = ModelCard.load(path)
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
     card.text = f"{card.text.rstrip()}\n\n{section}"

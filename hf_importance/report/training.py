@@ -97,12 +97,16 @@ class Training:
         tokens = self.share_of_tokens(global_step)
         return logs if tokens is None else logs | {"train_share_of_tokens": tokens}
 
-    def ended(self, global_step: int) -> str:
-        """A line on a training whose effective steps were reached after `global_step` steps."""
+    def ended(self, global_step: int, backward: float | None = None) -> str:
+        """A line on a training whose effective steps were reached after `global_step` steps.
+
+        `backward` is the share of its examples that were propagated back, if that was selective.
+        """
         steps, tokens = self.progress.steps, self.share_of_tokens(global_step)
         return (
             f"Importance sampling: ended after {global_step:,} of {steps:,} steps ({global_step / steps:.0%})"
-            f"{'' if tokens is None else f', with {tokens:.0%} of the tokens'}."
+            f"{'' if tokens is None else f', with {tokens:.0%} of the tokens'}"
+            f"{'' if backward is None else f', {backward:.0%} of the backward passes'}."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def _load(path: Path, rank: int, ranks: int) -> dict[str, Any]:
             raise ValueError(f"another version of hf_importance wrote it, with format {state['format']}, not {_FORMAT}")
         if (state["rank"], state["ranks"]) != (rank, ranks):
             raise ValueError(f"it was written by process {state['rank']} of {state['ranks']}")
-        for name in ("sampler", "settings", "data", "objective", "figures"):
+        is_drawn = "sampler" in state or not state["unweighted"]  # by us, not by the dataloader of `Trainer`
+        for name in ("sampler", "settings", "data", "objective", "figures", "backward") if is_drawn else ("backward",):
             if not isinstance(state[name], dict):
                 raise ValueError(f"{name} must be a dict, but is a {type(state[name]).__name__}")
     except Exception as error:  # a damaged file may raise almost anything
@@ -205,7 +206,7 @@ def _obstacle(
 ) -> tuple[str | None, bool]:
     """What prevents this rank from continuing exactly, None if nothing does; and whether importances remain valid."""
     before, length = states.any(rank), sampler.shard.length
-    if before is None:
+    if before is None or "sampler" not in before:
         return "contains no importances: they start unknown.", False
     changed = [
         f"{name}={before['settings'][name]!r} (now {settings[name]!r})"

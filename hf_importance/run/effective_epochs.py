@@ -44,6 +44,7 @@ class EffectiveEpochs:
         reduce: sums a tensor over all processes.
         say: prints a line for the user.
         callbacks: the callbacks of the user, for their progress bars.
+        take_squares: second moment of the gradients with selective backward and without, since its last call.
     """
 
     def __init__(
@@ -53,14 +54,17 @@ class EffectiveEpochs:
         reduce: Callable[[Tensor], Tensor],
         say: Callable[[str], None],
         callbacks: Callable[[], Sequence[TrainerCallback]],
+        take_squares: Callable[[], Tensor],
     ) -> None:
         self.progress, self.loop = progress, LoopEpochs(progress)
         self._sampler, self._reduce, self._say, self._callbacks = sampler, reduce, say, callbacks
+        self._take_squares = take_squares
         self._gradients: GradientSample | None = None  # once the model is wrapped
         self._restored: dict[str, Any] | None = None  # its state in a checkpoint, until then
         self._measured_until = torch.zeros(2, dtype=torch.float64)  # moments of the sampler at the last measurement
         self._pending: tuple[Tensor, torch.Event | None] | None = None
         self._is_announced = False
+        self.says_forecast = True
         self._before = 0.0  # effective steps before the last step
 
     def follow(self, scheduler: LRScheduler, model: nn.Module) -> None:
@@ -122,7 +126,8 @@ class EffectiveEpochs:
         wait = max(_FORECAST_AFTER * self.progress.steps, _FORECAST_EPOCH * self.progress.steps_per_epoch)
         if not self._is_announced and self.progress.value >= min(wait, self.progress.steps):
             self._is_announced = True
-            self._say(self.forecast(step))
+            if self.says_forecast:
+                self._say(self.forecast(step))
         _recompute_learning_rates(scheduler)
 
     def end_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -164,6 +169,8 @@ class EffectiveEpochs:
         moments = self._sampler.moments
         moments = torch.tensor([moments["ours"], moments["uniform"]], dtype=torch.float64)
         new, self._measured_until = moments - self._measured_until, moments
+        selected, whole = self._take_squares()
+        new[0] *= selected / whole if whole > 0 else 1.0  # ρ of the draws times the rise through selection
         sums = self._reduce(torch.cat([new.float().to(device), self._gradients.take(device)]))
         arrived = None
         if sums.is_cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -21,21 +22,26 @@ from hf_importance.data.dataset import LABEL_COLUMNS
 from hf_importance.data.fingerprint import fingerprint
 from hf_importance.data.lengths import Lengths
 from hf_importance.data.loader import take_over, training_loader, validate_loader
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.objective import Objective
 from hf_importance.losses.outputs import without_peft
 from hf_importance.report.columns import Columns
 from hf_importance.report.logs import say
 from hf_importance.report.tokens import Token, token_losses
 from hf_importance.report.training import Training
+from hf_importance.run.backward import BackwardPass
 from hf_importance.run.checkpoints import SavedStates, explaining_errors, restore_sampler, save_state
 from hf_importance.run.data import find_lengths, new_sampler
 from hf_importance.run.effective_epochs import EffectiveEpochs
 from hf_importance.run.step import TrainingStep
+from hf_importance.run.unweighted import describe
 from hf_importance.run.validation import overrides_of, seed_of, unmeasured
 from hf_importance.sampling.effective_steps import EffectiveSteps
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 logger = logging.get_logger(__name__)
+_DO_NOT_DRAW = ("record", "effective_epochs", "backward", "backward_tolerance")
+"""Settings that do not matter for what is drawn."""
 
 
 class ImportanceRun:
@@ -54,6 +60,7 @@ class ImportanceRun:
         self.trainer, self.mixin = trainer, mixin
         self.config, self.args = trainer.importance_config, trainer.args
         self.active = True
+        self.unweighted = ""  # why draws are not weighted, if that shows in the first batch
         self.label_names: list[str] = trainer.label_names or ["labels"]
         self.sampler: ImportanceBatchSampler | None = None
         self.lengths: Lengths | None = None
@@ -61,10 +68,13 @@ class ImportanceRun:
         self.figures: Training | None = None
         self.schedule: EffectiveEpochs | None = None  # None if all steps are made
         self.step: TrainingStep | None = None
-        self._base: DataLoader | None = None  # the dataloader of `Trainer`
+        self._base: DataLoader | None = None  # the dataloader of `Trainer`, in this epoch
         self._loader: DataLoader | None = None
         self._checkpoint: str | None = None  # that the objective is restored from, at its first use
         self._restored_objective: dict[str, Any] | None = None
+        self._is_scaled = trainer.loss_is_scaled_for_ga
+        self.ignores_data_skip = trainer.args.ignore_data_skip  # as the user has set it
+        self.backward = BackwardPass(trainer, self.say)
         self.shown_examples: Any = None  # in the report, instead of `train_dataset`
 
     # ---- start -------------------------------------------------------------------------------------------------------
@@ -76,13 +86,12 @@ class ImportanceRun:
             base: the dataloader of `Trainer`, which provides dataset, collator and settings.
 
         Raises:
-            ValueError: if a user's override made it in a way that importance sampling cannot honour.
+            UnweightedError: if a user's override made it in a way that importance sampling cannot honour.
         """
         trainer, args = self.trainer, self.args
         overrides = overrides_of(type(trainer), self.mixin, ("_get_train_sampler", "get_train_dataloader"))
         length = len(trainer.train_dataset)
         validate_loader(base, overrides, trainer._train_batch_size, args.dataloader_drop_last, length)
-        self._base = base
         if self.lengths is None:
             self.lengths = find_lengths(self, base)
         self.sampler = new_sampler(self, before=self.sampler)
@@ -100,7 +109,12 @@ class ImportanceRun:
             progress = EffectiveSteps(max_steps, self._steps_per_epoch)
             handler = self.trainer.callback_handler
             self.schedule = EffectiveEpochs(
-                progress, self.sampler, self.sum_over_processes, self.say, lambda: handler.callbacks
+                progress,
+                self.sampler,
+                self.sum_over_processes,
+                self.say,
+                lambda: handler.callbacks,
+                self.backward.take_squares,
             )
         has_lengths = self.lengths.length is not None
         self.figures = Training(self.sampler, self.columns, progress, has_lengths, self._token_losses)
@@ -110,9 +124,10 @@ class ImportanceRun:
         if self.schedule is not None:
             self.schedule.follow(scheduler, self.trainer.model)
 
-    def epoch_loader(self) -> DataLoader:
-        """The dataloader of an epoch of the training loop."""
-        take_over(self._loader, self._base)
+    def epoch_loader(self, base: DataLoader) -> DataLoader:
+        """The dataloader of an epoch of the training loop, in place of that of `Trainer`."""
+        self._base = base
+        take_over(self._loader, base)
         return self._loader
 
     def effective_epochs(self) -> float:
@@ -130,8 +145,10 @@ class ImportanceRun:
     def on_event(self, event: str, state: TrainerState, control: TrainerControl) -> None:
         """Follow the training loop. `event` is the name of a method of `TrainerCallback`."""
         schedule = self.schedule
-        if event == "on_pre_optimizer_step":
+        if event == "on_pre_optimizer_step" and not self.unweighted:
             self.step.validate_measured()
+        if event == "on_optimizer_step":
+            self.backward.end_step(state.global_step + 1, self.sum_over_processes)
         if schedule is None:
             return
         if event == "on_train_begin":
@@ -182,19 +199,75 @@ class ImportanceRun:
         """Dataset and collator of the user."""
         return self._base.dataset, self._base.collate_fn
 
-    def unmeasured(self) -> ValueError:
+    def fall_back(self, error: UnweightedError, compute_loss: Callable[[], Any] = lambda: None) -> Any:
+        """Go on with the losses of `Trainer` and equal weights, in the first batch of a training.
+
+        Args:
+            error: why the draws of this training cannot be weighted.
+            compute_loss: computes the loss of this batch with `Trainer`.
+
+        Returns:
+            What `compute_loss` returns.
+
+        Raises:
+            UnweightedError: the error, if nothing would be gained because backward passes are full, if a loss of the
+                user would be replaced, if draws were weighted before, or if `Trainer` cannot compute a loss, either.
+        """
+        self.sampler.flush(everything=True)
+        keeps_loss = self.trainer.per_example_loss_func is None
+        if self.config.backward == "full" or not keeps_loss or self.sampler.memory.known or not self.step.is_first:
+            raise error
+        self._go_on_without_weights(str(error))
+        try:
+            loss = compute_loss()
+        except Exception as of_trainer:  # a model or data that `Trainer` does not train, either
+            raise error from of_trainer
+        self.say(describe(self.unweighted))
+        return loss
+
+    def _go_on_without_weights(self, reason: str) -> None:
+        self.unweighted, self.trainer.loss_is_scaled_for_ga = reason, self._is_scaled
+        if self.schedule is not None:
+            self.schedule.says_forecast = False
+
+    def unmeasured(self) -> UnweightedError:
         """The error for a training step without measured importances."""
         return unmeasured(type(self.trainer), self.mixin)
 
     def end(self) -> None:
         """End the training loop, also after an error."""
-        self.active, self.trainer.loss_is_scaled_for_ga = False, False
+        self.active, self.trainer.loss_is_scaled_for_ga = False, self._is_scaled
+        self.backward.end()
         if self.sampler is not None:
             self.sampler.flush(everything=True)
         if "objective" in vars(self):
             self.objective.close()
 
     # ---- results -----------------------------------------------------------------------------------------------------
+
+    def gather_columns(self) -> None:
+        """Gather the columns of all processes in the main process."""
+        self.columns.gather(self.args.ddp_timeout)
+
+    def measured(self) -> dict[str, float]:
+        """Figures since the last log."""
+        return ({} if self.unweighted else self.figures.measured()) | self.backward.measured()
+
+    def at_end(self) -> dict[str, Any]:
+        """What is added to the last log."""
+        logs = self.figures.at_end(self.trainer.state.global_step) | self.backward.at_end()
+        return logs | {"train_unweighted": self.unweighted} if self.unweighted else logs
+
+    def summary(self) -> list[str]:
+        """Lines on what was saved, and on the training data."""
+        lines = []
+        if self.schedule is not None and self.schedule.progress.finished and not self.unweighted:
+            lines.append(self.figures.ended(self.trainer.state.global_step, self.backward.fraction))
+        elif self.backward.fraction is not None:
+            lines.append(f"Selective backward: {self.backward.fraction:.0%} of the backward passes.")
+        if self.figures.has_record and not self.unweighted and self.trainer.is_world_process_zero():
+            lines.append(self.trainer._findings().summary())
+        return lines
 
     def _token_losses(self, index: list[int]) -> dict[int, list[Token]]:
         """See [`token_losses`]. Empty with several processes, because forward passes need all of them."""
@@ -220,6 +293,8 @@ class ImportanceRun:
             "effective": None if self.schedule is None else self.schedule.state_dict(),
             "objective": self.objective.state_dict(),
             "figures": self.figures.state_dict(),
+            "backward": self.backward.state_dict(),
+            "unweighted": self.unweighted,
         }
 
     def save(self, checkpoint: str) -> None:
@@ -240,15 +315,20 @@ class ImportanceRun:
             The actual position.
         """
         self._checkpoint = checkpoint
-        states, rank = SavedStates(checkpoint), self.args.process_index
+        states, rank, unweighted = SavedStates(checkpoint), self.args.process_index, ""
         with explaining_errors(checkpoint):
             lost = restore_sampler(self.sampler, states, rank, self.fingerprint, self._settings(), self._all_agree)
             if lost is None:
                 self.figures.load_state_dict(states[rank]["figures"])
                 self._restored_objective = states[rank]["objective"]
+                self.backward.load_state_dict(states[rank]["backward"])
+                unweighted = states[rank]["unweighted"]
             if self.schedule is not None:
                 position = self._restore_schedule(states, lost is None, position, epochs)
         self.sampler.skip(position[1])
+        if unweighted:
+            self._go_on_without_weights(unweighted)
+            self.say(describe(unweighted))
         if lost is not None:
             logger.warning(f"{checkpoint} {lost}")
         return position
@@ -276,11 +356,11 @@ class ImportanceRun:
     def _settings(self) -> dict[str, Any]:
         """Settings that must be equal to resume exactly."""
         settings = asdict(self.config) | {"sampling": self.config.sampling, "seed": seed_of(self.config, self.args)}
-        return {name: value for name, value in settings.items() if name not in ("record", "effective_epochs")}
+        return {name: value for name, value in settings.items() if name not in _DO_NOT_DRAW}
 
     def _common_progress(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
         """The effective epochs of the first process that found any in its files: they must be the same on all."""
-        own = None if state is None else state["effective"]
+        own = None if state is None else state.get("effective")
         has_any = self.gather([float(own is not None)]).flatten()
         if not 0 < has_any.sum() < len(has_any):
             return own

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_importance.adapters.base import LossAdapter
 from hf_importance.data.dataset import DRAW_KEY, mean_over_examples, validate_labels
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.record import OBSERVED
@@ -31,6 +32,7 @@ class TrainingStep:
         self._measured: set[int] = set()  # numbers of the draws
         self._unmeasured_steps = 0  # in a row
         self._has_begun = False  # whether any batch of this training was measured
+        self.is_first = True  # whether no step of this training is complete
         self._positions: Tensor | None = None
         self._mean_positions: float | None = None
 
@@ -45,7 +47,8 @@ class TrainingStep:
         """Train on a batch, whose draw is taken out meanwhile; afterwards it is back, for overrides that train twice.
 
         Raises:
-            ValueError: if the batch has no draw, or its loss was not computed by [`loss`].
+            ValueError: if the batch has no draw.
+            UnweightedError: if its loss was not computed by [`loss`], after the first step.
         """
         draw = batch.pop(DRAW_KEY, None)
         if draw is None:
@@ -59,9 +62,10 @@ class TrainingStep:
         self._run.sampler.mark_used(draw)
         self.draw, self._model = draw, model
         try:
-            yield
-            if draw.number not in self._measured:
-                raise self._run.unmeasured()
+            with self._run.backward.of(batch):
+                yield
+            if draw.number not in self._measured and not self._run.unweighted:
+                self._run.fall_back(self._run.unmeasured())
         finally:
             batch[DRAW_KEY], self.draw, self._model = draw, None, None
 
@@ -69,8 +73,9 @@ class TrainingStep:
         """Check, before the parameters are updated, that batches of this step were measured, or of the last one.
 
         Raises:
-            ValueError: if none was in the first step of a training, or in two steps in a row.
+            UnweightedError: if none was in the first step of a training, or in two steps in a row.
         """
+        self.is_first = False
         self._has_begun |= bool(self._measured)
         self._unmeasured_steps = 0 if self._measured else self._unmeasured_steps + 1
         if not self._has_begun or self._unmeasured_steps > 1:
@@ -83,11 +88,15 @@ class TrainingStep:
             compute_loss: method of the next class, for trainers that compute their own loss.
             model: the model, possibly wrapped.
             inputs: the batch; modified.
+
+        Raises:
+            UnweightedError: if the loss of each example is unknown.
         """
         if self.draw is None:  # an override of `training_step` calls `compute_loss` itself
             with self.of(model, inputs):
                 return self.loss(compute_loss, model, inputs)
         draw, run = self.draw, self._run
+        run.trainer.loss_is_scaled_for_ga = False  # the loss is a mean over the micro-batch
         label_names = [name for name in run.label_names if name in inputs]
         if isinstance(run.objective, LossAdapter):
             measured = run.objective(compute_loss, model, inputs, len(draw.index), draw.lengths)
@@ -166,9 +175,9 @@ def pop_labels(inputs: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return labels
 
 
-def _no_labels(run: Any, inputs: dict[str, Any]) -> ValueError:
+def _no_labels(run: Any, inputs: dict[str, Any]) -> UnweightedError:
     validate_labels(run.trainer.train_dataset[0])
-    return ValueError(
+    return UnweightedError(
         f"The batch must have {run.label_names}, but only has {list(inputs)}: rename the label column or set "
         "label_names in TrainingArguments, and keep the labels in the batch in overrides. For a model trained without "
         "labels, pass per_example_loss_func=f with f(outputs, inputs) -> Tensor[batch]."

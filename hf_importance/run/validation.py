@@ -13,6 +13,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_importance.adapters.known import adapted_class
 from hf_importance.config import ImportanceConfig
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.custom import with_inputs
 from hf_importance.run.effective_epochs import ALL_STEPS
 
@@ -71,12 +72,12 @@ def validate_training(trainer: Any, mixin: type, schedule: LRScheduler | None = 
     """
     args = trainer.args
     if trainer.compute_loss_func is not None:
-        raise ValueError(
+        raise UnweightedError(
             "compute_loss_func must be None, because it returns one loss per batch, which cannot be weighted per "
             "example: pass per_example_loss_func=f with f(outputs, labels) -> Tensor[batch] instead."
         )
     if args.train_sampling_strategy not in ("random", "group_by_length"):
-        raise ValueError(
+        raise UnweightedError(
             "train_sampling_strategy must be 'random' or 'group_by_length', but is "
             f"{args.train_sampling_strategy!r}: {_STRATEGIES[args.train_sampling_strategy]}, or use Trainer."
         )
@@ -86,9 +87,11 @@ def validate_training(trainer: Any, mixin: type, schedule: LRScheduler | None = 
             "a batch: ImportanceTrainer only supports data parallelism (DDP, FSDP, ZeRO)."
         )
     if args.accelerator_config.dispatch_batches:
-        raise ValueError("accelerator_config.dispatch_batches must not be True: a batch that is split loses its draw.")
+        raise UnweightedError(
+            "accelerator_config.dispatch_batches must not be True: a batch that is split loses its draw."
+        )
     if trainer.label_smoother is not None and type(trainer.label_smoother) is not LabelSmoother:
-        raise ValueError(
+        raise UnweightedError(
             "label_smoother must be the one of label_smoothing_factor, but is "
             f"{type(trainer.label_smoother).__name__}, whose per-example losses are unknown: pass "
             "per_example_loss_func instead."
@@ -102,7 +105,7 @@ def validate_training(trainer: Any, mixin: type, schedule: LRScheduler | None = 
 def _validate_data(data: Any, ranks: int) -> None:
     stream = isinstance(data, IterableDataset)
     if stream or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise ValueError(
+        raise UnweightedError(
             f"train_dataset must have a length and be indexed by position, but {type(data).__name__} is a stream, "
             "and importance sampling revisits examples: load it without streaming, or use Trainer."
         )
@@ -179,7 +182,7 @@ def _validate_overrides(cls: type, mixin: type, has_loss_function: bool) -> None
     """Check that no override of `compute_loss` would be ignored; those that replace ours show at the first step."""
     for owner, is_before in _user_classes(cls, mixin):
         if not is_before and "compute_loss" in vars(owner) and not has_loss_function:
-            raise ValueError(
+            raise UnweightedError(
                 f"{owner.__name__}.compute_loss comes after {mixin.__name__} in the bases of {cls.__name__}, so "
                 f"training would never call it. If it calls super().compute_loss(), put {owner.__name__} first: class "
                 f"{cls.__name__}({owner.__name__}, ImportanceTrainer). If it computes its own loss, pass "

@@ -12,6 +12,7 @@ import hf_importance
 ORDER = [
     "randomness",
     "upstream",
+    "errors",
     *(
         f"sampling.{name}"
         for name in ("state", "draw", "shard", "rates", "memory", "guard", "strata", "segments", "replacement")
@@ -19,6 +20,9 @@ ORDER = [
     *(f"sampling.{name}" for name in ("groups", "record", "suspects", "effective_steps", "sampler")),
     *(f"losses.{name}" for name in ("per_example", "outputs", "isolation", "first_batch", "custom", "made_up")),
     *(f"losses.{name}" for name in ("own_loss", "objective")),
+    *(f"backward.{name}" for name in ("rows", "rules", "shape_rules", "part_rules", "layer_rules", "repeat", "blocks")),
+    *(f"backward.{name}" for name in ("recompute", "pivotal", "threshold", "places", "verification", "selection")),
+    "backward.selective",
     *(f"data.{name}" for name in ("dataset", "loader", "lengths", "fingerprint")),
     "config",
     *(f"adapters.{name}" for name in ("base", "trl", "sentence_transformers", "known")),
@@ -26,15 +30,16 @@ ORDER = [
     *(f"report.{name}" for name in ("tables", "examples", "hub", "logs", "training", "page")),
     *(
         f"run.{name}"
-        for name in ("loop_epochs", "effective_epochs", "validation", "data", "step", "checkpoints", "run", "callbacks")
+        for name in ("loop_epochs", "effective_epochs", "validation", "backward", "data", "step", "checkpoints")
     ),
+    *(f"run.{name}" for name in ("unweighted", "run", "callbacks")),
     "trainer",
     "__init__",
 ]
-FOLDERS = ("sampling", "losses", "data", "adapters", "report", "run")
-STRANGERS = ("sampling", "losses", "data")
+FOLDERS = ("sampling", "losses", "backward", "data", "adapters", "report", "run")
+STRANGERS = ("sampling", "losses", "backward", "data")
 """Folders that do not know each other."""
-ONLY_TORCH = {module for module in ORDER if module.startswith(("losses.", "sampling."))}
+ONLY_TORCH = {module for module in ORDER if module.startswith(("losses.", "sampling.", "backward."))}
 TORCH = ("torch", "numpy")
 PACKAGE = Path(hf_importance.__file__).parent
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
@@ -84,6 +89,9 @@ def test_module_imports_only_modules_before_it(module):
         ("sampling.sampler", "from hf_importance.run.effective_epochs import EffectiveEpochs"),
         ("sampling.rates", "import transformers"),
         ("losses.objective", "from transformers.utils import logging"),
+        ("backward.recompute", "from transformers.modeling_layers import GradientCheckpointingLayer"),
+        ("backward.selection", "from hf_importance.losses.objective import Measured"),
+        ("backward.rows", "from hf_importance.backward import rules"),
         ("losses.objective", "from hf_importance.sampling.draw import Draw"),
         ("data.dataset", "from hf_importance.sampling.draw import Draw"),
         ("losses.outputs", "from hf_importance.losses import objective"),
