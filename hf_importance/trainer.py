@@ -24,7 +24,14 @@ from hf_importance.losses.custom import PerExampleLoss
 from hf_importance.losses.objective import Objective
 from hf_importance.randomness import isolated_randomness
 from hf_importance.report.findings import Findings
-from hf_importance.report.hub import CARD, FOLDER, extend_card, extend_card_without_weights, pushing, warn_of_failed_pushes
+from hf_importance.report.hub import (
+    CARD,
+    FOLDER,
+    extend_card,
+    extend_card_without_weights,
+    pushing,
+    warn_of_failed_pushes,
+)
 from hf_importance.report.logs import limit_console_logs
 from hf_importance.report.page import validate_report, write_for_hub, write_report
 from hf_importance.report.training import Training
@@ -80,20 +87,20 @@ class ImportanceTrainerMixin:
         self.report_examples_to_hub = report_examples_to_hub
         self.current_gradient_accumulation_steps = 1  # outside of `train()`; `Trainer` sets it in its loop only
         validate_arguments(self)
-        self._unweighted_run(self.lr_scheduler, is_new=True)
+        self._unweighted_run(self.lr_scheduler)
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
         limit_console_logs(self.callback_handler.callbacks)
         self.callback_handler = RunCallbackHandler(self.callback_handler, self)
 
-    def _unweighted_run(self, schedule: LRScheduler | None = None, is_new: bool = False) -> UnweightedRun | None:
+    def _unweighted_run(self, schedule: LRScheduler | None = None) -> UnweightedRun | None:
         """Validate the settings; the run if draws cannot be weighted, None if they can."""
         validate_arguments(self)
         if self.train_dataset is None:
             return None
         try:
             adapted = adapted_class(type(self))
-            if is_new and adapted is not None:
+            if adapted is not None:
                 adapter_of(self, adapted)  # before general checks: its messages are more specific
             validate_training(self, ImportanceTrainerMixin, schedule)
         except UnweightedError as error:
@@ -333,8 +340,8 @@ class ImportanceTrainerMixin:
             The path of the page; None in other than the main process.
 
         Raises:
-            ValueError: before training, with `record=False`, if draws were not weighted, for an invalid argument, or for a folder that a push to
-                the Hub would upload with examples, unless `report_examples_to_hub` is set.
+            ValueError: before training, with `record=False`, if draws were not weighted, for an invalid argument, or
+                for a folder that a push to the Hub would upload with examples, unless `report_examples_to_hub` is set.
             ImportError: if a dependency of the report is not installed.
         """
         self._validate_weighted("importance_report")

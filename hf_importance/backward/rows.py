@@ -133,8 +133,17 @@ def dense(gradient: RowGradient) -> Tensor:
     return whole.view(size)
 
 
+def unwrapped(gradient: Tensor) -> Tensor:
+    """A gradient with all rows as an ordinary tensor; others as they are."""
+    if not isinstance(gradient, RowGradient) or gradient.kept.count < gradient.kept.batch:
+        return gradient
+    return gradient.rows
+
+
 def pick(tensor: Tensor, dim: int, kept: Kept) -> Tensor:
     """The kept rows of a dense tensor with the batch in `dim`, perhaps merged with following dimensions."""
+    if kept.count == kept.batch:
+        return tensor
     if dim == 1 and tensor.dim() == 2 and tensor.stride(0) == 1:  # transposed: whole rows are copied faster
         return pick(tensor.t(), 0, kept).t()
     if tensor.shape[dim] == kept.batch:

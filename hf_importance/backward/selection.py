@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map_only
 
 from hf_importance.backward.pivotal import Chance, local_pivotal
 from hf_importance.backward.places import in_forward_pass, rows_of, tensors_of
-from hf_importance.backward.rows import Kept, RowGradient, dense
+from hf_importance.backward.rows import Kept, RowGradient, dense, unwrapped
 from hf_importance.backward.threshold import Threshold, probabilities, rise, threshold_for
+from hf_importance.backward.token_rules import nonzero_tokens
 from hf_importance.backward.verification import difference
 
 Gradients = Sequence[Tensor | None]
@@ -31,6 +32,7 @@ class Shared:
     is_comparable: bool  # whether gradients can be computed apart from those of the training, for a comparison
     scale: Callable[[Tensor], Tensor] | None  # loss scaling of fp16
     warn: Callable[[str], None]
+    skips_tokens: bool = False  # whether products leave out tokens whose gradient is zero
     is_active: bool = False
     must_keep: bool = True  # whether every parameter must get a gradient from this batch
     last_pass: int = -1  # the last backward pass in which rows were dropped
@@ -53,18 +55,22 @@ class Place:
     def __init__(self, module: nn.Module, threshold: Threshold, shared: Shared) -> None:
         self.threshold = threshold
         self.planned: float | None = None  # share of the rows that all processes keep, if there are several
-        self.is_verified, self.is_off = not shared.is_comparable, False
+        self.is_verified = self._has_skipped = not shared.is_comparable  # nothing is compared then
+        self.is_off = False
         self._shared, self._name = shared, type(module).__name__
         self._on_their_way: list[tuple[Tensor, torch.cuda.Event]] = []  # norms, from a GPU
-        self._handle = module.register_forward_pre_hook(self._hook, with_kwargs=True)
+        self._handles = [module.register_forward_pre_hook(self._hook, with_kwargs=True)]
+        if shared.skips_tokens:
+            self._handles.append(module.register_forward_hook(self._hook_of_outputs))
 
     def remove(self) -> None:
         """Leave the module as it was."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Put the identity at all inputs of the module that have the rows of the batch first."""
-        if not (self._shared.is_active and in_forward_pass()) or self.is_off:
+        if not self._is_active:
             return None
         rows = rows_of(args, kwargs)
         if rows is None or not rows.requires_grad:
@@ -76,8 +82,38 @@ class Place:
         new = {id(old): tensor for old, tensor in zip(inputs, _Identity.apply(select, *inputs), strict=True)}
         return tree_map_only(Tensor, lambda leaf: new.get(id(leaf), leaf), (args, kwargs))
 
+    @property
+    def _is_active(self) -> bool:
+        return self._shared.is_active and not self.is_off and in_forward_pass()
+
+    def _hook_of_outputs(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Put the identity at the output of the module, so that in its backward pass tokens can be left out."""
+        tensor = rows_of(output, None)
+        if not self._is_active or tensor is None or not tensor.requires_grad:
+            return None
+        (new,) = _Identity.apply(partial(self._skip_tokens, () if self._has_skipped else (tensor,)), tensor)
+        return tree_map_only(Tensor, lambda leaf: new if leaf is tensor else leaf, output)
+
+    def _skip_tokens(self, inputs: Sequence[Tensor], gradients: Gradients) -> Gradients:
+        """The gradient with all rows, as one of which operations leave out tokens, if many of these have none."""
+        (gradient,) = gradients
+        if isinstance(gradient, RowGradient) or self.is_off or torch.is_grad_enabled():
+            return gradients
+        skipping = [self._with_all_rows(gradient)]
+        if inputs and isinstance(skipping[0], RowGradient):
+            self._has_skipped = True
+            return self._verified(inputs, skipping)
+        return skipping
+
+    def _with_all_rows(self, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or gradient.dim() < 3 or nonzero_tokens(gradient.flatten(0, -2)) is None:
+            return gradient
+        everything = Kept(torch.arange(len(gradient)), len(gradient), self._shared.detours)
+        return RowGradient(gradient, everything, 0, gradient.shape)
+
     def _select(self, own: GradientEdge | None, inputs: Sequence[Tensor], gradients: Gradients) -> Gradients:
         """The gradients that go on, of those that arrive. `own` is that of a parameter of the module."""
+        gradients = [None if gradient is None else unwrapped(gradient) for gradient in gradients]
         arrived = [gradient for gradient in gradients if gradient is not None]
         if all(isinstance(gradient, RowGradient) for gradient in arrived) or self.is_off or not self._trains(own):
             return gradients
@@ -91,7 +127,7 @@ class Place:
         if not self._selects:
             self._remember(norm)
             self._count(len(norm), len(norm))
-            return gradients
+            return [self._with_all_rows(gradient) for gradient in gradients] if self._has_skipped else gradients
         return self._draw(gradients, norm, inputs)
 
     def _trains(self, own: GradientEdge | None) -> bool:
@@ -149,14 +185,19 @@ class Place:
         selected = [None if gradient is None else _scaled_rows(gradient, kept, factor) for gradient in gradients]
         if not self.is_verified and inputs:
             self.is_verified = True
-            problem = difference(inputs, selected, self._shared.trained)
-            if problem:
-                self.is_off = True
-                self._shared.warn(
-                    f"Selective backward is off at {self._name}: {problem}. Gradients are computed for all examples."
-                )
-                return [None if gradient is None else dense(gradient) for gradient in selected]
+            return self._verified(inputs, selected)
         return selected
+
+    def _verified(self, inputs: Sequence[Tensor], gradients: list[RowGradient | None]) -> Gradients:
+        """The gradients; dense if those of the parameters that follow from them are wrong."""
+        problem = difference(inputs, gradients, self._shared.trained)
+        if not problem:
+            return gradients
+        self.is_off = True
+        self._shared.warn(
+            f"Selective backward is off at {self._name}: {problem}. Gradients are computed for all examples."
+        )
+        return [None if gradient is None else dense(gradient) for gradient in gradients]
 
     def _count(self, kept: int, rows: int) -> None:
         self._shared.rows[0] += kept

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_importance.backward import layer_rules, part_rules, rules, shape_rules  # noqa: F401  they fill RULES
+from hf_importance.backward import layer_rules, part_rules, rules, shape_rules, token_rules  # noqa: F401  fill RULES
 from hf_importance.backward.pivotal import Chance
 from hf_importance.backward.places import Plan, Survey
 from hf_importance.backward.recompute import RecomputeRows
@@ -136,16 +136,21 @@ class SelectiveBackward:
         if plan.obstacle:
             return
         modules = dict(self._model.named_modules())
+        self._shared.skips_tokens = self._device.type == "cpu" and not self._recomputes
         for name in plan.places:
             self._places[name] = Place(modules[name], Threshold(self._tolerance, plan.share), self._shared)
             if self._processes > 1:
                 self._places[name].planned = 1.0
         self._recompute.attach()
 
+    @property
+    def _device(self) -> torch.device:
+        return self._shared.trained[0].device
+
     def _pays(self, plan: Plan) -> bool:
         """Whether the work is large beside that of dispatching operations in Python."""
         per_layer = plan.work / max(plan.layers, 1)
-        if self._shared.trained[0].device.type != "cpu":
+        if self._device.type != "cpu":
             on_gpu = _LEAST_WORK_PER_RECOMPUTED_LAYER_ON_GPU if self._recomputes else _LEAST_WORK_PER_LAYER_ON_GPU
             return per_layer >= on_gpu
         threads = torch.get_num_threads()

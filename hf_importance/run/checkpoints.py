@@ -110,7 +110,7 @@ def _load(path: Path, rank: int, ranks: int) -> dict[str, Any]:
         if (state["rank"], state["ranks"]) != (rank, ranks):
             raise ValueError(f"it was written by process {state['rank']} of {state['ranks']}")
         is_drawn = "sampler" in state or not state["unweighted"]  # by us, not by the dataloader of `Trainer`
-        for name in ("sampler", "settings", "data", "objective", "figures", "backward") if is_drawn else ("backward",):
+        for name in ("sampler", "settings", "data", "objective", "figures") if is_drawn else ("backward",):
             if not isinstance(state[name], dict):
                 raise ValueError(f"{name} must be a dict, but is a {type(state[name]).__name__}")
     except Exception as error:  # a damaged file may raise almost anything
