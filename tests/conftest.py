@@ -35,3 +35,16 @@ def _seed():
 def small_gains(monkeypatch):
     """Enable importance sampling even if it saves less than a tenth of the cost, as with tiny token models."""
     monkeypatch.setattr("hf_importance.sampling.guard._MAX_RELATIVE_SPENDING", 1.0)
+
+
+@pytest.fixture
+def dropping_rows(monkeypatch):
+    """Selective backward keeps about half of the rows, from the second batch on."""
+    from hf_importance.backward import threshold
+
+    def adapt(self, norm):
+        self.value, self.kept = 2 * norm.mean().item(), 0.5
+
+    monkeypatch.setattr(threshold, "_FIRST", 1)
+    monkeypatch.setattr(threshold, "_EVERY", 1)
+    monkeypatch.setattr(threshold.Threshold, "_adapt", adapt)

@@ -25,6 +25,8 @@ FIXED = {"effective_epochs": False}
 """Settings that make all steps; training does not end early."""
 EVEN = {"uniform_fraction": 1.0, **FIXED}
 """Settings that visit every example once per pass; importances are still measured."""
+REFUSING = {"backward": "full"}
+"""Settings with which a training whose draws cannot be weighted is refused."""
 CHECKPOINTING = "activation_checkpointing"  # its name from transformers 5.23 on
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"

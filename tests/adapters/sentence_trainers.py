@@ -160,7 +160,9 @@ def rows(texts=2, label="score", n=N, seed=1):
 # ---- trainers --------------------------------------------------------------------------------------------------------
 
 
-def trainer(tmp_path, folder, kind, loss, data, ours=True, importance=UNIFORM, more=None, model=None, **changes):
+def trainer(
+    tmp_path, folder, kind, loss, data, ours=True, importance=UNIFORM, more=None, model=None, cls=None, **changes
+):
     """A trainer of the library, or the same with importance sampling.
 
     Args:
@@ -173,6 +175,7 @@ def trainer(tmp_path, folder, kind, loss, data, ours=True, importance=UNIFORM, m
         importance: settings of `ImportanceConfig`.
         more: arguments of the trainer.
         model: arguments of [`load_model`].
+        cls: class with importance sampling, instead of the one in [`TRAINERS`].
         **changes: changed training arguments.
     """
     theirs, with_importance, arguments = TRAINERS[kind]
@@ -183,7 +186,7 @@ def trainer(tmp_path, folder, kind, loss, data, ours=True, importance=UNIFORM, m
     network = load_model(folder, kind, **(model or {}))
     torch.manual_seed(2)  # some losses initialise layers
     args = tiny.arguments(tmp_path, arguments, **{**small, **changes})
-    return (with_importance if ours else theirs)(
+    return ((cls or with_importance) if ours else theirs)(
         model=network, args=args, train_dataset=data, loss=None if loss is None else loss(network), **more
     )
 

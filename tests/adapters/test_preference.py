@@ -139,4 +139,4 @@ def test_resumed_reward_training_is_identical(tmp_path):
 )
 def test_dpo_losses_without_closed_form_are_refused(name, value, tmp_path):
     with pytest.raises(ValueError, match=rf"{name} must be .*, but is .* no per-pair loss .* use DPOTrainer alone"):
-        preference(tmp_path, ImportanceDPO, **{name: value})
+        preference(tmp_path, ImportanceDPO, tiny.REFUSING, **{name: value})

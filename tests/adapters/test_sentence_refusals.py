@@ -5,6 +5,7 @@ import warnings
 
 import datasets
 import pytest
+import tiny
 import torch
 from sentence_losses import COSINE, THREE_CLASSES, ce_losses, sparse_losses, st_losses
 from sentence_trainers import MARKS, WIDTH, parameters, rows, st, trained, trainer
@@ -117,7 +118,7 @@ AT_FIRST_BATCH = {  # kind of trainer, loss, training dataset, further arguments
 def test_unsupported_loss_is_refused_on_first_batch(name, tmp_path, saved_models):
     """No parameter is changed, and no loss component is accumulated."""
     kind, loss, data, more, message = AT_FIRST_BATCH[name]
-    ours = trainer(tmp_path, saved_models, kind, loss, data, importance={}, **more)
+    ours = trainer(tmp_path, saved_models, kind, loss, data, importance=tiny.REFUSING, **more)
     before = parameters(ours)
     with pytest.raises(ValueError, match=re.compile(message)) as error:
         ours.train()
@@ -162,8 +163,9 @@ AT_CONSTRUCTION = {  # training dataset, loss, further arguments, message
 @pytest.mark.parametrize("name", AT_CONSTRUCTION)
 def test_unsupported_arguments_are_refused_at_construction(name, tmp_path, saved_models):
     data, loss, more, message = AT_CONSTRUCTION[name]
+    data, more = COSINE[2] if data is None else data, {"importance": tiny.REFUSING, **more}
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, saved_models, "sentence", loss or COSINE[1], COSINE[2] if data is None else data, **more)
+        trainer(tmp_path, saved_models, "sentence", loss or COSINE[1], data, **more)
 
 
 def test_unknown_trainer_is_refused_by_name():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from trl_trainers import IGNORE_WARNINGS, ImportanceSFT, rows, sft, trained, trl
+from trl_trainers import IGNORE_WARNINGS, ImportanceSFT, coupled, rows, sft, trained, trl
 
 from hf_importance import ImportanceTrainerMixin
 from hf_importance.adapters.trl import SFTLoss
@@ -21,12 +21,9 @@ pytestmark = IGNORE_WARNINGS
         ("KTOTrainer", "mean KL divergence of the batch"),
     ],
 )
-def test_trainers_without_per_example_loss_are_refused_before_construction(trainer, reason):
-    class Unsupported(ImportanceTrainerMixin, getattr(trl, trainer)):
-        pass
-
+def test_trainers_without_per_example_loss_are_refused_at_construction(trainer, reason, tmp_path):
     with pytest.raises(ValueError, match=f"{trainer} cannot be used with importance sampling: .*{reason}"):
-        Unsupported(model=None)
+        coupled(tmp_path, trainer, tiny.REFUSING)
 
 
 @pytest.mark.parametrize(
@@ -39,12 +36,12 @@ def test_trainers_without_per_example_loss_are_refused_before_construction(train
 )
 def test_unsupported_settings_are_refused_at_construction(more, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        sft(tmp_path, **more)
+        sft(tmp_path, importance=tiny.REFUSING, **more)
 
 
 def test_streaming_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a stream"):
-        sft(tmp_path, data=rows().to_iterable_dataset(), max_steps=3)
+        sft(tmp_path, data=rows().to_iterable_dataset(), importance=tiny.REFUSING, max_steps=3)
 
 
 def test_trl_without_fused_head_is_refused_at_construction(tmp_path, monkeypatch):
@@ -63,7 +60,7 @@ def test_changed_trl_loss_is_refused_on_first_batch(tmp_path, monkeypatch):
     """As a version of TRL could do that weights tokens differently; the model is not trained."""
     original = trl.SFTTrainer.compute_loss
     monkeypatch.setattr(trl.SFTTrainer, "compute_loss", lambda self, *args, **kwargs: 1.5 * original(self, *args))
-    trainer = sft(tmp_path)
+    trainer = sft(tmp_path, importance=tiny.REFUSING)
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(ValueError, match="the mean of its per-example losses is"):
         trainer.train()
@@ -80,7 +77,7 @@ def test_compute_loss_is_honoured_before_the_mixin_and_refused_after_it(tmp_path
         pass
 
     with pytest.raises(ValueError, match=r"DoubledLoss.compute_loss comes after .* put DoubledLoss first"):
-        sft(tmp_path, After)
+        sft(tmp_path, After, importance=tiny.REFUSING)
 
     class Before(ImportanceSFT):
         def compute_loss(self, *args, **kwargs):

@@ -65,7 +65,7 @@ def tokenizer():
 
 def config(cls=Qwen2Config, **more):
     settings = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16}
-    return cls(vocab_size=45, intermediate_size=32, pad_token_id=0, eos_token_id=1, **settings, **more)
+    return cls(vocab_size=45, intermediate_size=32, pad_token_id=0, eos_token_id=1, **{**settings, **more})
 
 
 def qwen(cls=Qwen2ForCausalLM, **more):
@@ -136,6 +136,33 @@ def preference(tmp_path, cls, importance=UNIFORM, more=None, model=None, **chang
         model = qwen(Qwen2ForSequenceClassification, num_labels=1)
         data = data.add_column("margin", [0.5 * (i % 3) for i in range(len(data))])
     args = arguments(config_class, tmp_path, **{"max_length": 64, **changes})
+    return cls(model=model, args=args, train_dataset=data, processing_class=tokenizer(), **more)
+
+
+def sum_of_words(completions, **_):
+    """A reward for words with large numbers."""
+    return [float(sum(int(word[1:]) for word in text.split() if word.startswith("w"))) for text in completions]
+
+
+def coupled(tmp_path, name, importance=None, **changes):
+    """A GRPO, RLOO or KTO trainer, with importance sampling if there are settings of `ImportanceConfig`."""
+    base, more = getattr(trl, name), {}
+    cls = base if importance is None else type("Ours", (ImportanceTrainerMixin, base), {})
+    if importance is not None:
+        more["importance"] = ImportanceConfig(**importance)
+    if name == "KTOTrainer":
+        settings = {"max_length": 64}
+        data = [
+            {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0}
+            for i, row in enumerate(rows("pairs", 12))
+        ]
+        more["ref_model"] = qwen(num_hidden_layers=3)
+    else:
+        settings = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
+        data = [{"prompt": row["prompt"]} for row in rows("pairs", 6)]
+        more["reward_funcs"] = sum_of_words
+    args = arguments(getattr(trl, name.replace("Trainer", "Config")), tmp_path, **{**settings, **changes})
+    data, model = datasets.Dataset.from_list(data), qwen(num_hidden_layers=3)
     return cls(model=model, args=args, train_dataset=data, processing_class=tokenizer(), **more)
 
 

@@ -76,7 +76,7 @@ def test_saved_state_is_small_and_loads_without_code(uninterrupted):
     assert sampler["memory"]["importance"].dtype == torch.float32
     index = sampler["planned"]["index"]
     assert index.untyped_storage().nbytes() == 4 * len(index), "a view's whole storage is saved"
-    parts = {"settings", "data", "sampler", "effective", "objective", "figures"}
+    parts = {"settings", "data", "sampler", "effective", "objective", "figures", "backward", "unweighted"}
     assert set(state) == {"format", "rank", "ranks"} | parts
     assert state["format"] == 9
     assert state["effective"]["progress"]["value"] >= 4

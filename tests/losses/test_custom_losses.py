@@ -124,7 +124,7 @@ def test_label_names_may_be_inputs_of_the_model(tmp_path):
     assert ours.importances.isfinite().all()
     assert ours.evaluate()["eval_loss"] > 0
     with pytest.raises(ValueError, match="Pass per_example_loss_func"):
-        tiny.trained(tmp_path, model, data, label_names=["pixel_values"])
+        tiny.trained(tmp_path, model, data, importance=tiny.REFUSING, label_names=["pixel_values"])
 
 
 # ---- CTC -------------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_detection(tmp_path):
     assert (expected > 7.5).all(), "control: boxes contribute, whose gradient alone has norm 10"
     del more["per_example_loss_func"]
     with pytest.raises(ValueError, match=r"labels must be a tensor, but is a list of dict.*per_example_loss_func"):
-        tiny.trained(tmp_path, model, data, more=more, **settings)
+        tiny.trained(tmp_path, model, data, importance=tiny.REFUSING, more=more, **settings)
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ OWN = r"The model's loss on .* is .*, but the mean .* its own loss \(class weigh
 
 
 def refused(tmp_path, model, data, **settings):
-    run = tiny.trainer(tmp_path, model, data, **settings)
+    run = tiny.trainer(tmp_path, model, data, importance=tiny.REFUSING, **settings)
     with pytest.raises(ValueError, match=re.compile(OWN, re.DOTALL)) as error:
         run.train()
     return run, str(error.value)
@@ -176,7 +176,7 @@ def test_models_whose_logits_depend_on_given_labels_are_refused(tmp_path):
             return F.cross_entropy(logits, labels), logits
 
     with pytest.raises(ValueError, match=r"returns other logits if it is given labels.*per_example_loss_func"):
-        tiny.trained(tmp_path, Margin(), tiny.texts())
+        tiny.trained(tmp_path, Margin(), tiny.texts(), importance=tiny.REFUSING)
 
 
 # ---- shifted labels --------------------------------------------------------------------------------------------------

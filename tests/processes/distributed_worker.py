@@ -43,7 +43,7 @@ def parameters(run):
 def results_of(run):
     return {
         "draws": [(draw.index, draw.weight) for draw in run.draws],
-        "batches": len(run._run.epoch_loader()),
+        "batches": len(run._run._loader),
         "parameters": parameters(run),
         "importances": run.importances,
         "steps": run.state.global_step,

@@ -167,7 +167,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_dataloaders_that_draw_otherwise_are_refused(tmp_path, case):
-    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), trainer_with(REFUSED[case]))
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), trainer_with(REFUSED[case]), tiny.REFUSING)
     with pytest.raises(
         ValueError, match=r"CustomTrainer.get_train_dataloader .*which importance sampling would replace"
     ):

@@ -122,9 +122,10 @@ def test_accumulation_equals_larger_batches(tmp_path, monkeypatch, make, effecti
         assert values[0] == pytest.approx(values[1], rel=1e-4)
 
     class Scaled(Recorder):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
             self.loss_is_scaled_for_ga = True
+            return loss
 
     assert tiny.difference(run(16, 1, Scaled), run(4, 4, Scaled)) > 1e-3, "control: loss not scaled for accumulation"
 

@@ -79,7 +79,7 @@ def test_other_sampling_strategies_are_refused(tmp_path, strategy):
         "batch_rebalance": "batches of different sizes.*group_by_length",
     }
     with pytest.raises(ValueError, match=f"train_sampling_strategy must be .*{strategy}.*{reason[strategy]}.*or use"):
-        make_trainer(tmp_path, make_rows(), train_sampling_strategy=strategy)
+        make_trainer(tmp_path, make_rows(), importance=tiny.REFUSING, train_sampling_strategy=strategy)
     make_trainer(tmp_path, make_rows(), **GROUPED)  # control: accepted
 
 

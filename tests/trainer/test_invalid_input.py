@@ -62,6 +62,9 @@ def test_invalid_increment_of_the_paper_is_refused():
 # ---- arguments, at construction --------------------------------------------------------------------------------------
 
 
+REFUSING = {"importance": tiny.REFUSING}  # else training goes on, see `test_unweighted`
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(tiny.texts())
@@ -73,12 +76,16 @@ class WithoutLength(torch.utils.data.Dataset):
 
 
 AT_CONSTRUCTION = {
-    "compute_loss_func": ({"more": {"compute_loss_func": max}}, ValueError, "pass per_example_loss_func"),
+    "compute_loss_func": (
+        {"more": {"compute_loss_func": max}, **REFUSING}, ValueError, "pass per_example_loss_func"
+    ),
     "sampling strategy": (
-        {"train_sampling_strategy": "sequential"}, ValueError, "train_sampling_strategy must be 'random' or"
+        {"train_sampling_strategy": "sequential", **REFUSING}, ValueError,
+        "train_sampling_strategy must be 'random' or"
     ),
     "dispatch_batches": (
-        {"accelerator_config": {"dispatch_batches": True}}, ValueError, "dispatch_batches must not be True"
+        {"accelerator_config": {"dispatch_batches": True}, **REFUSING}, ValueError,
+        "dispatch_batches must not be True"
     ),
     "importance": ({"more": {"importance": {"seed": 1}}}, TypeError, "must be an ImportanceConfig, but is dict"),
     "report_examples_to_hub": (
@@ -98,8 +105,10 @@ AT_CONSTRUCTION = {
     "loss with one argument": (
         {"more": {"per_example_loss_func": lambda outputs: outputs}}, TypeError, "cannot be called that way: too many"
     ),
-    "stream": ({"data": Stream()}, ValueError, "Stream is a stream.*load it without streaming"),
-    "dataset without length": ({"data": WithoutLength()}, ValueError, "train_dataset must have a length"),
+    "stream": ({"data": Stream(), **REFUSING}, ValueError, "Stream is a stream.*load it without streaming"),
+    "dataset without length": (
+        {"data": WithoutLength(), **REFUSING}, ValueError, "train_dataset must have a length"
+    ),
     "empty dataset": (
         {"data": []}, ValueError, "train_dataset must have at least one example per process \\(1\\), but has 0"
     ),
@@ -168,7 +177,7 @@ class DataLoaderWithoutDraws(ImportanceTrainer):
 IN_TRAINING = {
     "no labels": (tiny.bert, texts_with(lambda i: None), {}, r"must have \['labels'\], but only has .*label_names"),
     "labels by another name": (
-        tiny.bert, tiny.texts(), {"label_names": ["target"]}, r"must have \['target'\], but.*label_names"
+        tiny.bert, tiny.texts(), {"label_names": ["target"], **REFUSING}, r"must have \['target'\], but.*label_names"
     ),
     "label too large": (tiny.bert, texts_with(lambda i: i % 7), {}, "Labels must be in 0 … 3.*num_labels"),
     "label below 0": (tiny.bert, texts_with(lambda i: i % 3 - 1), {}, r"Labels must be in 0 … 3.*are in -1 … 1"),
@@ -190,24 +199,24 @@ IN_TRAINING = {
         "label_smoothing_factor is for single-label classification, not regression",
     ),
     "tuple without loss": (
-        lambda: CustomOutput(lambda z, y: (z,)), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"
+        lambda: CustomOutput(lambda z, y: (z,)), tiny.texts(), REFUSING, "returned no 'loss'.*per_example_loss_func"
     ),
     "list instead of outputs": (
-        lambda: CustomOutput(lambda z, y: [1.0]), tiny.texts(), {}, "that starts with it, but returned list"
+        lambda: CustomOutput(lambda z, y: [1.0]), tiny.texts(), REFUSING, "that starts with it, but returned list"
     ),
     "no logits": (
-        lambda: CustomOutput(lambda z, y: {"loss": z.mean(), "logits_per_text": z}), tiny.texts(), {},
+        lambda: CustomOutput(lambda z, y: {"loss": z.mean(), "logits_per_text": z}), tiny.texts(), REFUSING,
         r"dict with 'logits', .*but returned the keys \['loss', 'logits_per_text'\].*compare the examples.*use Trainer",
     ),
     "one row of logits per batch": (
-        lambda: CustomOutput(lambda z, y: {"loss": z.mean(), "logits": z.mean(0)}), tiny.texts(), {},
+        lambda: CustomOutput(lambda z, y: {"loss": z.mean(), "logits": z.mean(0)}), tiny.texts(), REFUSING,
         r"logits must have shape \[8, …\], one row per example, but has \[4\]",
     ),
     "outputs without loss": (
         lambda: CustomOutput(without_loss), tiny.texts(), {}, "returned no 'loss'.*per_example_loss_func"
     ),
     "custom loss of the model": (
-        lambda: tiny.WithoutConfig(scale=1.1), tiny.texts(), {}, "its own loss.*per_example_loss_func"
+        lambda: tiny.WithoutConfig(scale=1.1), tiny.texts(), REFUSING, "its own loss.*per_example_loss_func"
     ),
     "one loss per batch": (
         tiny.bert, tiny.texts(), with_loss(lambda o, y: cross_entropy(o["logits"], y)),
@@ -230,7 +239,7 @@ IN_TRAINING = {
         "data_collator must return a dict of tensors, but returned list",
     ),
     "dataloader without draws": (
-        tiny.bert, tiny.texts(), {"cls": DataLoaderWithoutDraws}, "uses the sampler SequentialSampler"
+        tiny.bert, tiny.texts(), {"cls": DataLoaderWithoutDraws, **REFUSING}, "uses the sampler SequentialSampler"
     ),
     "fewer examples than a batch": (
         tiny.bert, tiny.texts(5), {"dataloader_drop_last": True},

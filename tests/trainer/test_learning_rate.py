@@ -126,5 +126,6 @@ def test_schedule_kept_between_trainings_is_scaled_once(tmp_path):
     progress = EffectiveSteps(10, 5)
     progress.gain = 4.0
     for _ in range(2):
-        EffectiveEpochs(progress, None, lambda values: values, print, list).follow(schedule, nn.Linear(1, 1))
+        epochs = EffectiveEpochs(progress, None, lambda values: values, print, list, lambda: torch.zeros(2))
+        epochs.follow(schedule, nn.Linear(1, 1))
         assert schedule.lr_lambdas[0](0) == 2.0

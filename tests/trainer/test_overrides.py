@@ -17,7 +17,7 @@ from hf_importance import ImportanceTrainer, ImportanceTrainerMixin
 def test_loss_in_a_later_base_is_refused_at_construction(tmp_path):
     message = r"Weighted.compute_loss comes after.*class LossInALaterBase\(Weighted, ImportanceTrainer\).*per_example"
     with pytest.raises(ValueError, match=message):
-        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), LossInALaterBase)
+        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), LossInALaterBase, tiny.REFUSING)
     tiny.trainer(tmp_path, tiny.bert(), None, LossInALaterBase)  # accepted without training data, for evaluation
 
 
@@ -74,13 +74,20 @@ AT_THE_FIRST_STEP = {
 }
 
 
+WITH_A_LOSS = ("compute_loss", "compute_loss, in training only", "replaced method")
+"""Cases in which training could go on with equal weights, see `test_unweighted`."""
+
+
 @pytest.mark.parametrize(
     ("case", "effective_epochs"),
     [("compute_loss", False), *((case, i % 2 == 0) for i, case in enumerate(AT_THE_FIRST_STEP))],
 )
 def test_unmeasured_first_step_is_refused_before_the_update(tmp_path, case, effective_epochs):
     cls, message = AT_THE_FIRST_STEP[case]
-    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls, {"effective_epochs": effective_epochs})
+    settings = {"effective_epochs": effective_epochs}
+    if case in WITH_A_LOSS:
+        settings |= tiny.REFUSING
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls, settings)
     if case == "replaced method":
         replace_compute_loss(run)
     with pytest.raises(ValueError, match=message):
@@ -121,7 +128,7 @@ class LoaderWithoutSuper(ImportanceTrainer):
 
 @pytest.mark.parametrize("cls", [SamplerWithoutSuper, SamplerInALaterBase, LoaderWithoutSuper])
 def test_samplers_that_would_be_replaced_are_refused(tmp_path, cls):
-    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls)
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), cls, tiny.REFUSING)
     with pytest.raises(ValueError, match=r"uses the sampler .*, which importance sampling would replace.*or use Train"):
         run.train()
 

@@ -89,9 +89,8 @@ def test_compiled_model_trains_like_an_uncompiled_one(tmp_path, custom_loss):
 
 
 def test_custom_loss_of_a_compiled_model_is_refused(tmp_path):
-    run = tiny.trainer(
-        tmp_path, tiny.WithoutConfig(scale=1.1), tiny.texts(), torch_compile=True, torch_compile_backend="eager"
-    )
+    settings = {"importance": tiny.REFUSING, "torch_compile": True, "torch_compile_backend": "eager"}
+    run = tiny.trainer(tmp_path, tiny.WithoutConfig(scale=1.1), tiny.texts(), **settings)
     with pytest.raises(ValueError, match="its own loss"):
         run.train()
 

@@ -43,7 +43,7 @@ SET_AFTER_CONSTRUCTION = {
 @pytest.mark.parametrize("case", SET_AFTER_CONSTRUCTION)
 def test_attributes_set_after_construction_are_refused_in_train(tmp_path, case):
     cls, attributes, message = SET_AFTER_CONSTRUCTION[case]
-    run = tiny.trainer(tmp_path, tiny.bert(), None, cls)
+    run = tiny.trainer(tmp_path, tiny.bert(), None, cls, tiny.REFUSING)
     for name, value in attributes.items():
         setattr(run, name, value)
     with pytest.raises(ValueError, match=message):
@@ -55,6 +55,7 @@ def test_compute_loss_func_is_supported_in_evaluation_only(tmp_path):
         tmp_path,
         tiny.bert(),
         None,
+        importance=tiny.REFUSING,
         more={"compute_loss_func": lambda outputs, labels, **_: 7.0 + outputs.logits.sum() * 0},
     )
     assert run.evaluate(tiny.texts())["eval_loss"] == 7.0
