@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_importance.adapters.known import adapted_class, adapter_of
+from hf_importance.adapters.known import adapted_class, adapter_of, has_own_loss
 from hf_importance.config import ImportanceConfig
 from hf_importance.data.dataset import DRAW_KEY, LABEL_COLUMNS
 from hf_importance.errors import UnweightedError
@@ -104,7 +104,8 @@ class ImportanceTrainerMixin:
                 adapter_of(self, adapted)  # before general checks: its messages are more specific
             validate_training(self, ImportanceTrainerMixin, schedule)
         except UnweightedError as error:
-            if self.importance_config.backward == "full":
+            loss_is_replaced = self.per_example_loss_func is not None and has_own_loss(type(self))
+            if self.importance_config.backward == "full" or loss_is_replaced:
                 raise
             return UnweightedRun(self, str(error))
         return None

@@ -3,6 +3,8 @@
     python scripts/benchmark.py accuracy             # tasks × methods × budgets × seeds: hours on two cores
     python scripts/benchmark.py accuracy --quick     # ten minutes
     python scripts/benchmark.py seconds              # seconds of full trainings, on an otherwise idle machine
+    python scripts/benchmark.py fine_tuning          # seconds of fine-tuning pretrained encoders: hours
+    python scripts/benchmark.py backward             # step time and memory with selective backward
     python scripts/benchmark.py overhead             # step time relative to Trainer, on an otherwise idle machine
     python scripts/benchmark.py draws                # cost of a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # detection of wrong labels
@@ -27,7 +29,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import accuracy, comparison, draws, label_errors, overhead, picture, results, seconds, suspects, tables
+from benchmarks import (
+    accuracy,
+    backward,
+    comparison,
+    draws,
+    fine_tuning,
+    label_errors,
+    overhead,
+    picture,
+    results,
+    seconds,
+    suspects,
+    tables,
+)
 from benchmarks.methods import METHODS
 from benchmarks.plot import plot, plot_savings
 from benchmarks.tasks import TASKS
@@ -80,6 +95,18 @@ def run_seconds(arguments: argparse.Namespace) -> str:
     return "\n".join(f"{task}: {comparison.share_of_seconds(runs, task)}" for task in {run["task"]: 0 for run in runs})
 
 
+def run_fine_tuning(arguments: argparse.Namespace) -> str:
+    """Run tasks × methods × seeds, sequentially."""
+    arguments.processes = 1
+    if not arguments.show and None in (arguments.data, arguments.models):
+        raise SystemExit("error: fine_tuning needs --data and --models (see scripts/results/README.md).")
+    seeds = range(1, arguments.seeds + 1)
+    size = (arguments.examples, arguments.layers, arguments.epochs)
+    grid = fine_tuning.points(arguments.tasks, arguments.methods, seeds, *size)
+    run = functools.partial(fine_tuning.run, data=arguments.data, models=arguments.models)
+    return fine_tuning.tables(_filled(arguments, fine_tuning.KEYS, grid, run, fine_tuning.settings))
+
+
 def run_overhead(arguments: argparse.Namespace) -> str:
     """Run models × workers, sequentially."""
     cuda = torch.cuda.is_available()
@@ -88,6 +115,21 @@ def run_overhead(arguments: argparse.Namespace) -> str:
     grid = ((model, workers, device) for model, workers in itertools.product(models, arguments.workers))
     arguments.processes = 1
     return overhead.tables(_filled(arguments, overhead.KEYS, grid, overhead.run))
+
+
+def run_backward(arguments: argparse.Namespace) -> str:
+    """Run models × ways × lengths, sequentially."""
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    batch = arguments.batch or (32 if cuda else 20)
+    grid = [
+        (model, arguments.layers or backward.MODELS[model][1], batch, tokens, way, lengths, device)
+        for model, tokens in itertools.product(arguments.models, arguments.tokens or ((128, 512) if cuda else (16,)))
+        for way, lengths in itertools.product(backward.WAYS, backward.LENGTHS)
+        if lengths == backward.FULL or model.startswith("BERT")
+    ]
+    arguments.processes = 1
+    return backward.tables(_filled(arguments, backward.KEYS, grid, backward.run))
 
 
 def run_draws(arguments: argparse.Namespace) -> str:
@@ -184,9 +226,25 @@ def new_parser() -> argparse.ArgumentParser:
     )
     part = parts.add_parser("seconds", parents=[common], help="seconds of full trainings")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=_tasks_at_hand())
+    part = parts.add_parser("fine_tuning", parents=[common], help="seconds of fine-tuning pretrained encoders")
+    part.set_defaults(seeds=3)
+    for name in ("data", "models"):
+        default = os.environ.get(f"BENCHMARK_{name.upper()}")
+        part.add_argument(f"--{name}", type=Path, default=default and Path(default), help=f"folder of {name}")
+    part.add_argument("--tasks", nargs="+", choices=fine_tuning.TASKS, default=list(fine_tuning.TASKS))
+    both = [fine_tuning.UNIFORM, fine_tuning.OURS]
+    part.add_argument("--methods", nargs="+", choices=fine_tuning.METHODS, default=both)
+    part.add_argument("--examples", type=int, default=4000, help="training examples")
+    part.add_argument("--layers", type=int, help="first layers that are kept (default: all)")
+    part.add_argument("--epochs", type=int, help="epochs (default: those of the task)")
     part = parts.add_parser("overhead", parents=[common], help="step time relative to Trainer")
     part.add_argument("--models", nargs="+", choices=overhead.MODELS)
     part.add_argument("--workers", nargs="+", type=int, default=[0, 4])
+    part = parts.add_parser("backward", parents=[common], help="step time and memory with selective backward")
+    part.add_argument("--models", nargs="+", choices=backward.MODELS, default=list(backward.MODELS))
+    part.add_argument("--layers", type=int, help="number of blocks (default: those of the model)")
+    part.add_argument("--batch", type=int, help="examples of a step (default: 32 on a GPU, 20 on a CPU)")
+    part.add_argument("--tokens", nargs="+", type=int, help="tokens or patches (default: 128 512 on a GPU, 16 on a CPU)")
     part = parts.add_parser("draws", parents=[common], help="cost of a draw")
     part = parts.add_parser("label_errors", parents=[common], help="detection of wrong labels")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(label_errors.TASKS))
@@ -202,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = new_parser().parse_args(argv)
     run = {
         "accuracy": run_accuracy,
+        "fine_tuning": run_fine_tuning,
+        "backward": run_backward,
         "overhead": run_overhead,
         "draws": run_draws,
         "label_errors": run_label_errors,

@@ -44,6 +44,11 @@ def adapted_class(cls: type) -> type | None:
     return None
 
 
+def has_own_loss(cls: type) -> bool:
+    """Whether it is a trainer of another library, which computes its own loss."""
+    return any(_library(base) in _ADAPTERS and "compute_loss" in vars(base) for base in cls.__mro__)
+
+
 def adapter_of(trainer: Any, base: type, gather: Gather = alone) -> LossAdapter | None:
     """The adapter of a trainer with this [`adapted_class`]; None if a `per_example_loss_func` replaces its loss."""
     library = _library(base)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_importance.backward.rows import Args, Kwargs, RowGradient, blank, pick, register, spread
+from hf_importance.backward.rows import Args, Kwargs, RowGradient, blank, pick, register, spread, unwrapped
 
 
 def pointwise(func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -75,11 +75,14 @@ def clamped(func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def added(func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """Sums and differences of gradients that fit; with anything else they are dense."""
+    """Sums and differences of gradients that fit, or of one with all rows and a dense one; others are dense."""
     first, second = args[:2]
-    if not (isinstance(first, RowGradient) and isinstance(second, RowGradient)):
+    if isinstance(first, RowGradient) and isinstance(second, RowGradient):
+        return pointwise(func, args, kwargs)
+    whole = unwrapped(first), unwrapped(second)
+    if any(isinstance(each, RowGradient) or not isinstance(each, Tensor) for each in whole):
         return NotImplemented
-    return pointwise(func, args, kwargs)
+    return func(*whole, *args[2:], **kwargs)
 
 
 def masked_with_zero(func: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -39,6 +39,13 @@ class Shared:
     detours: Counter[str] = field(default_factory=Counter)
     rows: list[int] = field(default_factory=lambda: [0, 0])  # kept, and all
     squares: list[float] = field(default_factory=lambda: [0.0, 0.0])  # Σ norm²/p, and Σ norm²
+    _everything: dict[int, Kept] = field(default_factory=dict)
+
+    def everything(self, rows: int) -> Kept:
+        """All of so many rows; the same object each time, so that their gradients fit together."""
+        if rows not in self._everything:
+            self._everything[rows] = Kept(torch.arange(rows), rows, self.detours)
+        return self._everything[rows]
 
 
 class Place:
@@ -55,7 +62,7 @@ class Place:
     def __init__(self, module: nn.Module, threshold: Threshold, shared: Shared) -> None:
         self.threshold = threshold
         self.planned: float | None = None  # share of the rows that all processes keep, if there are several
-        self.is_verified = self._has_skipped = not shared.is_comparable  # nothing is compared then
+        self._unverified = {"rows", "tokens"} if shared.is_comparable else set()  # until gradients were compared
         self.is_off = False
         self._shared, self._name = shared, type(module).__name__
         self._on_their_way: list[tuple[Tensor, torch.cuda.Event]] = []  # norms, from a GPU
@@ -78,7 +85,7 @@ class Place:
         inputs = tensors_of(args, kwargs, len(rows))
         own = next((p for p in module.parameters() if p.requires_grad), None)
         edge = None if own is None else get_gradient_edge(own)  # with FSDP2 another in each pass
-        select = partial(self._select, edge, () if self.is_verified else inputs)
+        select = partial(self._select, edge, inputs if "rows" in self._unverified else ())
         new = {id(old): tensor for old, tensor in zip(inputs, _Identity.apply(select, *inputs), strict=True)}
         return tree_map_only(Tensor, lambda leaf: new.get(id(leaf), leaf), (args, kwargs))
 
@@ -91,7 +98,7 @@ class Place:
         tensor = rows_of(output, None)
         if not self._is_active or tensor is None or not tensor.requires_grad:
             return None
-        (new,) = _Identity.apply(partial(self._skip_tokens, () if self._has_skipped else (tensor,)), tensor)
+        (new,) = _Identity.apply(partial(self._skip_tokens, (tensor,) if "tokens" in self._unverified else ()), tensor)
         return tree_map_only(Tensor, lambda leaf: new if leaf is tensor else leaf, output)
 
     def _skip_tokens(self, inputs: Sequence[Tensor], gradients: Gradients) -> Gradients:
@@ -101,15 +108,13 @@ class Place:
             return gradients
         skipping = [self._with_all_rows(gradient)]
         if inputs and isinstance(skipping[0], RowGradient):
-            self._has_skipped = True
-            return self._verified(inputs, skipping)
+            return self._verified("tokens", inputs, skipping)
         return skipping
 
     def _with_all_rows(self, gradient: Tensor | None) -> Tensor | None:
         if gradient is None or gradient.dim() < 3 or nonzero_tokens(gradient.flatten(0, -2)) is None:
             return gradient
-        everything = Kept(torch.arange(len(gradient)), len(gradient), self._shared.detours)
-        return RowGradient(gradient, everything, 0, gradient.shape)
+        return RowGradient(gradient, self._shared.everything(len(gradient)), 0, gradient.shape)
 
     def _select(self, own: GradientEdge | None, inputs: Sequence[Tensor], gradients: Gradients) -> Gradients:
         """The gradients that go on, of those that arrive. `own` is that of a parameter of the module."""
@@ -127,7 +132,7 @@ class Place:
         if not self._selects:
             self._remember(norm)
             self._count(len(norm), len(norm))
-            return [self._with_all_rows(gradient) for gradient in gradients] if self._has_skipped else gradients
+            return [self._with_all_rows(gradient) for gradient in gradients] if self._shared.skips_tokens else gradients
         return self._draw(gradients, norm, inputs)
 
     def _trains(self, own: GradientEdge | None) -> bool:
@@ -183,21 +188,21 @@ class Place:
         kept = Kept(index.to(device, non_blocking=True), rows, self._shared.detours)
         self._shared.last_pass = torch._C._current_graph_task_id()
         selected = [None if gradient is None else _scaled_rows(gradient, kept, factor) for gradient in gradients]
-        if not self.is_verified and inputs:
-            self.is_verified = True
-            return self._verified(inputs, selected)
-        return selected
+        return self._verified("rows", inputs, selected) if inputs else selected
 
-    def _verified(self, inputs: Sequence[Tensor], gradients: list[RowGradient | None]) -> Gradients:
-        """The gradients; dense if those of the parameters that follow from them are wrong."""
+    def _verified(self, what: str, inputs: Sequence[Tensor], gradients: list[Tensor | None]) -> Gradients:
+        """The gradients; dense if those of the parameters that follow from them are wrong, or not yet known."""
         problem = difference(inputs, gradients, self._shared.trained)
-        if not problem:
+        if problem is not None:
+            self._unverified.discard(what)
+        if problem == "":
             return gradients
-        self.is_off = True
-        self._shared.warn(
-            f"Selective backward is off at {self._name}: {problem}. Gradients are computed for all examples."
-        )
-        return [None if gradient is None else dense(gradient) for gradient in gradients]
+        if problem is not None:
+            self.is_off = True
+            self._shared.warn(
+                f"Selective backward is off at {self._name}: {problem}. Gradients are computed for all examples."
+            )
+        return [dense(gradient) if isinstance(gradient, RowGradient) else gradient for gradient in gradients]
 
     def _count(self, kept: int, rows: int) -> None:
         self._shared.rows[0] += kept

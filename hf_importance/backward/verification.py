@@ -14,17 +14,19 @@ _TOLERANCE, _IN_HALF_PRECISION = 1e-3, 0.05
 
 def difference(
     inputs: Sequence[Tensor], gradients: Sequence[RowGradient | None], parameters: Sequence[nn.Parameter]
-) -> str:
+) -> str | None:
     """Compute the gradients of parameters twice, from row-sparse and from dense gradients of the inputs of a module.
 
     Kernels that read the memory of a tensor directly would not see the rows.
 
     Returns:
-        What is wrong; empty if they are equal up to rounding.
+        What is wrong; empty if they are equal up to rounding, None if they are not finite, after an overflow.
     """
     used = [(tensor, gradient) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
     tensors, sparse = [tensor for tensor, _ in used], [gradient for _, gradient in used]
     whole = _gradients(tensors, [dense(gradient) for gradient in sparse], parameters)
+    if not all(gradient is None or gradient.isfinite().all() for gradient in whole):
+        return None
     try:
         found = _gradients(tensors, sparse, parameters)
     except Exception as error:  # kernels may raise almost anything

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
 from hf_importance.backward.selective import TOO_SHORT, SelectiveBackward
@@ -16,6 +16,7 @@ from hf_importance.run.validation import seed_of
 
 logger = logging.get_logger(__name__)
 _AGREE_EVERY = 4  # steps, with several processes
+_SUMS = ("aten.add.Tensor", "aten.add_.Tensor")  # with a dense gradient, which are dense
 
 
 class BackwardPass:
@@ -49,8 +50,7 @@ class BackwardPass:
         if self.obstacle:
             return nullcontext()
         self._selective = self._selective or self._make()
-        batch = find_batch_size(inputs) if isinstance(inputs, Mapping) else None
-        return self._selective.of(batch or 1, self._trainer.accelerator.sync_gradients)
+        return self._selective.of(_size(inputs), self._trainer.accelerator.sync_gradients)
 
     def _make(self) -> SelectiveBackward:
         trainer, config = self._trainer, self._trainer.importance_config
@@ -86,9 +86,9 @@ class BackwardPass:
         selective = self._selective
         if selective is not None:
             selective.remove()
-            if selective.detours:
-                operations = ", ".join(selective.detours)
-                logger.warning(f"Selective backward was slower than it could be: it has no rule for {operations}.")
+            missing = ", ".join(name for name in selective.detours if name not in _SUMS)
+            if missing:
+                logger.warning(f"Selective backward was slower than it could be: it has no rule for {missing}.")
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,20 @@ class BackwardPass:
         return {"before": list(self._before), "squares": list(self._squares)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a [`state_dict`], in the next step."""
+        """Restore a [`state_dict`], in the next step.
+
+        Raises:
+            AttributeError: if the model does not have the places where rows were dropped.
+        """
         if state:
+            for name in state["selective"]["places"]:
+                self._trainer.model.get_submodule(name)
             self._restored = state["selective"]
             self._before, self._squares = tuple(state["before"]), tuple(state["squares"])
+
+
+def _size(inputs: Any) -> int:
+    """Number of examples in a batch; 1 if it is unknown."""
+    if not isinstance(inputs, Mapping):
+        return 1
+    return next((len(leaf) for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor) and leaf.dim()), 1)

@@ -17,7 +17,7 @@ from hf_importance.data.fingerprint import differences
 from hf_importance.sampling.record import join
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
-_FORMAT = 9
+_FORMAT = 10
 _FILES = "importance_*.pt"
 _ADVICE = (
     "Resume from another checkpoint, or delete its importance_*.pt files to continue with the saved model and unknown "

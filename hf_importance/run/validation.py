@@ -162,7 +162,7 @@ def overrides_of(cls: type, mixin: type, names: Sequence[str]) -> list[str]:
 
 def unmeasured(
     cls: type, mixin: type, names: Sequence[str] = ("compute_loss", "training_step", "get_batch_samples", "_run_epoch")
-) -> ValueError:
+) -> UnweightedError:
     """The error for a training step without measured importances.
 
     Args:
@@ -171,7 +171,7 @@ def unmeasured(
         names: methods, one of which does not call `super()`.
     """
     overrides = " or ".join(overrides_of(cls, mixin, names)) or "a replaced method of the trainer"
-    return ValueError(
+    return UnweightedError(
         f"No importance was measured in this step: {overrides} does not reach the method of ImportanceTrainer. Call "
         "super() in every step. To add a term to the loss, start from loss, outputs = super().compute_loss(model, "
         f"inputs, True, ...). For your own loss (class weights, distillation), {_LOSS_FUNCTION}."

@@ -51,8 +51,8 @@ def claims(runs: Runs) -> str:
         shares = [share(runs, task, OURS) for task in of_kind]
         if shares:
             lines.append(
-                f"- **{kind}** took {_percent(statistics.mean(shares))} of the steps on average over "
-                f"{_number(of_kind)}, from {_percent(min(shares))} to {_percent(max(shares))}."
+                f"- **{kind}** took {percent(statistics.mean(shares))} of the steps on average over "
+                f"{_number(of_kind)}, from {percent(min(shares))} to {percent(max(shares))}."
             )
     if names:
         good = [task for task in names if is_as_good(runs, task)]
@@ -60,7 +60,7 @@ def claims(runs: Runs) -> str:
         lines.append(
             f"- **Quality**: on {len(good)} of {_number(names)} every metric was at least as good as with all steps of "
             "`Trainer`, within one standard error of the difference. On the others at least one was "
-            f"worse; with these counted as no saving, the mean share of the steps is {_percent(mean)}."
+            f"worse; with these counted as no saving, the mean share of the steps is {percent(mean)}."
         )
     judged = [task for task in names if saves_steps(runs, task) and of(runs, task, CONTROLS[0])]
     if judged:
@@ -91,14 +91,14 @@ def short_table(runs: Runs, seconds: Runs = (), rows: int = 4) -> str:
     The fine-tuning task with the largest savings is among them.
     """
     head = ("task", "steps", "seconds", "test metric, ours", "`Trainer`, as few steps")
-    lines = [_row(head), _rule(head)]
+    lines = [row(head), rule(head)]
     by_share = sorted(tasks(runs), key=lambda task: share(runs, task, OURS))
     fine_tuning = [task for task in by_share if TASKS[task].fine_tuning]
     for task in dict.fromkeys([*by_share[:rows], *fine_tuning[:1], *by_share[-rows:]]):
         figure = figures(runs, task)[0]
         control = relative(runs, task, CONTROLS[0], figure) if saves_steps(runs, task) else ""
-        shares = _percent(share(runs, task, OURS)), _percent(share_of_seconds(seconds, task))
-        lines.append(_row([TASKS[task].what, *shares, relative(runs, task, OURS, figure), control]))
+        shares = percent(share(runs, task, OURS)), percent(share_of_seconds(seconds, task))
+        lines.append(row([TASKS[task].what, *shares, relative(runs, task, OURS, figure), control]))
     return "\n".join(lines)
 
 
@@ -133,49 +133,52 @@ def decision_table(runs: Runs, seconds: Runs = ()) -> str:
     """
     reached = ("`Trainer`: accuracy, % / error", "ours", "`Trainer`: cross-entropy", "ours")
     head = ("task", "seeds", *reached, "steps", "tokens", "seconds", "best other")
-    lines = [_row(head), _rule(head)]
+    lines = [row(head), rule(head)]
     for task in tasks(runs):
         cells = [f"**{task}**: {TASKS[task].what}", str(len(of(runs, task, OURS)))]
         for figure in figures(runs, task):
             mean, _ = mean_and_error([figure.of(run) for run in of(runs, task, UNIFORM)])
             cells += [f"{mean:{figure.form}}", relative(runs, task, OURS, figure)]
         cells += [""] * (6 - len(cells))
-        cells += [_percent(share(runs, task, OURS, what)) for what in ("steps", "tokens")]
-        cells.append(_percent(share_of_seconds(seconds, task)))
+        cells += [percent(share(runs, task, OURS, what)) for what in ("steps", "tokens")]
+        cells.append(percent(share_of_seconds(seconds, task)))
         rival = best_rival(runs, task)
-        cells.append("" if rival is None else "none" if math.isinf(rival[1]) else f"{_percent(rival[1])} ({rival[0]})")
-        lines.append(_row(cells))
+        cells.append("" if rival is None else "none" if math.isinf(rival[1]) else f"{percent(rival[1])} ({rival[0]})")
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _rule(cells: Sequence[str]) -> str:
+def rule(cells: Sequence[str]) -> str:
+    """The line below the head of a table."""
     return "|" + "---|" * len(cells)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share in percent; empty for None."""
     return "" if share is None else f"{100 * share:.0f} %"
 
 
 def whole_table(runs: Runs) -> str:
     """Table of results ± standard errors of the methods that run with the full budget, also of one seed."""
     head = ("task", "method", "seeds", "steps", "tokens", "accuracy, % / error", "cross-entropy", "scaled", "written")
-    lines = [_row(head), _rule(head)]
+    lines = [row(head), rule(head)]
     for task in tasks(runs, seeds=1):
         for method in OF_ALL_STEPS:
             found = of(runs, task, method)
             if not found:
                 continue
             (first, *_) = found
-            cells = [task, method, str(len(found)), _percent(share(runs, task, method))]
-            cells.append(_percent(share(runs, task, method, "tokens")))
+            cells = [task, method, str(len(found)), percent(share(runs, task, method))]
+            cells.append(percent(share(runs, task, method, "tokens")))
             cells.append(_mean(found, "accuracy", ".2f", 100) if "accuracy" in first else _mean(found, "error", ".3g"))
             cells += [_mean(found, name, ".3f") for name in ("cross_entropy", "scaled_cross_entropy")]
             cells.append(_mean(found, "written", ".2f"))
-            lines.append(_row(cells))
+            lines.append(row(cells))
     return "\n".join(lines)
 
 
@@ -205,7 +208,7 @@ def match_table(runs: Runs) -> str:
     if common:
         means = {name: statistics.mean(min(columns[name][k], 1.0) for k in common) for name in compared}
         cells = [f"{means[name]:.2f}" if name in means else "" for name in columns]
-        lines.append(_row([f"mean of the {len(common)} with all", *cells]))
+        lines.append(row([f"mean of the {len(common)} with all", *cells]))
     return "\n".join(lines)
 
 
@@ -215,7 +218,7 @@ def same_table(runs: Runs) -> str:
     In points of accuracy or percent of the error; the best of each task is in bold.
     """
     names = [OURS, UNIFORM, *compared_rivals(runs)]
-    lines = [_row(["task", "steps", *names]), _rule(["task", "steps", *names])]
+    lines = [row(["task", "steps", *names]), rule(["task", "steps", *names])]
     for task in tasks(runs):
         if not has_rivals(runs, task):
             continue
@@ -224,7 +227,7 @@ def same_table(runs: Runs) -> str:
         whole = 1.0 if figure.name == "accuracy" else statistics.mean(map(figure.of, of(runs, task, UNIFORM))) / 100
         cells = [f"{values[name] / whole:+.1f}".translate(_MINUS) if name in values else "" for name in names]
         cells = [f"**{cell}**" if name == best else cell for name, cell in zip(names, cells, strict=True)]
-        lines.append(_row([task, _percent(share(runs, task, OURS)), *cells]))
+        lines.append(row([task, percent(share(runs, task, OURS)), *cells]))
     return "\n".join(lines)
 
 

@@ -181,7 +181,6 @@ def selected(run):
         {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
         {"bf16": True},
         {tiny.CHECKPOINTING: True},
-        {tiny.CHECKPOINTING: True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"dataloader_num_workers": 1},
         {"label_smoothing_factor": 0.1},
     ],
@@ -209,7 +208,7 @@ def test_single_examples_are_kept_or_dropped(tmp_path, dropping_rows):
 
 
 def test_loss_scaling_does_not_matter_for_what_is_kept(tmp_path, dropping_rows):
-    run = train(tmp_path, cls=HalfOnCpu, max_grad_norm=0.0)
+    run = train(tmp_path, cls=HalfOnCpu, max_grad_norm=0.0, max_steps=40)
     assert run.scales[-1] < run.scales[0], "premise: gradients overflowed"
     assert selected(run)
     (place,) = backward_of(run)._places.values()
@@ -219,6 +218,7 @@ def test_loss_scaling_does_not_matter_for_what_is_kept(tmp_path, dropping_rows):
     assert 0.1 < norms.median() / torch.cat(unscaled.threshold._past).median() < 10
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_lora(tmp_path, dropping_rows):
     model = get_peft_model(bert(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
     before = copy.deepcopy(model)
@@ -279,8 +279,8 @@ def test_a_checkpoint_with_full_backward_passes_goes_on_selectively(tmp_path, dr
 
 def test_the_threshold_is_real_in_a_real_training(tmp_path):
     """Without any patch: norms that differ by orders of magnitude are selected from after eight batches."""
-    data = tiny.mostly_easy_texts(128)
-    run = train(tmp_path, SELECTIVE, data=data, max_steps=-1, num_train_epochs=6, learning_rate=3e-3)
+    data = tiny.mostly_easy_texts(56)
+    run = train(tmp_path, SELECTIVE, data=data, max_steps=-1, num_train_epochs=10, learning_rate=3e-3)
     fractions = tiny.logged(run, "importance/backward_fraction")
     assert fractions[0] == 1
     assert fractions[-1] < 0.8
