@@ -5,6 +5,7 @@
     python scripts/benchmark.py seconds              # seconds of full trainings, on an otherwise idle machine
     python scripts/benchmark.py fine_tuning          # seconds of fine-tuning pretrained encoders: hours
     python scripts/benchmark.py backward             # step time and memory with selective backward
+    python scripts/benchmark.py families             # models for which gradients become dense in between
     python scripts/benchmark.py overhead             # step time relative to Trainer, on an otherwise idle machine
     python scripts/benchmark.py draws                # cost of a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # detection of wrong labels
@@ -34,7 +35,9 @@ from benchmarks import (
     backward,
     comparison,
     draws,
+    families,
     fine_tuning,
+    fine_tuning_tables,
     label_errors,
     overhead,
     picture,
@@ -50,13 +53,16 @@ from benchmarks.tasks import TASKS
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "scripts/results/README.md")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
-    "saved": (("accuracy",), tables.claims),
+    "saved": (("accuracy", "fine_tuning"), fine_tuning_tables.claims),
     "short": (("accuracy", "seconds"), tables.short_table),
     "decision": (("accuracy", "seconds"), tables.decision_table),
     "whole": (("accuracy",), tables.whole_table),
     "match": (("accuracy",), tables.match_table),
     "same": (("accuracy",), tables.same_table),
     "figures": (("accuracy",), tables.figures_table),
+    "fine_tuning": (("fine_tuning",), fine_tuning_tables.table),
+    "backward": (("backward",), backward.tables),
+    "families": (("families",), families.tables),
     "overhead": (("overhead",), overhead.tables),
     "draws": (("draws",), draws.tables),
     "label_errors": (("label_errors",), label_errors.tables),
@@ -104,7 +110,7 @@ def run_fine_tuning(arguments: argparse.Namespace) -> str:
     size = (arguments.examples, arguments.layers, arguments.epochs)
     grid = fine_tuning.points(arguments.tasks, arguments.methods, seeds, *size)
     run = functools.partial(fine_tuning.run, data=arguments.data, models=arguments.models)
-    return fine_tuning.tables(_filled(arguments, fine_tuning.KEYS, grid, run, fine_tuning.settings))
+    return fine_tuning_tables.table(_filled(arguments, fine_tuning.KEYS, grid, run, fine_tuning.settings))
 
 
 def run_overhead(arguments: argparse.Namespace) -> str:
@@ -130,6 +136,13 @@ def run_backward(arguments: argparse.Namespace) -> str:
     ]
     arguments.processes = 1
     return backward.tables(_filled(arguments, backward.KEYS, grid, backward.run))
+
+
+def run_families(arguments: argparse.Namespace) -> str:
+    """Find the dense detours of all families of models."""
+    grid = ((name,) for name in arguments.families or families.names())
+    arguments.processes = 1
+    return families.tables(_filled(arguments, families.KEYS, grid, families.run))
 
 
 def run_draws(arguments: argparse.Namespace) -> str:
@@ -244,7 +257,11 @@ def new_parser() -> argparse.ArgumentParser:
     part.add_argument("--models", nargs="+", choices=backward.MODELS, default=list(backward.MODELS))
     part.add_argument("--layers", type=int, help="number of blocks (default: those of the model)")
     part.add_argument("--batch", type=int, help="examples of a step (default: 32 on a GPU, 20 on a CPU)")
-    part.add_argument("--tokens", nargs="+", type=int, help="tokens or patches (default: 128 512 on a GPU, 16 on a CPU)")
+    part.add_argument(
+        "--tokens", nargs="+", type=int, help="tokens or patches (default: 128 512 on a GPU, 16 on a CPU)"
+    )
+    part = parts.add_parser("families", parents=[common], help="models whose gradients selective backward makes dense")
+    part.add_argument("--families", nargs="+", help="names (default: all that the tests know)")
     part = parts.add_parser("draws", parents=[common], help="cost of a draw")
     part = parts.add_parser("label_errors", parents=[common], help="detection of wrong labels")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(label_errors.TASKS))
@@ -262,6 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         "accuracy": run_accuracy,
         "fine_tuning": run_fine_tuning,
         "backward": run_backward,
+        "families": run_families,
         "overhead": run_overhead,
         "draws": run_draws,
         "label_errors": run_label_errors,

@@ -84,13 +84,18 @@ class Threshold:
             self._adapt(torch.cat(self._past))
 
     def _adapt(self, norm: Tensor) -> None:
-        self.value, self.kept, best = 0.0, 1.0, _WORTH
-        for threshold in (_GRID * norm.square().mean().sqrt()).tolist():
-            probability = probabilities(norm, threshold)
-            second_moment, kept = rise(norm, probability), probability.mean().item()
-            product = (1 - self.share + self.share * kept) * second_moment
-            if second_moment <= 1 + self.tolerance and product < best:
-                self.value, self.kept, best = threshold, kept, product
+        self.value, self.kept = 0.0, 1.0
+        square = norm.square()
+        if not square.any():
+            return
+        thresholds = _GRID * square.mean().sqrt()
+        probability = (norm / thresholds[:, None]).clamp(LEAST, 1).masked_fill(norm == 0, 1.0)
+        second_moment = (square / probability).sum(1) / square.sum()
+        kept = probability.masked_fill(norm == 0, 0.0).mean(1)
+        product = (1 - self.share + self.share * kept) * second_moment
+        best = int(product.masked_fill(second_moment > 1 + self.tolerance, torch.inf).argmin())
+        if product[best] < _WORTH and second_moment[best] <= 1 + self.tolerance:
+            self.value, self.kept = thresholds[best].item(), kept[best].item()
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values."""

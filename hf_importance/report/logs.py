@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-CONSOLE = ("importance/variance_ratio", "importance/effective_epoch")
+CONSOLE = ("importance/variance_ratio", "importance/effective_epoch", "importance/backward_fraction")
 """Logs of ours that are shown in the console; TensorBoard and others get all of them."""
 
 

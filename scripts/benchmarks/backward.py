@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -85,7 +86,8 @@ class Steps:
     def __init__(self, model: nn.Module, batch: Batch, recomputes: bool) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if recomputes:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            name = "activation_checkpointing_enable"  # its name from transformers 5.23 on
+            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
         model = model.to(device).train()
         self._batch = {name: tensor.to(device) for name, tensor in batch.items()}
         self._models = {True: model, False: copy.deepcopy(model)}  # by whether rows are selected
@@ -143,6 +145,7 @@ def _peak_of(function: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write a line at each start and end
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         function()
@@ -218,4 +221,3 @@ def _table_of_memory(runs: list[dict[str, Any]]) -> str:
 def _names(found: dict[str, Any]) -> list[str]:
     size = f"{found['batch']} × {found['tokens']}"
     return [f"{found['model']}, {found['layers']} layers, {found['device']}", size, found["way"], found["lengths"]]
-
