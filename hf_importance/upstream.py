@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import CallbackHandler
 
 _USED: list[tuple[Any, str, str]] = [
@@ -24,6 +25,11 @@ _USED: list[tuple[Any, str, str]] = [
     (CallbackHandler, "call_event", "epochs and the learning rate would not follow the effective steps"),
     (torch.nn.Module(), "_buffers", "checks on the first batches would change buffers"),
     (torch.nn.Module(), "_parameters", "checks on the first batches would take parameters for attributes"),
+    (torch.Tensor, "_make_wrapper_subclass", "gradients of some rows could not look like those of the batch"),
+    (torch._C, "_set_throw_on_mutable_data_ptr", "kernels could read the memory of gradients that have none"),
+    (torch._C, "_current_graph_task_id", "selective backward would take recomputations for forward passes"),
+    (torch._C, "_will_engine_execute_node", "selective backward would drop rows of gradients that users ask for"),
+    (GradientCheckpointingLayer(), "gradient_checkpointing", "checkpointed blocks would be recomputed as a whole"),
 ]
 """Owner, name, and what would break without it."""
 _USED_OF_TRAINERS: list[tuple[str, str]] = [

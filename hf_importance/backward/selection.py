@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Place:
         self.planned: float | None = None  # share of the rows that all processes keep, if there are several
         self._unverified = {"rows", "tokens"} if shared.is_comparable else set()  # until gradients were compared
         self.is_off = False
-        self._shared, self._name = shared, type(module).__name__
+        self._module, self._shared, self._name = module, shared, type(module).__name__
         self._on_their_way: list[tuple[Tensor, torch.cuda.Event]] = []  # norms, from a GPU
         self._handles = [module.register_forward_pre_hook(self._hook, with_kwargs=True)]
         if shared.skips_tokens:
@@ -83,9 +84,7 @@ class Place:
         if rows is None or not rows.requires_grad:
             return None
         inputs = tensors_of(args, kwargs, len(rows))
-        own = next((p for p in module.parameters() if p.requires_grad), None)
-        edge = None if own is None else get_gradient_edge(own)  # with FSDP2 another in each pass
-        select = partial(self._select, edge, inputs if "rows" in self._unverified else ())
+        select = partial(self._select, inputs if "rows" in self._unverified else ())
         new = {id(old): tensor for old, tensor in zip(inputs, _Identity.apply(select, *inputs), strict=True)}
         return tree_map_only(Tensor, lambda leaf: new.get(id(leaf), leaf), (args, kwargs))
 
@@ -116,11 +115,11 @@ class Place:
             return gradient
         return RowGradient(gradient, self._shared.everything(len(gradient)), 0, gradient.shape)
 
-    def _select(self, own: GradientEdge | None, inputs: Sequence[Tensor], gradients: Gradients) -> Gradients:
-        """The gradients that go on, of those that arrive. `own` is that of a parameter of the module."""
+    def _select(self, inputs: Sequence[Tensor], gradients: Gradients) -> Gradients:
+        """The gradients that go on, of those that arrive."""
         gradients = [None if gradient is None else unwrapped(gradient) for gradient in gradients]
         arrived = [gradient for gradient in gradients if gradient is not None]
-        if all(isinstance(gradient, RowGradient) for gradient in arrived) or self.is_off or not self._trains(own):
+        if all(isinstance(gradient, RowGradient) for gradient in arrived) or self.is_off or not self._trains():
             return gradients
         gradients = [dense(gradient) if isinstance(gradient, RowGradient) else gradient for gradient in gradients]
         norm = joint_norm(gradients)
@@ -135,12 +134,12 @@ class Place:
             return [self._with_all_rows(gradient) for gradient in gradients] if self._shared.skips_tokens else gradients
         return self._draw(gradients, norm, inputs)
 
-    def _trains(self, own: GradientEdge | None) -> bool:
+    def _trains(self) -> bool:
         """Whether this backward pass trains: gradients of gradients, and those that users ask for, are left whole."""
         if torch.is_grad_enabled():
             return False
-        edges = (get_gradient_edge(parameter) for parameter in self._shared.trained)
-        return (own is not None and _is_due(own)) or any(map(_is_due, edges))
+        own = (parameter for parameter in self._module.parameters() if parameter.requires_grad)  # with FSDP2 unsharded
+        return any(_is_due(get_gradient_edge(parameter)) for parameter in chain(own, self._shared.trained))
 
     @property
     def _selects(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class SelectiveBackward:
         tolerance: largest relative rise of the second moment of the gradient, above 0.
         seed: of the random decisions.
         processes: number of processes; with several, all keep equally many rows of a batch.
-        is_sharded: whether gradients cannot be computed apart from the training, for a comparison in the first batch.
+        is_sharded: whether parameters or gradients are distributed over the processes: all of these must take part in
+            each backward pass, and none can compute gradients apart from it, for a comparison in the first batch.
         scale: scales a tensor like the loss, as `GradScaler.scale`; None without loss scaling.
     """
 
@@ -57,7 +59,8 @@ class SelectiveBackward:
         is_sharded: bool = False,
         scale: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._model, self._mode, self._tolerance, self._processes = model, mode, tolerance, processes
+        self._model, self._mode, self._tolerance = model, mode, tolerance
+        self._processes, self._is_sharded = processes, is_sharded
         self._generator = torch.Generator().manual_seed(seed)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._shared = Shared(Chance(self._generator), trained, not is_sharded, scale, logger.warning)
@@ -74,7 +77,7 @@ class SelectiveBackward:
             must_keep: whether every parameter must get a gradient.
         """
         survey = Survey(self._model, batch) if self.plan is None else None
-        self._shared.is_active, self._shared.must_keep = True, must_keep
+        self._shared.is_active, self._shared.must_keep = True, must_keep or self._is_sharded
         try:
             yield
         finally:
@@ -105,6 +108,21 @@ class SelectiveBackward:
     def detours(self) -> list[str]:
         """Operations without a rule, for which gradients became dense."""
         return sorted(self._shared.detours)
+
+    def agree_on_places(self, sum_over_processes: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Drop rows nowhere, unless all processes do so in the same places: a collective operation, before [`agree`].
+
+        Whether it pays depends on the first batch, which may be shorter on other processes.
+        """
+        if self._processes == 1:
+            return
+        number = crc32(" ".join(self._places).encode()) % 2**20
+        sums = sum_over_processes(torch.tensor([number, number**2], device=device))
+        total, squares = sums.tolist()
+        if squares * self._processes != total**2:  # they are equal only if all numbers are
+            self.remove()
+            self._places.clear()
+            self.plan.obstacle = self.plan.obstacle or "it pays for the batches of some processes only"
 
     def agree(self, sum_over_processes: Callable[[Tensor], Tensor], device: torch.device) -> None:
         """Plan to keep equally many rows on all processes, so that none waits for another: a collective operation."""

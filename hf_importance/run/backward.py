@@ -73,13 +73,15 @@ class BackwardPass:
         selective = self._selective
         if selective is None:
             return
-        if step % _AGREE_EVERY == 0:
-            selective.agree(sum_over_processes, self._trainer.args.device)
+        device = self._trainer.args.device
         if not self._is_told and selective.plan is not None:
             self._is_told = True
+            selective.agree_on_places(sum_over_processes, device)
             self.obstacle = selective.plan.obstacle
             if self.obstacle not in ("", TOO_SHORT):
                 self._say(f"Selective backward is off, all examples are propagated back: {self.obstacle}.")
+        if step % _AGREE_EVERY == 0:
+            selective.agree(sum_over_processes, device)
 
     def end(self) -> None:
         """Leave the model as it was; tell what made gradients dense."""

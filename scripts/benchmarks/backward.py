@@ -105,14 +105,21 @@ class Steps:
         return clock() - start
 
     def memory(self, kept: float | None) -> tuple[int, float]:
-        """Peak bytes of the tensors that a step makes, and the share of the rows that it keeps."""
+        """Peak bytes of the tensors of a forward and backward pass, without gradients; the share of the rows kept."""
+        self._pass(kept)  # makes the gradients, to which the next pass adds
         before = self.selective.rows
-        peak = _peak_of(lambda: self._step(kept))
+        peak = _peak_of(lambda: self._pass(kept))
         done, rows = (now - then for now, then in zip(self.selective.rows, before, strict=True))
+        self._optimizers[kept is not None].zero_grad()
         return peak, round(done / rows, 4) if rows else 1.0
 
     def _step(self, kept: float | None) -> None:
         """A step that keeps a share of the rows, or a plain one."""
+        self._pass(kept)
+        self._optimizers[kept is not None].step()
+        self._optimizers[kept is not None].zero_grad()
+
+    def _pass(self, kept: float | None) -> None:
         selects = kept is not None
         for place in self.selective._places.values() if selects else ():
             place.planned, place.threshold.observe = kept, _ignore
@@ -121,8 +128,6 @@ class Steps:
             with _precision():
                 loss = self._models[selects](**self._batch).loss
             loss.backward()
-        self._optimizers[selects].step()
-        self._optimizers[selects].zero_grad()
 
 
 def _ignore(norm: Tensor) -> None:

@@ -88,7 +88,7 @@ if multi_vector is not None:
 # ---- models and data -------------------------------------------------------------------------------------------------
 
 
-def save_models(folder):
+def save_models(folder, layers=1):
     """Save tiny models with and without dropout, whose outputs differ between texts before training."""
     special = ["<pad>", "<unknown>", "<cls>", "<sep>", "<mask>"]
     by_word = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="<unknown>"))
@@ -106,7 +106,7 @@ def save_models(folder):
             config = BertConfig(
                 vocab_size=45,
                 hidden_size=WIDTH,
-                num_hidden_layers=1,
+                num_hidden_layers=layers,
                 num_attention_heads=2,
                 intermediate_size=32,
                 max_position_embeddings=64,

@@ -133,7 +133,7 @@ def preference(tmp_path, cls, importance=UNIFORM, more=None, model=None, **chang
         if "peft_config" not in more:
             more["ref_model"] = qwen(tie_word_embeddings=False)
     else:
-        model = qwen(Qwen2ForSequenceClassification, num_labels=1)
+        model = copy.deepcopy(model or qwen(Qwen2ForSequenceClassification, num_labels=1))
         data = data.add_column("margin", [0.5 * (i % 3) for i in range(len(data))])
     args = arguments(config_class, tmp_path, **{"max_length": 64, **changes})
     return cls(model=model, args=args, train_dataset=data, processing_class=tokenizer(), **more)

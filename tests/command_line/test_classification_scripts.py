@@ -75,6 +75,16 @@ def test_flags_set_the_importance_config(tmp_path):
     assert results(tmp_path)["examples_processed"] == 12
 
 
+@pytest.mark.parametrize("backward", ["selective", "full"])
+def test_flags_set_the_backward_pass(tmp_path, backward):
+    more = {"backward": backward, "backward_tolerance": 0.2, "max_train_samples": 40, "max_eval_samples": 10}
+    trainer = run_text_classification.main(flags(tmp_path, **more))
+    assert trainer.importance_config.backward == backward
+    assert trainer.importance_config.backward_tolerance == 0.2
+    is_logged = any("train_backward_fraction" in log for log in trainer.state.log_history)
+    assert is_logged == (backward == "selective")
+
+
 def test_flags_take_precedence_over_an_importance_config_file(tmp_path):
     """The file takes precedence over the defaults."""
     ImportanceConfig(prune_mass=0.1, uniform_fraction=0.6, metric="loss", seed=7).save_pretrained(tmp_path)

@@ -8,8 +8,10 @@ import copy
 import os
 import re
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -22,6 +24,7 @@ from accelerate import DistributedType, PartialState
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.backward import threshold
 
 EXAMPLES = 16
 SMOOTHING = 0.3
@@ -29,6 +32,10 @@ MIDDLE = 22  # not at the end of an epoch, which has four steps
 ALL_EXAMPLES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
 """Each step has all examples, so their distribution over the processes has no effect."""
 EARLY_END = {"per_device_train_batch_size": 2, "max_steps": 48, "save_strategy": "steps", "save_steps": MIDDLE}
+SELECTIVE = {"per_device_train_batch_size": 4, "max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+SELECTIVE |= {"importance": {"backward": "selective", **tiny.FIXED}, "layers": 4}
+SINGLE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "save_strategy": "no"}
+SELECTIVE_RUNS = {"selective": {}, "selective, single": SINGLE, "selective, checkpointed": {tiny.CHECKPOINTING: True}}
 DROPOUT = 0.1  # a resumed run is only identical if the random state of each process is restored
 
 
@@ -49,12 +56,23 @@ ENGINES = {
 }
 
 
-def language_model(seed=0, dropout=0.0):
+@contextmanager
+def keeping(share):
+    """Selective backward keeps about half of the rows from the fifth step on, or all."""
+
+    def adapt(self, norm):
+        self.value, self.kept = 4 * (1 - share) * norm.mean().item(), share
+
+    with patch.multiple(threshold, _FIRST=1, _EVERY=1), patch.object(threshold.Threshold, "_adapt", adapt):
+        yield
+
+
+def language_model(seed=0, dropout=0.0, layers=2):
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=tiny.WORDS,
         hidden_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         intermediate_size=32,
@@ -112,6 +130,7 @@ def train(run, resume=None):
         "parameters": parameters(run),
         "importances": getattr(run, "importances", None),
         "engine": f"{type(wrapped).__name__}{stage}",
+        "propagated back": tiny.logged(run, "train_backward_fraction"),
     }
 
 
@@ -121,13 +140,13 @@ class Engine:
     def __init__(self, name, folder):
         self.name, self.folder = name, folder
 
-    def new_trainer(self, folder, cls=ImportanceTrainer, importance=None, seed=0, dropout=0.0, **settings):
+    def new_trainer(self, folder, cls=ImportanceTrainer, importance=None, seed=0, dropout=0.0, layers=2, **settings):
         settings = {"ddp_backend": "gloo", "logging_steps": 1, **copy.deepcopy(ENGINES[self.name]), **settings}
         args = tiny.arguments(self.folder / folder, **settings)
         if args.fsdp and args.device.type == "cpu":  # accelerate silently ignores FSDP on CPUs
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         more = {} if importance is None else {"importance": ImportanceConfig(**importance)}
-        model = language_model(seed, dropout)
+        model = language_model(seed, dropout, layers)
         return cls(model=model, args=args, train_dataset=texts(), data_collator=tiny.pad, **more)
 
     def results(self):
@@ -141,6 +160,7 @@ class Engine:
             "sampled": run("sampled", importance=tiny.FIXED, **ALL_EXAMPLES),
             "smoothed": run("smoothed", **smoothed),
             "early end": run("early-end", dropout=DROPOUT, **EARLY_END),
+            **self.selective_runs(run),
         }
         if self.name != "ray":  # resumed by `run_readme_instructions`
             middle = str(self.folder / "early-end" / f"checkpoint-{MIDDLE}")
@@ -151,6 +171,21 @@ class Engine:
             results["trainer, own schedule"] = run("own-schedule-trainer", Trainer, **own_schedule)
             results["uniform, own schedule"] = run("own-schedule-uniform", importance=fixed, **own_schedule)
             results["refusal"] = message_of(lambda: self.new_trainer("refused", **own_schedule))
+        return results
+
+    def selective_runs(self, run):
+        """Trainings that drop rows of the gradients, and with all rows."""
+        full = {**SELECTIVE, "importance": {"backward": "full", **tiny.FIXED}}
+        results = {"full": run("full", **full)}
+        with keeping(1.0):
+            results["all rows"] = run("all-rows", **SELECTIVE)
+        with keeping(0.5):
+            for name, settings in SELECTIVE_RUNS.items():
+                results[name] = run(name.replace(", ", "-"), dropout=DROPOUT, **{**SELECTIVE, **settings})
+            middle = str(self.folder / "selective" / "checkpoint-6")
+            results["selective, resumed"] = run(
+                "selective-resumed", seed=1, dropout=DROPOUT, resume=middle, **SELECTIVE
+            )
         return results
 
     def work(self):

@@ -25,18 +25,18 @@ from hf_importance.backward.selective import SelectiveBackward
 
 SHARES = 0.3, 0.7
 """Share of the rows that the threshold of each process keeps; they agree on half."""
-STEPS, BATCH = 14, 4
+STEPS, BATCH = 10, 4
 SELECTIVE, FULL = {"backward": "selective"}, {"backward": "full"}
-SAVING = {"save_strategy": "steps", "save_steps": 1}
+SAVING = {"save_strategy": "steps", "save_steps": 6}
 SETTINGS = {
     "default": {},
     "accumulated": {"gradient_accumulation_steps": 2},
-    "single examples": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 20},
+    "single examples": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 14},
     "checkpointed": {tiny.CHECKPOINTING: True},
     "own loss": {"cls": type("Ours", (ImportanceTrainer,), {"compute_loss": Weighted.compute_loss})},
     "loss function": {"more": {"compute_loss_func": loss_of_batch}},
 }
-RESUMED = ["default", "accumulated", "checkpointed", "own loss", "loss function"]
+RESUMED = ["default", "accumulated", "loss function"]
 
 
 def drop_rows(share):
@@ -131,10 +131,10 @@ def main(folder):
     drop_rows(SHARES[rank])
     results = {"full": trained(folder / "full", FULL), "without agreement": without_agreement(folder / "own")}
     for name, settings in SETTINGS.items():
-        output = folder / name.replace(" ", "-")
+        output = folder / name
         results[name] = trained(output, **settings, **(SAVING if name in RESUMED else {}))
         if name in RESUMED:
-            results[name]["resumed"] = resumed(folder / f"{output.name}-resumed", output / "checkpoint-6", **settings)
+            results[name]["resumed"] = resumed(folder / f"{name}, resumed", output / "checkpoint-6", **settings)
     results |= {
         "large for all": with_works(folder / "all", True),
         "large for one": with_works(folder / "one", rank == 1),

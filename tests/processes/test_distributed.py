@@ -137,13 +137,13 @@ def test_report_covers_all_ranks_and_is_written_by_one(results_of_ranks, launche
 
 @pytest.mark.parametrize("launcher", ["2", "4", "accelerate"])
 def test_collectives_are_those_of_trainer_and_one_reduction_per_segment(results_of_ranks, launcher):
-    """Two more say what the first batch shows. At the end, the main process gathers columns and sends importances."""
+    """Three more say what the first batch shows. At the end, the main process gathers columns and sends importances."""
     for result in results_of_ranks(launcher):
         counts = {name: Counter(result["collectives"][name]) for name in ("trainer", "fixed", "auto")}
         segments = result["collectives"]["segments"]
         columns = {"gloo:gather": 1, "gloo:broadcast": 1}
-        assert counts["fixed"] - counts["trainer"] == {"gloo:all_reduce": 2, **columns}
-        assert counts["auto"] - counts["trainer"] == {"gloo:all_reduce": segments + 2, **columns}
+        assert counts["fixed"] - counts["trainer"] == {"gloo:all_reduce": 3, **columns}
+        assert counts["auto"] - counts["trainer"] == {"gloo:all_reduce": segments + 3, **columns}
         assert counts["trainer"] - counts["fixed"] == counts["trainer"] - counts["auto"] == {}
         assert counts["trainer"]["gloo:all_reduce"] >= 8, "control: eight data parallel steps are profiled"
         assert segments == {"4": 8}.get(launcher, 4)

@@ -3,6 +3,7 @@
 Not part of the usual test run: `EXTRA=dev,engines bash scripts/test.sh -m engines`.
 """
 
+import functools
 import importlib.util
 
 import engine_worker
@@ -20,7 +21,18 @@ WRAPPERS |= {"zero3": "DeepSpeedEngine3", "ray": "DistributedDataParallel"}
 REQUESTED_STEPS = engine_worker.EARLY_END["max_steps"]
 
 
-def launch(name, folder):
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Function from an engine to the results of both ranks; each engine is launched once."""
+
+    @functools.cache
+    def of(name):
+        return launched(name, tmp_path_factory.mktemp(name))
+
+    return of
+
+
+def launched(name, folder):
     launcher = () if name == "ray" else ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     workers.run("processes/engine_worker.py", folder, name, launcher=launcher, timeout=600)
     return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
@@ -35,9 +47,9 @@ def engine(request):
 
 
 @pytest.fixture(scope="module")
-def ranks(engine, tmp_path_factory):
+def ranks(engine, launch):
     """Results of both ranks."""
-    return launch(engine, tmp_path_factory.mktemp(engine))
+    return launch(engine)
 
 
 def difference(a, b):
@@ -104,6 +116,51 @@ def test_label_smoothing_shifts_labels(ranks):
     for rank in ranks:
         assert rank["smoothed"]["losses"] == pytest.approx([shifted], rel=1e-5)
     assert unshifted != pytest.approx(shifted, rel=1e-2), "control: shifting changes the loss"
+
+
+@pytest.mark.parametrize("run", engine_worker.SELECTIVE_RUNS)
+def test_rows_are_dropped(ranks, run):
+    """Also where a process keeps none of a batch, in the middle of a step: under ZeRO all must take part in it."""
+    first, second = (rank[run] for rank in ranks)
+    assert torch.equal(first["parameters"], second["parameters"])
+    assert first["parameters"].isfinite().all()
+    assert difference(first, ranks[0]["full"]) > 1e-3, "control"
+    (ours,), (theirs,) = (rank[run]["propagated back"] for rank in ranks)
+    assert 0.3 < ours < 0.8
+    assert 0.3 < theirs < 0.8
+    assert (ours == theirs) == (run != "selective, single"), "processes keep equally many rows of batches of several"
+
+
+def test_without_dropped_rows_backward_passes_are_full(ranks):
+    for rank in ranks:
+        assert rank["all rows"]["propagated back"] == [1.0]
+        assert rank["full"]["propagated back"] == []
+        assert difference(rank["all rows"], rank["full"]) < 1e-6
+        assert difference(rank["selective"], rank["full"]) > 1e-3, "control"
+
+
+def test_selective_training_is_that_of_data_parallel(ranks, launch):
+    """The same rows are dropped: the losses are the same, up to the rounding of the engine."""
+    for rank, ddp in zip(ranks, launch("ddp"), strict=True):
+        assert rank["selective"]["losses"] == pytest.approx(ddp["selective"]["losses"], rel=5e-3)
+        assert rank["full"]["losses"] == pytest.approx(ddp["full"]["losses"], rel=5e-3)
+        assert rank["selective"]["losses"] != pytest.approx(ddp["full"]["losses"], rel=5e-2), "control: all rows"
+
+
+def test_resumed_selective_training_is_identical(ranks):
+    for rank in ranks:
+        uninterrupted, resumed = rank["selective"], rank["selective, resumed"]
+        assert torch.equal(resumed["parameters"], uninterrupted["parameters"])
+        assert resumed["losses"] == uninterrupted["losses"]
+        assert resumed["propagated back"] == uninterrupted["propagated back"]
+        assert difference(resumed, rank["full"]) > 1e-3, "control"
+
+
+def test_checkpointed_blocks_change_nothing(ranks):
+    """With DDP and ZeRO-2 only the kept rows are computed again, with parameters in shards the whole batch."""
+    for rank in ranks:
+        assert difference(rank["selective, checkpointed"], rank["selective"]) < 1e-3
+        assert difference(rank["selective, checkpointed"], rank["full"]) > 1e-2, "control"
 
 
 @pytest.mark.parametrize("engine", ["zero2"], indirect=True)

@@ -172,13 +172,16 @@ def test_table_of_settings_has_the_fields_and_defaults_of_the_config():
 
 
 FIGURES = {
-    "saved": ("steps",),
+    "saved": ("steps", "seconds"),
     "short": ("steps", "accuracy", "error"),
     "decision": ("steps", "ours"),
     "whole": ("accuracy", "error"),
     "match": ("accuracy", "error"),
     "same": ("accuracy", "error"),
     "figures": ("accuracy", "error"),
+    "fine_tuning": ("seconds",),
+    "backward": ("milliseconds",),
+    "families": ("model",),
     "overhead": ("ratio",),
     "draws": ("batch_mean",),
     "label_errors": ("auroc_mean_loss",),
