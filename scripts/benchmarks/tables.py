@@ -44,7 +44,7 @@ def claims(runs: Runs) -> str:
     names = tasks(runs)
     kinds = {
         "Training from scratch": [task for task in names if not TASKS[task].fine_tuning],
-        "Fine-tuning": [task for task in names if TASKS[task].fine_tuning],
+        "Fine-tuning without selective backward": [task for task in names if TASKS[task].fine_tuning],
     }
     lines = []
     for kind, of_kind in kinds.items():
