@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_importance.errors import UnweightedError
 from hf_importance.losses.outputs import HINT
 
 _LAST = 256
@@ -50,13 +51,15 @@ class FirstBatches:
             values = check()
         except Exception as raised:
             error, values = raised, [0.0] * size
-        table = self._gather([float(error is not None), *map(float, values)])
-        failed = table[:, 0].nonzero().flatten().tolist()
-        if failed:
+        kind = 0 if error is None else 1 if isinstance(error, UnweightedError) else 2
+        table = self._gather([float(kind), *map(float, values)])
+        worst = int(table[:, 0].max())
+        if worst:
             self._open = ""
-            if error is not None:
+            if kind == worst:
                 raise error
-            raise ValueError(f"A check failed in process {failed[0]}, whose error says why; training stops in all.")
+            of_all = UnweightedError if worst == 1 else ValueError  # without weights training may go on, in all of them
+            raise of_all(f"A check failed in process {int(table[:, 0].argmax())}, whose error says why.") from error
         return table[:, 1:]
 
     @property

@@ -166,7 +166,7 @@ class RankModel(torch.nn.Module):
 def first_batches(folder, rank):
     """The first three batches of the first process say nothing; the last process has another loss, or not."""
 
-    def train(factor):
+    def train(factor, **importance):
         collated = []
 
         def collate(rows):
@@ -177,7 +177,7 @@ def first_batches(folder, rank):
                 batch["labels"] = torch.full_like(batch["labels"], -100)
             return batch
 
-        settings = {"data": tiny.token_rows(EXAMPLES), "max_steps": 6, "importance": tiny.FIXED}
+        settings = {"data": tiny.token_rows(EXAMPLES), "max_steps": 6, "importance": tiny.FIXED | importance}
         run = tiny.trainer(
             folder,
             RankModel(factor),
@@ -195,7 +195,8 @@ def first_batches(folder, rank):
             return str(error)
         return {"state": run._run.objective.state_dict(), "parameters": parameters(run)}
 
-    return {"usual": train(1.0), "other": train(1.0 if rank == 0 else 1.5)}
+    factor = 1.0 if rank == 0 else 1.5
+    return {"usual": train(1.0), "other": train(factor, **tiny.REFUSING), "without weights": train(factor)}
 
 
 def sampler_of_visits(index, weight, ranks=1, rank=0):

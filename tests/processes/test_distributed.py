@@ -222,6 +222,9 @@ def test_processes_decide_together_on_the_first_batches(results_of_ranks):
     assert torch.equal(first["usual"]["parameters"], second["usual"]["parameters"])
     assert "A check failed in process 1, whose error says why" in first["other"]
     assert "its own loss (class weights" in second["other"]
+    without = [result["without weights"]["parameters"] for result in (first, second)]
+    assert torch.equal(*without), "all go on without weights"
+    assert not torch.equal(without[0], first["usual"]["parameters"])
 
 
 # ---- another number of processes -------------------------------------------------------------------------------------
