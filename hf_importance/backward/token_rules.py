@@ -43,6 +43,7 @@ def product_of_tokens(func: Any, args: Args, kwargs: Kwargs) -> Any:
 def nonzero_tokens(gradient: Tensor) -> Tensor | None:
     """Positions of the rows of a matrix that are not zero; None if these are too many to gain by leaving out others.
 
+    >>> import torch
     >>> nonzero_tokens(torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))
     tensor([1])
     >>> nonzero_tokens(torch.ones(3, 2))
