@@ -22,9 +22,9 @@ from hf_importance.backward.threshold import Threshold
 logger = logging.getLogger(__name__)
 
 TOO_SHORT = "the backward pass of this model and batch is too short for it to pay"
-_LEAST_WORK = 5e8
+_LEAST_WORK = 2e9
 """Floating-point operations of the forward pass below, per thread of a CPU, from which on `auto` selects, …"""
-_LEAST_WORK_PER_LAYER = 1e7
+_LEAST_WORK_PER_LAYER = 5e7
 """… and those of a layer, which costs about twelve dispatches in Python, …"""
 _LEAST_WORK_PER_LAYER_ON_GPU = 1e11
 """… also on a GPU, …"""

@@ -45,13 +45,14 @@ def threshold_for(norm: Tensor, number: int) -> float:
     >>> round(threshold_for(torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64), number=2), 6)
     6.0
     """
-    largest = norm.max().item()
-    if largest <= 0 or number >= (norm > 0).sum():
+    norms = [value for value in norm.tolist() if value > 0]  # a list is faster than tensors of a few elements
+    if number >= len(norms):
         return 0.0
-    low, high = 0.0, largest / LEAST
+    low, high = 0.0, max(norms) / LEAST
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if probabilities(norm, middle).sum() > number else (low, middle)
+        total = sum(min(max(value / middle, LEAST), 1.0) for value in norms)
+        low, high = (middle, high) if total > number else (low, middle)
     return high
 
 
