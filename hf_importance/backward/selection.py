@@ -66,7 +66,7 @@ class Place:
         self._unverified = {"rows", "tokens"} if shared.is_comparable else set()  # until gradients were compared
         self.is_off = False
         self._module, self._shared, self._name = module, shared, type(module).__name__
-        self._on_their_way: list[tuple[Tensor, torch.cuda.Event]] = []  # norms, from a GPU
+        self._on_their_way: list[tuple[Tensor, torch.cuda.Event | None]] = []  # norms, from a GPU
         self._handles = [module.register_forward_pre_hook(self._hook, with_kwargs=True)]
         if shared.skips_tokens:
             self._handles.append(module.register_forward_hook(self._hook_of_outputs))
@@ -103,7 +103,7 @@ class Place:
     def _skip_tokens(self, inputs: Sequence[Tensor], gradients: Gradients) -> Gradients:
         """The gradient with all rows, as one of which operations leave out tokens, if many of these have none."""
         (gradient,) = gradients
-        if isinstance(gradient, RowGradient) or self.is_off or torch.is_grad_enabled():
+        if isinstance(gradient, RowGradient) or self.is_off or not self._trains():
             return gradients
         skipping = [self._with_all_rows(gradient)]
         if inputs and isinstance(skipping[0], RowGradient):
@@ -148,7 +148,11 @@ class Place:
     def _remember(self, norm: Tensor) -> None:
         """Pass the norms to the threshold; from a GPU later, so that the step does not wait for them."""
         self._on_their_way.append((norm.to("cpu", torch.float64, non_blocking=True), _event(norm)))
-        while self._on_their_way and (len(self._on_their_way) > 1 or not norm.is_cuda):
+        self.flush(waiting=int(norm.is_cuda))
+
+    def flush(self, waiting: int = 0) -> None:
+        """Let the threshold observe all norms but the last ones, which may be on their way from a GPU."""
+        while len(self._on_their_way) > waiting:
             arrived, event = self._on_their_way.pop(0)
             if event is not None:
                 event.synchronize()

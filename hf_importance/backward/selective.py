@@ -178,6 +178,8 @@ class SelectiveBackward:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values."""
+        for place in self._places.values():
+            place.flush()
         places = {
             name: {"threshold": place.threshold.state_dict(), "planned": place.planned, "is_off": place.is_off}
             for name, place in self._places.items()

@@ -234,6 +234,28 @@ def test_gradients_that_users_ask_for_are_whole_and_ordinary():
     assert place._shared.rows == [0, 0]
 
 
+def test_gradients_within_the_last_block_that_users_ask_for_are_ordinary():
+    model, inner = Stack(), []
+    model.blocks[2].norm.register_forward_hook(lambda m, args, output: inner.append(output) and None)
+    pooled = lambda x: model.head(model.blocks[2](model.blocks[1](model.blocks[0](x)))[:, 0]).sum()  # noqa: E731
+    for skips_tokens in (False, True):
+        place = place_in(model, small(model), skips_tokens=skips_tokens)
+        inner.clear()
+        (found,) = torch.autograd.grad(pooled(batch()[0]), inner)
+        place.remove()
+        assert type(found) is torch.Tensor
+        assert found[:, 0].abs().sum() > 0
+
+
+def test_norms_on_their_way_are_observed_when_flushed():
+    place = place_in(Stack())
+    place._on_their_way.append((torch.ones(4, dtype=torch.float64), None))
+    place.flush(waiting=1)
+    assert place.threshold._past == []
+    place.flush()
+    assert [len(norm) for norm in place.threshold._past] == [4]
+
+
 def test_gradients_of_gradients_are_whole():
     model = Stack()
     x, labels = batch()
