@@ -312,3 +312,15 @@ def test_batches_that_are_trained_on_twice_keep_their_draw(tmp_path):
     twice = tiny.trained(tmp_path, tiny.opinionated_bert(), tiny.texts(), TwoPasses, tiny.FIXED, **settings)
     assert twice.draws == [draw for draw in once.draws for _ in range(2)]
     assert torch.equal(twice.importances, once.importances)
+
+
+def test_a_step_without_super_trains_a_model_with_its_own_loss_like_trainer(tmp_path):
+    """Draws are not weighted then, and the model does not get the draw."""
+    plain_step = type("PlainStep", (hf.Trainer,), {"training_step": StepWithoutSuper.training_step})
+    models = {scale: tiny.WithoutConfig(scale) for scale in (1.0, 1.1)}
+    settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 3}
+    ours = tiny.trained(tmp_path, models[1.1], tiny.texts(), StepWithoutSuper, **settings)
+    assert ours.state.log_history[-1]["train_unweighted"]
+    assert tiny.difference(ours, tiny.trained(tmp_path, models[1.1], tiny.texts(), plain_step, **settings)) == 0.0
+    usual = tiny.trained(tmp_path, models[1.0], tiny.texts(), StepWithoutSuper, **settings)
+    assert tiny.difference(ours, usual) > 1e-3, "control"
