@@ -139,6 +139,22 @@ class ImportanceConfig:
         return path
 
     def __post_init__(self) -> None:
+        self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in {f.name for f in fields(self)}:
+            raise AttributeError(
+                f"ImportanceConfig has no setting {name!r}. It has {sorted(f.name for f in fields(self))}."
+            )
+        super().__setattr__(name, value)
+
+    def validate(self) -> None:
+        """Check all settings, again at the start of each training, as they may be changed before it.
+
+        Raises:
+            ValueError: if a value is out of range; the message names the field and the accepted values.
+            TypeError: if a value has the wrong type.
+        """
         if self.metric not in get_args(Metric):
             raise ValueError(self._message("metric", "one of " + ", ".join(map(repr, get_args(Metric)))))
         if self.backward not in get_args(Backward):

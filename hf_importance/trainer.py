@@ -249,7 +249,9 @@ class ImportanceTrainerMixin:
 
     @property
     def importances(self) -> Tensor:
-        """Importances of `train_dataset`, float32 `[examples]`, NaN where unknown; suspects times `suspect_weight`.
+        """Importances of the training data, float32 `[examples]`, NaN where unknown; suspects times `suspect_weight`.
+
+        After a training they are those of the data that it was on, even if `train_dataset` was exchanged since.
 
         With several processes, those of other processes are as of the last checkpoint or the end of training, so that
         reading them requires no communication. During training on a GPU they lag one step behind.
@@ -257,11 +259,11 @@ class ImportanceTrainerMixin:
         Raises:
             ValueError: if there is no training data.
         """
+        if self._training is not None:
+            return self._run.columns.importances
         if self.train_dataset is None:
             raise ValueError("importances requires train_dataset, but it is None: pass it to ImportanceTrainer.")
-        if self._training is None:
-            return torch.full((len(self.train_dataset),), torch.nan)
-        return self._run.columns.importances
+        return torch.full((len(self.train_dataset),), torch.nan, dtype=torch.float32)
 
     @property
     def kept_indices(self) -> Tensor:
@@ -333,7 +335,7 @@ class ImportanceTrainerMixin:
 
         Args:
             output_dir: by default `_importance_report` in `args.output_dir`, which is not pushed to the Hub.
-            examples: what to show for each training example, in order, instead of `train_dataset`: a sequence whose
+            examples: what to show for each training example, in order, instead of the training data: a sequence whose
                 items have an image, texts, `pixel_values` or `input_ids`.
             number: number of examples in each list, at least 1.
 
@@ -348,15 +350,16 @@ class ImportanceTrainerMixin:
         self._validate_weighted("importance_report")
         model_folder = Path(self.args.output_dir)
         folder = model_folder / f"_{FOLDER}" if output_dir is None else Path(output_dir)
-        examples = self.train_dataset if examples is None else examples
+        if examples is None and self._training is not None:
+            examples = self._run.dataset
         validate_report(self._training, folder, examples, number, model_folder, self.report_examples_to_hub)
         self._run.shown_examples = examples
         return self._write_report(folder, number) if self.is_world_process_zero() else None
 
     def _write_report(self, folder: Path, number: int) -> Path:
         title, findings = f"Importance report: {Path(self.args.output_dir).resolve().name}", self._findings()
-        examples = self.train_dataset if self._run.shown_examples is None else self._run.shown_examples
-        is_trained_on = examples is self.train_dataset
+        examples = self._run.dataset if self._run.shown_examples is None else self._run.shown_examples
+        is_trained_on = examples is self._run.dataset
         tokens = self._training.token_losses(findings.hardest(number)) if is_trained_on else {}
         return write_report(folder, findings, examples, self.processing_class, number, title, tokens)
 

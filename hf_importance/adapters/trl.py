@@ -215,4 +215,4 @@ def _sum_of_rows(values: Tensor, rows: Tensor | None, batch: int) -> Tensor:
     if rows is None:
         return values.float().sum(1)
     flat = values[0, -len(rows) :].float()
-    return torch.zeros(batch, device=values.device).index_add(0, rows, flat)
+    return torch.zeros(batch, dtype=flat.dtype, device=values.device).index_add(0, rows, flat)

@@ -1,12 +1,13 @@
 """Carries the draw along with the batch: sampler → dataset → collator → training step."""
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_importance.data.rows import Collate, places_of_rows
 from hf_importance.randomness import isolated_randomness
 
 DRAW_KEY = "importance_draw"  # key of the draw in a collated batch; it stays there until the training step takes it out
@@ -41,10 +42,16 @@ class ImportanceDataset(Dataset):
 
 
 class ImportanceCollator:
-    """Collates the examples with `collate` and adds the draw to the batch, an object that ignores device transfers."""
+    """Collates the examples with `collate` and adds the draw to the batch, an object that ignores device transfers.
 
-    def __init__(self, collate: Callable[[list[Any]], MutableMapping[str, Any]]) -> None:
-        self.collate = collate
+    Args:
+        collate: collator of the user.
+        label_names: names of the labels, by which the rows of a batch are counted; None if batches need not have one
+            row per example, as those of known trainers.
+    """
+
+    def __init__(self, collate: Collate, label_names: Collection[str] | None = None) -> None:
+        self.collate, self._label_names = collate, label_names
 
     def __call__(self, examples_and_draw: tuple[list[Any], Any]) -> MutableMapping[str, Any]:
         """Called by `DataLoader` with the output of [`ImportanceDataset`]."""
@@ -63,6 +70,8 @@ class ImportanceCollator:
         if len(examples) > 1 and isinstance(tokens, Tensor) and len(tokens) == 1:  # concatenated into one row
             rows = [example.get("input_ids") if isinstance(example, Mapping) else None for example in examples]
             draw = replace(draw, lengths=[len(r) for r in rows] if all(hasattr(r, "__len__") for r in rows) else None)
+        elif self._label_names is not None:
+            draw = replace(draw, rows=places_of_rows(batch, examples, self.collate, self._label_names))
         batch[DRAW_KEY] = draw
         return batch
 

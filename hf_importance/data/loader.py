@@ -1,5 +1,6 @@
 """The dataloader of the training loop."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ _REPLACED = (RandomSampler, SeedableRandomSampler, LengthGroupedSampler)
 """Samplers of `Trainer`, which ours takes the place of."""
 
 
-def training_loader(base: DataLoader, sampler: Sampler, accelerator: Any) -> DataLoaderShard:
+def training_loader(
+    base: DataLoader, sampler: Sampler, accelerator: Any, label_names: Collection[str] | None = None
+) -> DataLoaderShard:
     """The dataloader of the training loop: that of `Trainer` with another sampler, and batches that carry their draws.
 
     The dataloader of `Trainer` itself is unchanged: callbacks and other code of users see their own dataset, collator
-    and batch sampler in it. What they change there holds from the next epoch on, see [`take_over`].
+    and batch sampler in it. What they change there holds from the next epoch on, see [`take_over`]. The names of the
+    labels are for [`ImportanceCollator`].
     """
     generator = None
     if base.persistent_workers:
@@ -30,7 +34,7 @@ def training_loader(base: DataLoader, sampler: Sampler, accelerator: Any) -> Dat
     loader = DataLoader(
         ImportanceDataset(base.dataset),
         batch_sampler=sampler,
-        collate_fn=ImportanceCollator(base.collate_fn),
+        collate_fn=ImportanceCollator(base.collate_fn, label_names),
         generator=generator,
         **{name: getattr(base, name) for name in _SETTINGS},
     )

@@ -8,12 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hf_importance.losses.first_batch import FirstBatches, losses_agree
 from hf_importance.losses.isolation import without_side_effects
 from hf_importance.losses.outputs import Inputs, Labels, described, without_loss
 from hf_importance.losses.per_example import autograd_importance
+
+_OF_LAYERS = ("hidden_states", "attentions", "key_values")  # ends of the names of tuples with one tensor per layer
 
 LossOfInputs = Callable[[Any, Any, Inputs], Tensor]
 PerExampleLoss = Callable[[Any, Any], Tensor] | LossOfInputs
@@ -50,6 +54,28 @@ def with_inputs(function: PerExampleLoss) -> LossOfInputs:
     return called
 
 
+def validate_function(function: Any) -> None:
+    """Check that a `per_example_loss_func` can be called, and is not a loss of torch, which takes logits.
+
+    Raises:
+        TypeError: if it is not callable with outputs and labels.
+    """
+    if not callable(function):
+        raise TypeError(
+            "per_example_loss_func must be a function f(outputs, labels) -> Tensor[batch], but is "
+            f"{type(function).__name__}."
+        )
+    inner = getattr(function, "func", function)  # of `functools.partial`
+    if isinstance(inner, nn.modules.loss._Loss) or getattr(inner, "__module__", None) == F.__name__:
+        name = getattr(inner, "__name__", type(inner).__name__)
+        raise TypeError(
+            f"per_example_loss_func gets the outputs of the model, but {name} takes logits. Wrap it: def f(outputs, "
+            f"labels): return loss(outputs['logits'], labels), with loss = {name} and reduction='none', so that there "
+            "is one loss per example."
+        )
+    with_inputs(function)
+
+
 class CustomLoss:
     """A user-defined loss of the outputs, labels and inputs, called as [`with_inputs`] says."""
 
@@ -59,10 +85,15 @@ class CustomLoss:
 
     def __call__(self, outputs: Any, labels: Labels, inputs: Inputs) -> Tensor:
         """Call the function with the labels: a dict of several, or the inputs if there are none."""
-        if not labels:
-            return self._function(outputs, inputs, inputs)
-        only = next(iter(labels.values()))
-        return self._function(outputs, only if len(labels) == 1 else labels, inputs)
+        given = inputs if not labels else next(iter(labels.values())) if len(labels) == 1 else labels
+        try:
+            return self._function(outputs, given, inputs)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"per_example_loss_func={self.name} failed with {error!r}. It gets the outputs of the model, here "
+                f"{described(outputs)}, and {_described(labels)}. The model is called without the labels, unless its "
+                "forward requires them."
+            ) from error
 
     def losses(
         self, outputs: Any, labels: Labels, inputs: Inputs, batch: int, with_labels: bool
@@ -75,6 +106,14 @@ class CustomLoss:
         return losses, partial(autograd_importance, losses, *_predictions_of(outputs, batch, with_labels))
 
 
+def _described(labels: Labels) -> str:
+    """The labels that a function gets, for messages."""
+    if not labels:
+        return "the inputs of the model, as there are no labels"
+    kinds = {name: list(y.shape) if isinstance(y, Tensor) else type(y).__name__ for name, y in labels.items()}
+    return f"the labels {kinds}" if len(labels) > 1 else f"the labels, here {next(iter(kinds.values()))}"
+
+
 def _predictions_of(outputs: Any, batch: int, with_labels: bool) -> list[Tensor]:
     """Outputs that a user-defined loss may depend on: those called logits, and boxes; if there are none, all of them.
 
@@ -83,11 +122,15 @@ def _predictions_of(outputs: Any, batch: int, with_labels: bool) -> list[Tensor]
     if isinstance(outputs, Mapping):
         named = [outputs[key] for key in outputs if key.endswith("logits") or key.startswith("pred_")]
         candidates = [value for value in named if isinstance(value, Tensor)]
-        candidates = candidates or [value for key, value in outputs.items() if key != "loss"]
+        candidates = candidates or [
+            value
+            for key, value in outputs.items()
+            if key != "loss" and (isinstance(value, Tensor) or not key.endswith(_OF_LAYERS))
+        ]
     else:
         candidates = without_loss(outputs, with_labels)
-    tensors = [value for value in candidates if isinstance(value, Tensor) and value.is_floating_point()]
-    predictions = [value for value in tensors if value.shape[:1] == (batch,)]
+    leaves = [value for value in tree_leaves(list(candidates)) if isinstance(value, Tensor)]
+    predictions = [value for value in leaves if value.is_floating_point() and value.shape[:1] == (batch,)]
     if not predictions:
         raise ValueError(
             f"The model must return its logits, [{batch}, …], in a dict or a tuple, but returned {described(outputs)}."

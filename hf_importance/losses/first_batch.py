@@ -20,7 +20,7 @@ Gather = Callable[[list[float]], Tensor]
 
 def alone(values: list[float]) -> Tensor:
     """The [`Gather`] of a single process."""
-    return torch.tensor([values])
+    return torch.tensor([values], dtype=torch.float32)
 
 
 class FirstBatches:

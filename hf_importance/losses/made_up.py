@@ -70,7 +70,7 @@ class ClassLabels:
     def _shown(self, labels: Tensor, classes: Tensor) -> Tensor:
         """Classes whose weight shows: twice the weight would change the weighted mean by more than the tolerance."""
         losses = self._normaliser - _at(self._logits, labels)
-        number, total = torch.zeros(2, self._logits.shape[1], device=labels.device)
+        number, total = torch.zeros(2, self._logits.shape[1], device=labels.device, dtype=torch.float32)
         number.index_add_(0, labels, torch.ones_like(losses))
         total.index_add_(0, labels, losses)
         mean = losses.mean()

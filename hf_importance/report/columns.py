@@ -55,7 +55,7 @@ class Columns:
                 kind, whole = local[name].dtype, torch.empty(shard.length, dtype=torch.int32)
                 whole[position[shown].long()] = column[shown]
                 self._gathered[name] = whole.view(kind) if kind.is_floating_point else whole.to(kind)
-        importance = self._gathered.setdefault("importance", torch.empty(shard.length))
+        importance = self._gathered.setdefault("importance", torch.empty(shard.length, dtype=torch.float32))
         dist.broadcast(importance, src=0, group=group)
 
     def _local_columns(self) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ _STYLE = {
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
     **{"grid.color": _GRID, "grid.linewidth": 0.6, "lines.linewidth": 1.8, "legend.frameon": False, "font.size": 10},
 }
-_SHARES = torch.linspace(0, 1, QUANTILES)  # share of the examples below each percentile
+_SHARES = torch.linspace(0, 1, QUANTILES, dtype=torch.float32)  # share of the examples below each percentile
 _MAX_CURVES = 6
 _MAX_POINTS = 20_000
 _GOLDEN = 0.618034  # multiples modulo 1 are evenly spread

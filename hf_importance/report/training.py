@@ -13,6 +13,17 @@ from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.state import read_number
 
 
+def divergence(sampler: ImportanceBatchSampler) -> str:
+    """A line on a training most of whose losses are not finite, after a pass; empty if they are."""
+    known = sampler.memory.known / len(sampler.memory)
+    if known > 0.5 or sampler.moments["visits"] < len(sampler.memory):
+        return ""
+    return (
+        f"Training seems to have diverged: the losses of {1 - known:.0%} of the examples are not finite, so their "
+        "importances are unknown. Lower the learning rate, or look for inputs that are not finite."
+    )
+
+
 class Training:
     """Figures of a training run, during or after it; `progress` is None if all steps are made."""
 
@@ -86,9 +97,9 @@ class Training:
         return steps / self.progress.steps * moments["cost"] / moments["visits"]
 
     def at_end(self, global_step: int) -> dict[str, float]:
-        """What is added to the last log of a training that made `global_step` steps; empty if all steps are made."""
+        """What is added to the last log of a training that made `global_step` steps; empty if all or none were due."""
         progress = self.progress
-        if progress is None:
+        if progress is None or not progress.steps:
             return {}
         logs = {
             "train_effective_epochs": min(progress.value, progress.steps) / progress.steps_per_epoch,
@@ -108,6 +119,10 @@ class Training:
             f"{'' if tokens is None else f', with {tokens:.0%} of the tokens'}"
             f"{'' if backward is None else f', {backward:.0%} of the backward passes'}."
         )
+
+    def divergence(self) -> str:
+        """See [`divergence`]."""
+        return divergence(self._sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain values."""

@@ -188,7 +188,7 @@ def restore_sampler(
         sampler.load_state_dict(states[rank]["sampler"])
         return None
     if not keeps_importances:
-        sampler.restart(torch.full((sampler.shard.length,), torch.nan))
+        sampler.restart(torch.full((sampler.shard.length,), torch.nan, dtype=torch.float32))
         return obstacle
     obstacle = obstacle or _OTHER_RANK
     if rank in states and _same(states[rank]["sampler"]["shard"], sampler.shard.index):
@@ -245,7 +245,7 @@ def _not_found(missing: list[str]) -> str:
 
 def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str, Any] | None]:
     """Merge the importances and the records of the samplers of all ranks; suspects, scaled, become unknown."""
-    importance = torch.full((length,), torch.nan)
+    importance = torch.full((length,), torch.nan, dtype=torch.float32)
     index = [slice(None) if state["shard"] is None else state["shard"] for state in samplers]
     for positions, state in zip(index, samplers, strict=True):
         own = state["memory"]["importance"]

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_importance.report.training import divergence
 from hf_importance.run.loop_epochs import LoopEpochs
 from hf_importance.sampling.effective_steps import EffectiveSteps, GradientSample, learning_rate_factor
 from hf_importance.sampling.sampler import ImportanceBatchSampler
@@ -68,13 +69,13 @@ class EffectiveEpochs:
         self._before = 0.0  # effective steps before the last step
 
     def follow(self, scheduler: LRScheduler, model: nn.Module) -> None:
-        """Make a schedule of transformers follow the effective steps, scaled by [`learning_rate_factor`].
+        """Make a schedule follow the effective steps, scaled by [`learning_rate_factor`].
 
         Raises:
-            ValueError: if the schedule is not a `LambdaLR`.
+            ValueError: if the schedule is not a [function of steps][is_function_of_steps].
         """
         scheduler = unwrapped_scheduler(scheduler)
-        if not isinstance(scheduler, LambdaLR):
+        if not is_function_of_steps(scheduler):
             raise ValueError(
                 f"With effective_epochs=True the learning rate follows the effective epochs, which the schedule "
                 f"{type(scheduler).__name__} does not support. {ALL_STEPS}"
@@ -84,19 +85,15 @@ class EffectiveEpochs:
         if self._restored is not None:
             self._gradients.load_state_dict(self._restored)
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether there is a schedule that follows the effective steps."""
+        return self._gradients is not None
+
     # ---- events of training ------------------------------------------------------------------------------------------
 
     def begin_training(self, state: TrainerState) -> None:
-        """Set the forecast of the last step.
-
-        Raises:
-            ValueError: if the schedule does not follow the effective steps.
-        """
-        if self._gradients is None:
-            raise ValueError(
-                "With effective_epochs=True the learning rate follows the effective epochs, but the schedule of the "
-                f"overridden create_scheduler() does not: return super().create_scheduler(...) from it. {ALL_STEPS}"
-            )
+        """Set the forecast of the last step."""
         state.max_steps = state.global_step + self.loop.remaining_steps()
 
     def observe_gradients(self) -> None:
@@ -181,6 +178,8 @@ class EffectiveEpochs:
 
     def forecast(self, step: int) -> str:
         """A message on when training is expected to end, or why it will not end early."""
+        if diverged := divergence(self._sampler):
+            return diverged
         steps = self.progress.steps
         if steps <= self.progress.steps_per_epoch:
             return "Importance sampling saves nothing in a single epoch, in which every example is visited once."
@@ -232,11 +231,20 @@ class EffectiveEpochs:
         self.loop.count_all(steps)
 
 
+def is_function_of_steps(scheduler: LRScheduler) -> bool:
+    """Whether the learning rate is a function of the number of steps, that of a `LambdaLR`, and can follow another."""
+    return isinstance(scheduler, LambdaLR) and type(scheduler).get_lr is LambdaLR.get_lr
+
+
 def _following(schedule: Callable[[float], float], progress: EffectiveSteps) -> Callable[[int], float]:
     steps_to_factor = getattr(schedule, "steps_to_factor", schedule)  # already wrapped
+    module = getattr(getattr(steps_to_factor, "func", steps_to_factor), "__module__", None) or ""
+    between_steps = module.startswith("transformers.")  # functions of users may look steps up in a table
 
     def factor(_: int) -> float:
-        return steps_to_factor(min(progress.value, progress.steps)) * learning_rate_factor(progress.gain)
+        steps = min(progress.value, progress.steps)
+        steps = steps if between_steps else math.floor(steps + _ROUNDING)
+        return steps_to_factor(steps) * learning_rate_factor(progress.gain)
 
     factor.steps_to_factor = steps_to_factor
     return factor

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hf_importance.adapters.base import LossAdapter
 from hf_importance.adapters.known import adapted_class, adapter_of
+from hf_importance.data.combining import problem_of
 from hf_importance.data.dataset import LABEL_COLUMNS
 from hf_importance.data.fingerprint import fingerprint
 from hf_importance.data.lengths import Lengths
@@ -36,7 +37,7 @@ from hf_importance.run.effective_epochs import EffectiveEpochs
 from hf_importance.run.step import TrainingStep
 from hf_importance.run.unweighted import describe
 from hf_importance.run.validation import overrides_of, seed_of, unmeasured
-from hf_importance.sampling.effective_steps import EffectiveSteps
+from hf_importance.sampling.effective_steps import EffectiveSteps, local_part
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,8 @@ class ImportanceRun:
         self._is_scaled = trainer.loss_is_scaled_for_ga
         self.ignores_data_skip = trainer.args.ignore_data_skip  # as the user has set it
         self.backward = BackwardPass(trainer, self.say)
-        self.shown_examples: Any = None  # in the report, instead of `train_dataset`
+        self.dataset = trainer.train_dataset  # users may exchange it after the training
+        self.shown_examples: Any = None  # in the report, instead of `dataset`
 
     # ---- start -------------------------------------------------------------------------------------------------------
 
@@ -92,6 +94,7 @@ class ImportanceRun:
         overrides = overrides_of(type(trainer), self.mixin, ("_get_train_sampler", "get_train_dataloader"))
         length = len(trainer.train_dataset)
         validate_loader(base, overrides, trainer._train_batch_size, args.dataloader_drop_last, length)
+        self._validate_collator(base)
         if self.lengths is None:
             self.lengths = find_lengths(self, base)
         self.sampler = new_sampler(self, before=self.sampler)
@@ -99,8 +102,22 @@ class ImportanceRun:
         self.columns = Columns(self.sampler, trainer.is_world_process_zero())
         if args.save_strategy != "no":
             _ = self.fingerprint  # before `set_epoch` or others change the dataset
-        self._loader = training_loader(base, self.sampler, trainer.accelerator)
+        label_names = None if self._is_adapted else self.label_names
+        self._loader = training_loader(base, self.sampler, trainer.accelerator, label_names)
         return self._loader
+
+    @property
+    def _is_adapted(self) -> bool:
+        """Whether another library computes the losses, from batches of its own collators."""
+        return adapted_class(type(self.trainer)) is not None
+
+    def _validate_collator(self, base: DataLoader) -> None:
+        if self._is_adapted:
+            return
+        batch_size = self.trainer._train_batch_size
+        problem = problem_of(base.collate_fn, base.dataset, batch_size, self.label_names)
+        if not self._all_agree(not problem):
+            raise UnweightedError(problem or "another process has found a problem with the collator.")
 
     def plan(self, max_steps: int) -> None:
         """Set the number of uniform steps that were asked for."""
@@ -152,6 +169,8 @@ class ImportanceRun:
         if schedule is None:
             return
         if event == "on_train_begin":
+            if not schedule.is_followed:  # made by an override of `create_scheduler` without `super()`
+                self.follow(self.trainer.lr_scheduler)
             schedule.begin_training(state)
         elif event == "on_epoch_begin":
             schedule.loop.begin()
@@ -190,7 +209,7 @@ class ImportanceRun:
     @property
     def share_of_visits(self) -> float:
         """Visits of this training relative to those of all steps of uniform sampling."""
-        if self.schedule is not None:
+        if self.schedule is not None and self.schedule.progress.steps:
             return self.trainer.state.max_steps / self.schedule.progress.steps
         return self.config.visits_per_epoch if self.args.max_steps <= 0 else 1.0
 
@@ -234,6 +253,13 @@ class ImportanceRun:
         """The error for a training step without measured importances."""
         return unmeasured(type(self.trainer), self.mixin)
 
+    def has_no_gradient(self) -> bool:
+        """Whether all gradients are zero; False with DeepSpeed, which keeps them to itself."""
+        if self.trainer.is_deepspeed_enabled:
+            return False
+        gradients = (parameter.grad for parameter in self.trainer.model.parameters())
+        return not any(bool(local_part(g).any()) for g in gradients if g is not None)
+
     def end(self) -> None:
         """End the training loop, also after an error."""
         self.active, self.trainer.loss_is_scaled_for_ga = False, self._is_scaled
@@ -261,11 +287,17 @@ class ImportanceRun:
     def summary(self) -> list[str]:
         """Lines on what was saved, and on the training data."""
         lines = []
+        if not self.trainer.state.global_step:
+            return lines
         if self.schedule is not None and self.schedule.progress.finished and not self.unweighted:
             lines.append(self.figures.ended(self.trainer.state.global_step, self.backward.fraction))
         elif self.backward.fraction is not None:
             lines.append(f"Selective backward: {self.backward.fraction:.0%} of the backward passes.")
-        if self.figures.has_record and not self.unweighted and self.trainer.is_world_process_zero():
+        if self.unweighted or not self.trainer.is_world_process_zero():
+            return lines
+        if diverged := self.figures.divergence():
+            lines.append(diverged)
+        elif self.figures.has_record:
             lines.append(self.trainer._findings().summary())
         return lines
 
@@ -351,7 +383,7 @@ class ImportanceRun:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Identifies the training data."""
-        return fingerprint(self.trainer.train_dataset, {*LABEL_COLUMNS, *self.trainer.label_names})
+        return fingerprint(self.dataset, {*LABEL_COLUMNS, *self.trainer.label_names})
 
     def _settings(self) -> dict[str, Any]:
         """Settings that must be equal to resume exactly."""
@@ -374,7 +406,7 @@ class ImportanceRun:
 
     def gather(self, values: list[float]) -> Tensor:
         """Values of this process to those of all, `[processes, values]`, on the CPU."""
-        table = torch.zeros(self.args.world_size, len(values), device=self.args.device)
+        table = torch.zeros(self.args.world_size, len(values), device=self.args.device, dtype=torch.float32)
         table[self.args.process_index] = torch.tensor(values, device=self.args.device)
         return self.sum_over_processes(table).cpu()  # on the device, because not every backend supports the CPU
 

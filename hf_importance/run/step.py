@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_importance.adapters.base import LossAdapter
 from hf_importance.data.dataset import DRAW_KEY, mean_over_examples, validate_labels
+from hf_importance.data.rows import ROWS_KEY, UNKNOWN, name_of
 from hf_importance.errors import UnweightedError
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
 from hf_importance.sampling.record import OBSERVED
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingStep:
@@ -32,6 +36,7 @@ class TrainingStep:
         self._measured: set[int] = set()  # numbers of the draws
         self._unmeasured_steps = 0  # in a row
         self._has_begun = False  # whether any batch of this training was measured
+        self._has_told_rows = False
         self.is_first = True  # whether no step of this training is complete
         self._positions: Tensor | None = None
         self._mean_positions: float | None = None
@@ -72,9 +77,13 @@ class TrainingStep:
     def validate_measured(self) -> None:
         """Check, before the parameters are updated, that batches of this step were measured, or of the last one.
 
+        A step without any gradient is none: the override of `training_step` has skipped its batches.
+
         Raises:
             UnweightedError: if none was in the first step of a training, or in two steps in a row.
         """
+        if not self._measured and self._run.has_no_gradient():
+            return
         self.is_first = False
         self._has_begun |= bool(self._measured)
         self._unmeasured_steps = 0 if self._measured else self._unmeasured_steps + 1
@@ -96,23 +105,45 @@ class TrainingStep:
             with self.of(model, inputs):
                 return self.loss(compute_loss, model, inputs)
         draw, run = self.draw, self._run
+        if draw.rows is not None and UNKNOWN in draw.rows:
+            self._accept_unknown_rows(draw)
+        size = len(draw.row_weights)
         run.trainer.loss_is_scaled_for_ga = False  # the loss is a mean over the micro-batch
         label_names = [name for name in run.label_names if name in inputs]
         if isinstance(run.objective, LossAdapter):
-            measured = run.objective(compute_loss, model, inputs, len(draw.index), draw.lengths)
+            measured = run.objective(compute_loss, model, inputs, size, draw.lengths)
         else:
             if not label_names and run.needs_labels:
                 raise _no_labels(run, inputs)
-            measured = run.objective(model, inputs, pop_labels(inputs, label_names), len(draw.index))
+            measured = run.objective(model, inputs, pop_labels(inputs, label_names), size)
         if model is self._model and draw.number not in self._measured:  # not a teacher model in distillation
             self._measured.add(draw.number)
             self._remember(draw, measured)
-        weight = torch.tensor(draw.weight, dtype=measured.losses.dtype)
+        weight = torch.tensor(draw.row_weights, dtype=measured.losses.dtype)
         if measured.losses.is_cuda:
             weight = weight.to(measured.losses.device, non_blocking=True)
         if measured.are_sums:
             return self._loss_of_sums(measured, weight, *label_names), measured.outputs
+        if draw.rows is not None and not measured.are_sums and _is_uneven(draw.rows):
+            weight = weight / weight.mean()  # how many rows there are depends on what is drawn, as with tokens
         return measured.weighted_mean(weight), measured.outputs
+
+    def _accept_unknown_rows(self, draw: Draw) -> None:
+        """Go on with a batch of which it is not known whose rows it has, with their mean weight; say so once.
+
+        Raises:
+            UnweightedError: if no batch was measured before.
+        """
+        line = (
+            f"the collator {name_of(self._run.data_of_loader[1])} made {len(draw.rows)} rows of {len(draw.index)} "
+            f"examples, and it is not known which. Return in batch[{ROWS_KEY!r}] the place of the example of each row "
+            "in the list that the collator got."
+        )
+        if not (self._has_begun or self._measured):
+            raise UnweightedError(line)
+        if not self._has_told_rows:
+            self._has_told_rows = True
+            logger.warning(f"In a batch, {line} Its rows get their mean weight.")
 
     def _remember(self, draw: Draw, measured: Measured) -> None:
         """Pass the measurements of a batch to the sampler, asynchronously from a GPU.
@@ -121,6 +152,11 @@ class TrainingStep:
         """
         observed = [measured.observed[name] for name in OBSERVED] if self._run.config.record else []
         rows, arrived = torch.stack([measured.importance.float(), *observed]), None
+        if draw.rows is not None:
+            places = [place for place in dict.fromkeys(draw.rows) if place != UNKNOWN]
+            if not places:
+                return
+            rows, draw = _of_examples(rows, draw.rows, places), draw.of(places)
         if rows.is_cuda:
             rows = rows.to("cpu", non_blocking=True)  # into pinned memory
             arrived = torch.cuda.Event()
@@ -139,7 +175,7 @@ class TrainingStep:
         if batches > 1:
             if self._mean_positions is None:
                 self._mean_positions = mean_over_examples(*run.data_of_loader, label, run.objective.count)
-            positions = torch.tensor(self._mean_positions * len(weight))
+            positions = torch.tensor(self._mean_positions * len(weight), dtype=torch.float32)
         return measured.weighted_mean(weight, positions)
 
     def _positions_of_step(self, label: str) -> Tensor | None:
@@ -156,15 +192,34 @@ class TrainingStep:
         if alone or not all(isinstance(batch.get(label), Tensor) for batch, _ in self._batches):
             return None
         if self._positions is None:
-            total = torch.zeros(())
+            total = torch.zeros((), dtype=torch.float32)
             for batch, draw in self._batches:
                 number = run.objective.count(batch[label], draw.lengths)
-                weight = torch.tensor(draw.weight, dtype=number.dtype).to(number.device, non_blocking=True)
+                weight = torch.tensor(draw.row_weights, dtype=number.dtype).to(number.device, non_blocking=True)
                 total = total.to(number.device) + (weight * number).sum()
             if processes > 1:
                 total = run.sum_over_processes(total.to(run.args.device)) / processes
             self._positions = total.clamp(min=torch.finfo(total.dtype).tiny)
         return self._positions
+
+
+def _is_uneven(rows: list[int]) -> bool:
+    """Whether some examples have more rows than others, apart from those that have none."""
+    counts = [rows.count(place) for place in set(rows)]
+    return min(counts) < max(counts)
+
+
+def _of_examples(measured: Tensor, rows: list[int], places: list[int]) -> Tensor:
+    """Measurements `[…, rows]` as `[…, examples]`: importances as of one gradient, the others of the first row."""
+    first = [rows.index(place) for place in places]
+    if len(first) == len(rows):
+        return measured
+    of_place = {place: number for number, place in enumerate(places)}
+    number = torch.tensor([of_place.get(place, len(places)) for place in rows], device=measured.device)
+    squares = measured.new_zeros(len(places) + 1).index_add_(0, number, measured[0].square())
+    result = measured[:, torch.tensor(first, device=measured.device)]
+    result[0] = squares[:-1].sqrt()
+    return result
 
 
 def pop_labels(inputs: dict[str, Any], names: list[str]) -> dict[str, Any]:

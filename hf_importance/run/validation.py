@@ -14,8 +14,8 @@ from transformers.trainer_utils import SchedulerType
 from hf_importance.adapters.known import adapted_class
 from hf_importance.config import ImportanceConfig
 from hf_importance.errors import UnweightedError
-from hf_importance.losses.custom import with_inputs
-from hf_importance.run.effective_epochs import ALL_STEPS
+from hf_importance.losses.custom import validate_function
+from hf_importance.run.effective_epochs import ALL_STEPS, is_function_of_steps
 
 _LARGEST_SEED = 2**63 - 1
 _BY_RESULTS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -46,14 +46,9 @@ def validate_arguments(trainer: Any) -> None:
         raise TypeError(f"importance must be an ImportanceConfig, but is {type(trainer.importance_config).__name__}.")
     if not isinstance(trainer.report_examples_to_hub, bool):
         raise TypeError(f"report_examples_to_hub must be True or False, but is {trainer.report_examples_to_hub!r}.")
-    function = trainer.per_example_loss_func
-    if not (function is None or callable(function)):
-        raise TypeError(
-            "per_example_loss_func must be a function f(outputs, labels) -> Tensor[batch], but is "
-            f"{type(function).__name__}."
-        )
-    if function is not None:
-        with_inputs(function)
+    trainer.importance_config.validate()  # again: settings may have been changed
+    if trainer.per_example_loss_func is not None:
+        validate_function(trainer.per_example_loss_func)
     seed = seed_of(trainer.importance_config, trainer.args)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ValueError(f"data_seed must be in 0 … 2^63 − 1, but is {seed}.")
@@ -130,7 +125,7 @@ def validate_schedule(args: TrainingArguments, passed: LRScheduler | None, deeps
     schedule = None
     if args.lr_scheduler_type in _BY_RESULTS:
         schedule = f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}"
-    elif passed is not None:
+    elif passed is not None and not is_function_of_steps(passed):
         schedule = f"the schedule {type(passed).__name__} passed in optimizers"
     elif deepspeed is not None:
         schedule = f"the 'scheduler' in the DeepSpeed config ({deepspeed})"

@@ -131,7 +131,7 @@ class GradientSample:
         """Observe the gradients of a step, before the optimizer step."""
         if self._sampled is None:
             self._sampled = _choose(self._parameters)
-        gradients = [(_local(p.grad), part) for p, part in self._sampled if p.grad is not None]
+        gradients = [(local_part(p.grad), part) for p, part in self._sampled if p.grad is not None]
         if len(gradients) < max(1, len(self._sampled)):
             self._last = None
             return
@@ -150,7 +150,7 @@ class GradientSample:
     def take(self, device: torch.device) -> Tensor:
         """Dot product and mean square, summed over the pairs since the last call, float32 `[2]`; 0 without pairs."""
         sums, self._sums = self._sums, None
-        return torch.zeros(2, device=device) if sums is None else sums.to(device)
+        return torch.zeros(2, device=device, dtype=torch.float32) if sums is None else sums.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors, or None."""
@@ -163,18 +163,19 @@ class GradientSample:
         self._sums = read_tensor(state, "sums", [2], torch.float32, optional=True)
 
 
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+def local_part(gradient: Tensor) -> Tensor:
+    """The gradient, or the part of it on this device if the parameter is sharded."""
+    return gradient.tolocal_part() if hasattr(gradient, "to_local") else gradient
 
 
 def _choose(parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
     """Choose the sampled parameters (matrices, if any) and the parts of their gradients; none for whole ones."""
-    usable = [p for p in parameters if p.grad is not None and not p.grad.is_sparse and _local(p.grad).numel()]
+    usable = [p for p in parameters if p.grad is not None and not p.grad.is_sparse and local_part(p.grad).numel()]
     usable = [p for p in usable if p.dim() > 1] or [p for p in usable if p.dim() > 0]
     if not usable:
         return []
     sampled = usable[:: -math.ceil(len(usable) / _MAX_TENSORS)]
-    gradients, most = [_local(p.grad) for p in sampled], _MAX_ELEMENTS // len(sampled)
+    gradients, most = [local_part(p.grad) for p in sampled], _MAX_ELEMENTS // len(sampled)
     parts = [(slice(None, None, math.ceil(g.numel() / most)),) for g in gradients]
     if sum(g[part].numel() for g, part in zip(gradients, parts, strict=True)) > _MAX_ELEMENTS:  # rows are wide
         parts = [_part(g.shape, most) for g in gradients]

@@ -42,7 +42,7 @@ class ImportanceMemory:
     def __init__(
         self, length: int, momentum: float = 0.2, cost: Tensor | None = None, tokens: Tensor | None = None
     ) -> None:
-        self.importances = torch.full((length,), torch.nan)  # float32 [examples], NaN = unknown
+        self.importances = torch.full((length,), torch.nan, dtype=torch.float32)  # float32 [examples], NaN = unknown
         self.momentum = momentum
         self.cost, self.tokens = cost, tokens
         self.spared: Tensor | None = None  # bool [examples]: not to be pruned
@@ -62,7 +62,7 @@ class ImportanceMemory:
         batch = torch.zeros_like(index) if batch is None else batch
         batches = int(batch[-1]) + 1 if len(batch) else 1
         once, change, count = (index * batches + batch).unique(return_inverse=True, return_counts=True)
-        measured = torch.zeros(len(once)).index_add_(0, change, importance.float()).div_(count)
+        measured = torch.zeros(len(once), dtype=torch.float32).index_add_(0, change, importance.float()).div_(count)
         index = once // batches
         before, after = torch.empty_like(measured), torch.empty_like(measured)
         for turn in _turns(index):

@@ -40,9 +40,9 @@ class VisitRecord:
     """
 
     def __init__(self, length: int) -> None:
-        self._observed = torch.full((len(OBSERVED), length), torch.nan)
+        self._observed = torch.full((len(OBSERVED), length), torch.nan, dtype=torch.float32)
         self._visits = torch.zeros(length, dtype=torch.int32)
-        self._total_loss = torch.zeros(length)
+        self._total_loss = torch.zeros(length, dtype=torch.float32)
         self._kept_visits = torch.zeros(length, dtype=torch.int32)  # when the last distribution was kept
         self.distributions: list[Distribution] = []
 
@@ -54,7 +54,7 @@ class VisitRecord:
         last = torch.zeros_like(index).scatter_reduce_(0, visit, place, "amax")
         loss = observed[_LOSS].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         loss[first[self._visits[index] == 0]] = 0.0
-        self._total_loss[index] += torch.zeros(len(index)).index_add_(0, visit, loss)
+        self._total_loss[index] += torch.zeros(len(index), dtype=torch.float32).index_add_(0, visit, loss)
         self._visits[index] += count.int()
         self._observed[:, index] = observed[:, last]
 
@@ -95,7 +95,9 @@ def distribution(importance: Tensor) -> Tensor:
     """Minimum, percentiles and maximum of the known values, `[101]`, from at most 65,536 evenly spaced examples."""
     known = importance[:: math.ceil(len(importance) / _MAX_EXAMPLES)]
     known = known[known.isfinite()]
-    return torch.full((QUANTILES,), torch.nan) if not len(known) else known.quantile(torch.linspace(0, 1, QUANTILES))
+    if not len(known):
+        return torch.full((QUANTILES,), torch.nan, dtype=torch.float32)
+    return known.quantile(torch.linspace(0, 1, QUANTILES, dtype=known.dtype))
 
 
 def join(states: Sequence[Mapping[str, Any]], index: Sequence[Tensor | slice], length: int) -> dict[str, Any]:

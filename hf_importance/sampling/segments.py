@@ -94,7 +94,7 @@ class SegmentedVisits:
         start, end = (length * segment // self._segments for segment in (self._segment, self._segment + 1))
         self._segment = (self._segment + 1) % self._segments
         if self._strata is None:
-            return self._order[start:end], torch.ones(end - start)
+            return self._order[start:end], torch.ones(end - start, dtype=torch.float32)
         return self._plan_visits(end - start)
 
     def _begin_pass(self) -> None:

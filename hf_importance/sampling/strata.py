@@ -31,8 +31,8 @@ class Strata:
     def __init__(self, importance: Tensor, seed: int) -> None:
         self.importance = importance.clone()  # with which the strata began, float32 [examples], NaN where unknown
         self._rng = torch.Generator().manual_seed(seed)
-        self._place = torch.rand(len(importance), generator=self._rng)  # of the visit, in [0, 1)
-        self._position = torch.zeros(len(importance))  # of the present, in [0, 1)
+        self._place = torch.rand(len(importance), generator=self._rng, dtype=torch.float32)  # of the visit, in [0, 1)
+        self._position = torch.zeros(len(importance), dtype=torch.float32)  # of the present, in [0, 1)
 
     def visits(self, part: slice, time: float, rate: Tensor, next_rate: Tensor) -> float:
         """Expected number of visits if [`advance`] is called, over random places."""
@@ -62,7 +62,7 @@ class Strata:
             left = (left - (1 - start) / rate)[ended].clamp_(min=0.0)
             now = now[ended]
             importance[now], rate, position[now] = next_importance[now], next_rate[now], 0.0
-            place[now] = torch.rand(len(now), generator=self._rng)
+            place[now] = torch.rand(len(now), generator=self._rng, dtype=torch.float32)
         index, rate, when = (torch.cat(column) for column in zip(*visits, strict=True))
         return index, rate, when
 

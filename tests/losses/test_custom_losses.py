@@ -48,6 +48,79 @@ def test_inputs_are_passed_to_functions_that_accept_them(case):
     assert tuple(with_inputs(function)("o", "l", "i")) == tuple(received)
 
 
+TORCH_LOSSES = [
+    nn.CrossEntropyLoss(reduction="none"),
+    nn.functional.cross_entropy,
+    functools.partial(nn.functional.mse_loss, reduction="none"),
+]
+
+
+@pytest.mark.parametrize("loss", TORCH_LOSSES)
+def test_losses_of_torch_are_refused_at_construction(tmp_path, loss):
+    with pytest.raises(TypeError, match=r"gets the outputs of the model, but \w+ takes logits. Wrap it.*reduction="):
+        tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), more={"per_example_loss_func": loss})
+    inner = functools.partial(nn.functional.cross_entropy, reduction="none")
+    wrapped = {"per_example_loss_func": lambda outputs, labels: inner(outputs["logits"], labels)}
+    tiny.trained(tmp_path, tiny.bert(), tiny.texts(), more=wrapped, max_steps=1)  # control
+
+
+def focal(logits, labels):
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+FAILING = {
+    "logits expected": focal,
+    "unknown output": lambda outputs, labels: outputs["scores"].sum(1),
+    "unknown attribute": lambda outputs, labels: outputs.scores.sum(1),
+    "labels by name": lambda outputs, labels: outputs["logits"][:, 0] * labels["labels"],
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_functions_that_fail_are_told_what_they_get(tmp_path, name):
+    message = r"per_example_loss_func=.*failed with .*here the keys \['logits'\], and the labels, here \[8\]"
+    with pytest.raises(ValueError, match=message):
+        tiny.trained(tmp_path, tiny.bert(), tiny.texts(), more={"per_example_loss_func": FAILING[name]}, max_steps=1)
+
+
+# ---- predictions in nested outputs -----------------------------------------------------------------------------------
+
+
+class MeanAndSpread(nn.Module):
+    """Returns the parameters of a distribution in a tuple, beside values that the loss does not depend on."""
+
+    def __init__(self, is_nested):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.is_nested = nn.Linear(tiny.LENGTH, 2), is_nested
+
+    def forward(self, x, labels=None):
+        out = self.layer(x)
+        mean, spread = out.unbind(-1)
+        parameters = {"parameters": (mean, spread)} if self.is_nested else {"mean": mean, "spread": spread}
+        return {**parameters, "scale": x.mean(1), "hidden_states": (x, out)}
+
+
+def likelihood(outputs, labels):
+    mean, spread = outputs["parameters"] if "parameters" in outputs else (outputs["mean"], outputs["spread"])
+    return nn.functional.gaussian_nll_loss(mean, labels, spread.exp(), reduction="none")
+
+
+def test_predictions_in_nested_outputs(tmp_path):
+    data = [{"x": row["input_ids"] / tiny.WORDS, "labels": row["labels"]} for row in tiny.texts(task="regression")]
+    settings = {"more": {"per_example_loss_func": likelihood}, "num_train_epochs": 1, "learning_rate": 0.0}
+    runs = [tiny.trained(tmp_path, MeanAndSpread(nested), data, **settings) for nested in (True, False)]
+    model = MeanAndSpread(True)
+    index = runs[0].importances.isfinite().nonzero().flatten().tolist()
+    expected = []
+    for i in index:
+        outputs = model(data[i]["x"][None])
+        loss = likelihood(outputs, torch.tensor([data[i]["labels"]]))
+        expected.append(torch.cat(torch.autograd.grad(loss.sum(), outputs["parameters"])).norm())
+    for run in runs:
+        torch.testing.assert_close(run.importances[index], torch.stack(expected))
+
+
 # ---- models whose forward has no labels ------------------------------------------------------------------------------
 
 

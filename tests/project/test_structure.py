@@ -23,7 +23,7 @@ ORDER = [
     *(f"backward.{name}" for name in ("rows", "rules", "shape_rules", "part_rules", "layer_rules", "token_rules")),
     *(f"backward.{name}" for name in ("repeat", "blocks", "recompute", "pivotal", "threshold", "places")),
     *(f"backward.{name}" for name in ("verification", "selection", "selective")),
-    *(f"data.{name}" for name in ("dataset", "loader", "lengths", "fingerprint")),
+    *(f"data.{name}" for name in ("rows", "combining", "dataset", "loader", "lengths", "fingerprint")),
     "config",
     *(f"adapters.{name}" for name in ("base", "trl", "sentence_transformers", "known")),
     *(f"report.{name}" for name in ("columns", "texts", "tokens", "findings", "pictures", "plots", "duplicates")),

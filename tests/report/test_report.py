@@ -38,6 +38,22 @@ def test_report_and_summary_agree_with_the_training(tmp_path, caplog):
     assert len(distributions) == trainer._run.sampler.visits.passes - 1 >= 2, "one for each complete pass"
 
 
+@pytest.mark.parametrize("other", [None, tiny.texts(40), tiny.texts(24)])
+def test_report_is_on_the_data_of_the_training(tmp_path, other):
+    """Also if users exchange `train_dataset` afterwards, for other data or to free its memory."""
+    rows = [{**row, "text": f"text {i}"} for i, row in enumerate(tiny.texts(24))]
+    trainer = tiny.trained(tmp_path / "out", tiny.opinionated_bert(), rows, num_train_epochs=1)
+    before = trainer.importances
+    trainer.train_dataset = other
+    assert torch.equal(trainer.importances, before)
+    assert "text 3" in page_of(trainer.importance_report()).text
+    assert len(trainer.kept_indices) <= 24
+    if other is not None:
+        trainer.train()
+        assert len(trainer.importances) == len(other)
+        assert "text 3" not in page_of(trainer.importance_report()).text
+
+
 @pytest.mark.parametrize("task", ["regression", "multi", "tokens", "images"])
 def test_only_single_label_tasks_have_suspects(tmp_path, task):
     model, data = {

@@ -22,7 +22,7 @@ class StepWatch(TrainerCallback):
             self.effective_steps.append(progress.value)
 
 
-def watched_trainer(tmp_path, importance=None, **args):
+def watched_trainer(tmp_path, importance=None, optimizers=(None, None), model=None, **args):
     """A trainer of 60 uniform steps (6 epochs of 40 examples in batches of 4), and its [`StepWatch`]."""
     common = {"per_device_train_batch_size": 4, "learning_rate": 2e-3, "report_to": [], "use_cpu": True}
     common |= {
@@ -34,7 +34,8 @@ def watched_trainer(tmp_path, importance=None, **args):
     }
     watch = StepWatch()
     trainer = ImportanceTrainer(
-        model=opinionated_bert(),
+        model=opinionated_bert() if model is None else model,
+        optimizers=optimizers,
         args=TrainingArguments(output_dir=str(tmp_path), **{**common, **args}),
         train_dataset=mostly_easy_texts(),
         eval_dataset=texts(8),

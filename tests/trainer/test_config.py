@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 from transformers import HfArgumentParser
 
 from hf_importance import ImportanceConfig
@@ -22,6 +23,26 @@ def test_defaults_are_as_documented():
         suspect_weight=1.0,
         suspects_from=2.0,
     )
+
+
+def test_settings_may_be_changed_until_the_training(tmp_path):
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), num_train_epochs=1)
+    run.importance_config.uniform_fraction = 7
+    with pytest.raises(ValueError, match=r"ImportanceConfig.uniform_fraction must be in \[0, 1\], but is 7"):
+        run.train()
+    assert run.state.global_step == 0
+    run.importance_config.uniform_fraction = 1.0
+    run.train()
+    assert run._run.sampler.visits.floor == 1.0, "what was set is used"
+
+
+def test_unknown_settings_cannot_be_set():
+    for settings in (ImportanceConfig(), ImportanceConfig.paper()):
+        with pytest.raises(AttributeError, match=r"no setting 'budget'. It has \['backward'"):
+            settings.budget = 1.0
+    with pytest.raises(AttributeError, match="no setting 'importance_increment'"):
+        ImportanceConfig().importance_increment = 1.0
+    ImportanceConfig.paper().importance_increment = 1.0  # control
 
 
 def test_paper_settings():

@@ -7,7 +7,7 @@ from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from effective_training import watched_trainer
 from tiny import opinionated_bert, texts
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.run.effective_epochs import EffectiveEpochs
@@ -80,15 +80,52 @@ def test_schedules_by_evaluation_results_are_refused(tmp_path, name):
     watched_trainer(tmp_path, importance=tiny.FIXED, **settings)  # control: accepted with all steps
 
 
-def test_schedule_passed_in_optimizers_is_refused(tmp_path):
-    model = opinionated_bert()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+def test_schedules_that_are_no_function_of_steps_are_refused(tmp_path):
+    class OwnRates(torch.optim.lr_scheduler.LambdaLR):
+        def get_lr(self):
+            return [0.1 for _ in self.base_lrs]
+
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    common = {"model": model, "args": args, "train_dataset": texts(), "optimizers": (optimizer, schedule)}
-    with pytest.raises(ValueError, match=r"StepLR.*effective_epochs=False"):
-        ImportanceTrainer(**common)
-    ImportanceTrainer(**common, importance=ImportanceConfig(effective_epochs=False))  # control: accepted with all steps
+    for new in (lambda o: torch.optim.lr_scheduler.StepLR(o, 1), lambda o: OwnRates(o, lambda step: 1.0)):
+        model = opinionated_bert()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        common = {"model": model, "args": args, "train_dataset": texts(), "optimizers": (optimizer, new(optimizer))}
+        with pytest.raises(ValueError, match=r"(StepLR|OwnRates) passed in optimizers.*effective_epochs=False"):
+            ImportanceTrainer(**common)
+        ImportanceTrainer(**common, importance=ImportanceConfig(effective_epochs=False))  # control: with all steps
+
+
+RATES = {step: 1 - step / 60 for step in range(61)}
+FUNCTIONS = {"of transformers": None, "a table": RATES.__getitem__, "a table with a default": lambda s: RATES.get(s, 9)}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("way", ["passed", "override"])
+def test_functions_of_steps_are_followed_however_they_are_passed(tmp_path, name, way):
+    trainer, watch = watched_trainer(tmp_path)
+    function, optimizer = FUNCTIONS[name], trainer.create_optimizer()
+    if function is None:
+        schedule = get_linear_schedule_with_warmup(optimizer, 0, 60)
+    else:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, function)
+    if way == "passed":
+        trainer, watch = watched_trainer(tmp_path, optimizers=(optimizer, schedule), model=trainer.model)
+    else:
+
+        def create_scheduler(*_, **__):
+            trainer.lr_scheduler = schedule
+            return schedule
+
+        trainer.create_scheduler = create_scheduler  # without `super()`
+    trainer.train()
+    rounded = (lambda value: value) if function is None else int
+    steps = list(zip(watch.effective_steps[:-1], watch.effective_steps[1:], strict=True))
+    expected = [2e-3 * (1 - rounded(before) / 60) * (after - before) ** 0.5 for before, after in steps]
+    assert watch.learning_rates == pytest.approx(expected)
+    assert trainer.state.global_step < 60
+    assert watch.learning_rates != pytest.approx([2e-3 * (1 - step / 60) for step in range(len(steps))]), (
+        "control: schedule by the number of steps"
+    )
 
 
 def test_schedule_set_in_create_scheduler_is_refused_before_the_first_step(tmp_path):
@@ -104,17 +141,17 @@ def test_schedule_set_in_create_scheduler_is_refused_before_the_first_step(tmp_p
     assert trainer.state.global_step == 0
 
 
-def test_create_scheduler_without_super_is_refused_before_the_first_step(tmp_path):
+def test_another_schedule_of_create_scheduler_without_super_is_refused_before_the_first_step(tmp_path):
     class NoSuper(ImportanceTrainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+            self.lr_scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1)
             return self.lr_scheduler
 
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=3)
     common = {"model": opinionated_bert(), "args": args, "train_dataset": texts()}
     trainer = NoSuper(**common)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"overridden create_scheduler\(\) does not.*effective_epochs=False"):
+        with pytest.raises(ValueError, match=r"StepLR does not support.*effective_epochs=False"):
             trainer.train()
         assert trainer.state.global_step == 0
     fixed = NoSuper(**common, importance=ImportanceConfig(effective_epochs=False))

@@ -110,6 +110,45 @@ def test_later_unmeasured_steps_are_refused(tmp_path):
     assert run.state.global_step <= 2
 
 
+class Survivor(ImportanceTrainer):
+    """Skips batches that run out of memory, as in many public scripts."""
+
+    skipped = ()
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls in self.skipped:
+            model.zero_grad()
+            return torch.zeros(())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("skipped", [{1}, {1, 2, 3}, {7, 8}, {1, 9, 10, 11}])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_skipped_batches_do_not_end_a_training(tmp_path, skipped, accumulation):
+    cls = type("Skipping", (Survivor,), {"skipped": skipped})
+    settings = {"importance": tiny.FIXED, "gradient_accumulation_steps": accumulation, "num_train_epochs": 4}
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), cls, **settings)
+    assert run.state.global_step == 20 // accumulation + (accumulation > 1) * 2
+    assert run._run.unweighted == ""
+    assert run.importances.isfinite().all()
+
+
+def test_a_loss_of_its_own_after_skipped_batches_is_still_honoured(tmp_path):
+    """The control of the test above: a step with gradients that was not measured is no skipped one."""
+
+    class SkipsThenOwnLoss(StepWithItsOwnLoss):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if self.state.global_step == 0:
+                return torch.zeros(())
+            return super().training_step(model, inputs)
+
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), SkipsThenOwnLoss)
+    with pytest.raises(ValueError, match="does not reach the method of ImportanceTrainer"):
+        run.train()
+    assert run.state.global_step == 1
+
+
 class SamplerWithoutSuper(ImportanceTrainer):
     def _get_train_sampler(self, *_):
         return WeightedRandomSampler([1.0] * 40, 40)

@@ -116,3 +116,24 @@ def test_logged_loss_is_the_mean_over_the_data(tmp_path):
     visited = torch.tensor([i for draw in run.draws[1:] for i in draw.index])
     losses = torch.tensor([(model(r["input_ids"][None]).logits.item() - r["labels"]) ** 2 for r in data])
     assert losses[visited].mean().item() > 1.1 * mean, "control: visited examples are harder"
+
+
+@pytest.mark.parametrize("importance", [{}, tiny.FIXED])
+def test_training_that_diverged_is_not_called_one_of_little_to_gain(tmp_path, caplog, importance):
+    settings = {"optim": "sgd", "max_grad_norm": 0.0, "num_train_epochs": 4, "importance": importance}
+    run = tiny.trained(tmp_path, tiny.bert(), tiny.texts(), learning_rate=1e30, **settings)
+    assert not run.importances.isfinite().any(), "premise"
+    assert "little to gain" not in caplog.text
+    assert caplog.messages[-1].startswith("Training seems to have diverged: the losses of 100% of the examples are not")
+    caplog.clear()
+    tiny.trained(tmp_path, tiny.bert(), tiny.texts(), learning_rate=1e-3, **settings)
+    assert "diverged:" not in caplog.text, "control"
+
+
+@pytest.mark.parametrize("importance", [{}, tiny.FIXED])
+def test_no_epochs_at_all(tmp_path, importance):
+    run = tiny.trainer(tmp_path, tiny.bert(), tiny.texts(), num_train_epochs=0, importance=importance)
+    output = run.train()
+    assert output.global_step == 0
+    assert not run.importances.isfinite().any()
+    assert "train_share_of_steps" not in output.metrics

@@ -1,0 +1,361 @@
+"""Collators that combine examples, reorder them, leave some out, or make several rows of one."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import CLASSES, texts
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.data.rows import ROWS_KEY
+from hf_importance.run import step
+
+N = 32
+
+
+class Points(torch.utils.data.Dataset):
+    """Points with a class each; the first feature is the position in the data. Items in `bad` cannot be read."""
+
+    def __init__(self, bad=()):
+        g = torch.Generator().manual_seed(0)
+        self.x, self.bad = torch.randn(N, 6, generator=g), bad
+        self.x[:, 0] = torch.arange(N)
+        self.y = torch.randint(CLASSES, (N,), generator=g)
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        return None if i in self.bad else {"x": self.x[i], "labels": self.y[i]}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+    def forward(self, x, labels=None, **_):
+        logits = self.layers(x / 10)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits} if loss is not None else {"logits": logits}
+
+
+def trainer(folder, collate, data=None, cls=ImportanceTrainer, epochs=3, learning_rate=1e-2, **kwargs):
+    settings = {"importance": kwargs.pop("importance", ImportanceConfig())} if cls is ImportanceTrainer else {}
+    extra = {name: kwargs.pop(name) for name in ("callbacks", "per_example_loss_func") if name in kwargs}
+    args = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **kwargs,
+    )
+    data = Points() if data is None else data
+    return cls(model=Net(), args=args, train_dataset=data, data_collator=collate, **extra, **settings)
+
+
+# ---- collators that combine examples ---------------------------------------------------------------------------------
+
+
+class Mixup:
+    """Blends each example with another one of its batch."""
+
+    def __init__(self, probability=1.0, generator=None):
+        self.probability, self.generator = probability, generator
+
+    def __call__(self, examples):
+        batch = default_data_collator(examples)
+        if torch.rand((), generator=self.generator) < self.probability:
+            batch["x"] = 0.7 * batch["x"] + 0.3 * batch["x"][torch.randperm(len(examples), generator=self.generator)]
+        return batch
+
+
+def next_as_negative(examples):
+    batch = default_data_collator(examples)
+    return {**batch, "negative": batch["x"].roll(1, 0)}
+
+
+def centred(examples):
+    batch = default_data_collator(examples)
+    return {**batch, "x": batch["x"] - batch["x"].mean(0)}
+
+
+def mixed_by_system_random(examples):
+    """Random numbers that no seed repeats."""
+    batch = default_data_collator(examples)
+    order = list(range(len(examples)))
+    random.SystemRandom().shuffle(order)
+    return {**batch, "x": 0.7 * batch["x"] + 0.3 * batch["x"][order]}
+
+
+def by_first_feature(examples):
+    return default_data_collator(sorted(examples, key=lambda example: -float(example["x"][0])))
+
+
+def mixed_by_numpy(examples):
+    batch = default_data_collator(examples)
+    return {**batch, "x": 0.5 * (batch["x"] + batch["x"][np.random.permutation(len(examples))])}
+
+
+COMBINING = {
+    "mixup": Mixup(),
+    "mixup now and then": Mixup(0.5),
+    "mixup, generator of its own": Mixup(generator=torch.Generator().manual_seed(5)),
+    "numpy": mixed_by_numpy,
+    "negatives of the batch": next_as_negative,
+    "statistics of the batch": centred,
+    "random numbers that no seed repeats": mixed_by_system_random,
+}
+
+
+@pytest.mark.parametrize("name", COMBINING)
+def test_collators_that_combine_examples_are_drawn_as_by_trainer(tmp_path, name):
+    ours = trainer(tmp_path, COMBINING[name])
+    output = ours.train()
+    assert "combines examples" in output.metrics["train_unweighted"]
+    assert "Choose partners in the dataset" in output.metrics["train_unweighted"]
+    with pytest.raises(ValueError, match="combines examples"):
+        trainer(tmp_path, COMBINING[name], importance=ImportanceConfig(**tiny.REFUSING)).train()
+
+
+def test_combining_shows_whether_or_not_trainer_removes_columns(tmp_path):
+    for removes in (True, False):
+        output = trainer(tmp_path, Mixup(), max_steps=1, remove_unused_columns=removes).train()
+        assert "the collator Mixup combines examples" in output.metrics["train_unweighted"]
+
+
+def test_a_training_with_a_combining_collator_is_that_of_trainer(tmp_path):
+    def mixed(cls, collate):
+        torch.manual_seed(0)
+        model = trainer(tmp_path, collate, cls=cls)
+        model.train()
+        return torch.cat([p.detach().flatten() for p in model.model.parameters()])
+
+    assert torch.equal(mixed(ImportanceTrainer, Mixup()), mixed(Trainer, Mixup()))
+    assert not torch.equal(mixed(ImportanceTrainer, default_data_collator), mixed(Trainer, default_data_collator)), (
+        "control: draws by importance"
+    )
+
+
+class Masking:
+    """Noise of its own in each row, as in masked language modelling."""
+
+    def __init__(self, generator=None):
+        self.generator, self.calls = generator, []
+
+    def __call__(self, examples):
+        self.calls.append(len(examples))
+        batch = default_data_collator(examples)
+        noise = torch.randn(batch["x"].shape, generator=self.generator)
+        return {**batch, "x": batch["x"] + noise, "companions": torch.tensor(len(examples))}
+
+
+def noisy_by_system_random(examples):
+    batch = default_data_collator(examples)
+    noise = [[random.SystemRandom().random() for _ in row] for row in batch["x"]]
+    return {**batch, "x": batch["x"] + torch.tensor(noise)}
+
+
+def with_list(examples):
+    return {**default_data_collator(examples), "names": [str(int(example["x"][0])) for example in examples]}
+
+
+SEPARATE = {
+    "lambda": lambda examples: default_data_collator(examples),
+    "noise": Masking(),
+    "noise, generator of its own": Masking(torch.Generator().manual_seed(5)),
+    "noise that no seed repeats": noisy_by_system_random,
+    "a list": with_list,
+}
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_collators_that_make_each_row_of_one_example_are_weighted(tmp_path, name):
+    """The control of the tests above."""
+    ours = trainer(tmp_path, SEPARATE[name])
+    assert "train_unweighted" not in ours.train().metrics
+    assert ours.importances.isfinite().all()
+
+
+def test_the_check_leaves_the_collator_as_it_was(tmp_path):
+    state = torch.Generator().manual_seed(5).get_state()
+    collate = Masking(torch.Generator().manual_seed(5))
+    ours = trainer(tmp_path, collate, max_steps=1)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append((list(collate.calls), collate.generator.get_state()))
+
+    ours.add_callback(Watch())
+    ours.train()
+    ((calls, generator),) = seen
+    assert calls in ([], [1])  # the first example is collated to see what labels look like
+    assert torch.equal(generator, state) or calls == [1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_small_batches_are_not_checked(tmp_path, batch_size):
+    ours = trainer(tmp_path, Mixup(), max_steps=2)
+    ours.args.per_device_train_batch_size = ours._train_batch_size = batch_size
+    assert "train_unweighted" not in ours.train().metrics
+
+
+# ---- collators that change the order ---------------------------------------------------------------------------------
+
+
+def test_collators_that_reorder_examples_are_not_weighted(tmp_path):
+    ours = trainer(tmp_path, by_first_feature)
+    assert "changes the order" in ours.train().metrics["train_unweighted"]
+
+
+def test_collators_that_say_in_what_order_rows_are_weighted(tmp_path):
+    def reordered(examples):
+        order = sorted(range(len(examples)), key=lambda i: -float(examples[i]["x"][0]))
+        return {**default_data_collator([examples[i] for i in order]), ROWS_KEY: order}
+
+    kept = trainer(tmp_path, default_data_collator, seed=3)
+    ours = trainer(tmp_path, reordered, seed=3)
+    for each in (kept, ours):
+        assert "train_unweighted" not in each.train().metrics
+    torch.testing.assert_close(ours.importances, kept.importances)
+    wrong = trainer(tmp_path, lambda examples: reordered(examples) | {ROWS_KEY: range(len(examples))}, seed=3)
+    assert "changes the order" in wrong.train().metrics["train_unweighted"], "control: the wrong order is told"
+
+
+# ---- collators that leave examples out -------------------------------------------------------------------------------
+
+
+def without_bad(examples):
+    return default_data_collator([example for example in examples if example is not None])
+
+
+def says_which(examples):
+    kept = [i for i, example in enumerate(examples) if example is not None]
+    return {**default_data_collator([examples[i] for i in kept]), ROWS_KEY: torch.tensor(kept)}
+
+
+@pytest.mark.parametrize("collate", [without_bad, says_which])
+@pytest.mark.parametrize("bad", [(3, 9, 17), (0,), (31,)])
+def test_bad_items_do_not_end_a_training(tmp_path, collate, bad):
+    ours = trainer(tmp_path, collate, Points(bad), epochs=6)
+    assert "train_unweighted" not in ours.train().metrics
+    assert ours.importances.isnan().nonzero().flatten().tolist() == list(bad)
+    assert (ours._training.columns()["visits"] > 0).logical_not().nonzero().flatten().tolist() == list(bad)
+
+
+def test_bad_items_are_found_in_workers(tmp_path):
+    ours = trainer(tmp_path, without_bad, Points(bad=[4]), epochs=1, dataloader_num_workers=1)
+    ours.train()
+    assert ours.importances.isnan().nonzero().flatten().tolist() == [4]
+
+
+def test_the_rows_that_are_left_get_the_importances_of_their_examples(tmp_path):
+    """The first batch of all examples: importances are those of the model at its start."""
+    bad = (2, 5, 30)
+    ours = trainer(tmp_path, without_bad, Points(bad), max_steps=4, learning_rate=0.0)
+    ours.train()
+    data = Points()
+    p = Net()(data.x)["logits"].softmax(-1)
+    expected = (p - nn.functional.one_hot(data.y, CLASSES)).norm(dim=1)
+    kept = ours.importances.isfinite()
+    assert kept.sum() == N - len(bad)
+    torch.testing.assert_close(ours.importances[kept], expected[kept].detach())
+    shifted = expected.roll(1)[kept].detach()
+    assert not torch.allclose(ours.importances[kept], shifted, atol=1e-3), "control: importances of the neighbours"
+
+
+def test_rows_of_which_nothing_is_known_have_their_mean_weight(tmp_path, monkeypatch):
+    """A rare batch that cannot be attributed does not end a long run, and is told once."""
+    batches = itertools.count()
+
+    def rarely(examples):
+        if len(examples) == 8 and next(batches) > 30:
+            examples = [examples[7], *examples[:4]]  # fewer rows, in another order
+        return default_data_collator(examples)
+
+    said = []
+    monkeypatch.setattr(step.logger, "warning", said.append)
+    ours = trainer(tmp_path, rarely, epochs=10)
+    assert "train_unweighted" not in ours.train().metrics
+    told = [line for line in said if "it is not known which" in line]
+    assert len(told) == 1
+    assert f"made 5 rows of 8 examples, and it is not known which. Return in batch['{ROWS_KEY}']" in told[0]
+
+
+# ---- collators that make several rows --------------------------------------------------------------------------------
+
+
+def two_views(examples):
+    views = [{**example, "x": example["x"] + shift} for example in examples for shift in (0.0, 0.5)]
+    return default_data_collator(views)
+
+
+def two_views_told(examples):
+    return two_views(examples) | {ROWS_KEY: [i for i in range(len(examples)) for _ in range(2)]}
+
+
+def test_several_rows_of_an_example_are_weighted_if_the_collator_says_so(tmp_path):
+    ours = trainer(tmp_path, two_views_told, max_steps=4, learning_rate=0.0)
+    assert "train_unweighted" not in ours.train().metrics
+    data = Points()
+    squares = sum(
+        (Net()(data.x + shift)["logits"].softmax(-1) - nn.functional.one_hot(data.y, CLASSES)).square().sum(1)
+        for shift in (0.0, 0.5)
+    )
+    torch.testing.assert_close(ours.importances, squares.sqrt().detach())
+    untold = trainer(tmp_path, two_views)
+    reason = untold.train().metrics["train_unweighted"]
+    assert f"two_views made 16 rows of 8 examples, and it is not known which. Return in batch['{ROWS_KEY}']" in reason
+
+
+def test_rows_with_equal_weights_train_as_trainer(tmp_path):
+    def parameters(cls, collate, **kwargs):
+        torch.manual_seed(0)
+        model = trainer(tmp_path, collate, cls=cls, **kwargs)
+        model.train()
+        return torch.cat([p.detach().flatten() for p in model.model.parameters()])
+
+    even = {"importance": ImportanceConfig(metric="uniform")}
+    plain = parameters(Trainer, two_views)
+    torch.testing.assert_close(parameters(ImportanceTrainer, two_views_told, **even), plain)
+    weighted = parameters(ImportanceTrainer, two_views_told)
+    assert not torch.allclose(weighted, plain, atol=1e-4), "control: draws by importance"
+
+
+@pytest.mark.parametrize("told", [[0, 1], [0, 1, 2, 3, 4, 5, 6, 8], [0.0] * 8])
+def test_places_out_of_range_are_refused(tmp_path, told):
+    def collate(examples):
+        return default_data_collator(examples) | ({ROWS_KEY: told} if len(examples) == 8 else {})
+
+    with pytest.raises(ValueError, match=r"data_collator must return in batch\['importance_rows'\].*0 … 7"):
+        trainer(tmp_path, collate).train()
+
+
+def test_collators_of_transformers_are_not_checked(tmp_path):
+    """They are known, so the data is not read for them."""
+
+    def reads(collate):
+        seen = []
+
+        class Counting(list):
+            def __getitem__(self, i):
+                seen.append(i)
+                return super().__getitem__(i)
+
+        args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
+        data = Counting(texts(40))
+        ImportanceTrainer(model=tiny.bert(), args=args, train_dataset=data, data_collator=collate).train()
+        return len(seen)
+
+    assert reads(lambda examples: default_data_collator(examples)) == reads(default_data_collator) + 8
