@@ -58,8 +58,9 @@ class ImportanceCollator:
         examples, draw = examples_and_draw
         try:
             batch = self.collate(examples)
-        except (TypeError, ValueError) as error:
-            validate_labels(examples[0], error)
+        except (RuntimeError, TypeError, ValueError) as error:
+            for example in examples:
+                validate_labels(example, error)
             raise
         if not isinstance(batch, MutableMapping):
             raise TypeError(
@@ -77,9 +78,16 @@ class ImportanceCollator:
 
 
 def validate_labels(example: Any, error: Exception | None = None) -> None:
-    """Raise a `ValueError` if the label of an example, which could not be read, is a string."""
+    """Raise a `ValueError` if the label of an example, which could not be read, is a string, a dict or missing."""
     for name in LABEL_COLUMNS:
-        label = example.get(name) if isinstance(example, Mapping) else None
+        if not isinstance(example, Mapping) or name not in example:
+            continue
+        label = example[name]
+        if label is None or isinstance(label, Mapping):
+            raise ValueError(
+                f"Labels must be numbers, but the column {name!r} has {label!r} in an example: "
+                f"{'remove these examples' if label is None else 'make a column of the number in it'}."
+            ) from error
         label = label[0] if isinstance(label, (list, tuple)) and label else label
         if isinstance(label, str):
             raise ValueError(

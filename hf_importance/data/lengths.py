@@ -40,7 +40,7 @@ def has_token_losses(
             return False
         try:
             batch = collate([example])
-        except (TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             return False
     present = [batch[name] for name in labels if name in batch]
     if len(present) != 1 or not isinstance(present[0], Tensor):

@@ -4,7 +4,7 @@
 - `effective_epochs`: learning rate, epochs and the end of training, by effective steps.
 - `validation`: what is not supported, with the fix.
 - `backward`: the backward passes, of all examples or selective.
-- `data`: the sampler, and the lengths of texts.
+- `data`: the sampler, the lengths of texts, and the check of the collator.
 - `step`: from the batch of a draw to its weighted loss.
 - `checkpoints`: saving and restoring.
 - `unweighted`: a training whose draws cannot be weighted.

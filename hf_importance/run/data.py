@@ -1,4 +1,4 @@
-"""The sampler of a run, and the lengths of its texts."""
+"""What a run makes of its data: the sampler, the lengths of texts; the check of the collator."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from hf_importance.data.combining import problem_of
 from hf_importance.data.lengths import Lengths, has_token_losses, labels_of, lengths_of
 from hf_importance.data.loader import sampler_of
+from hf_importance.errors import UnweightedError
 from hf_importance.run.validation import seed_of
 from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.memory import ImportanceMemory
@@ -17,6 +19,19 @@ from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 from hf_importance.sampling.shard import Shard
 from hf_importance.sampling.suspects import SuspectWeights
+
+
+def validate_collator(run: Any, base: DataLoader) -> None:
+    """Check, in all processes, that rows of a batch can be weighted as their examples; see [`problem_of`].
+
+    Raises:
+        UnweightedError: if they cannot.
+    """
+    if run.is_adapted:
+        return
+    problem = problem_of(base.collate_fn, base.dataset, run.trainer._train_batch_size, run.label_names)
+    if not run.all_agree(not problem):
+        raise UnweightedError(problem or "another process has found a problem with the collator.")
 
 
 def find_lengths(run: Any, base: DataLoader) -> Lengths:

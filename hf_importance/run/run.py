@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from hf_importance.adapters.base import LossAdapter
 from hf_importance.adapters.known import adapted_class, adapter_of
-from hf_importance.data.combining import problem_of
 from hf_importance.data.dataset import LABEL_COLUMNS
 from hf_importance.data.fingerprint import fingerprint
 from hf_importance.data.lengths import Lengths
@@ -32,12 +31,12 @@ from hf_importance.report.tokens import Token, token_losses
 from hf_importance.report.training import Training
 from hf_importance.run.backward import BackwardPass
 from hf_importance.run.checkpoints import SavedStates, explaining_errors, restore_sampler, save_state
-from hf_importance.run.data import find_lengths, new_sampler
+from hf_importance.run.data import find_lengths, new_sampler, validate_collator
 from hf_importance.run.effective_epochs import EffectiveEpochs
 from hf_importance.run.step import TrainingStep
 from hf_importance.run.unweighted import describe
 from hf_importance.run.validation import overrides_of, seed_of, unmeasured
-from hf_importance.sampling.effective_steps import EffectiveSteps, local_part
+from hf_importance.sampling.effective_steps import EffectiveSteps
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 logger = logging.get_logger(__name__)
@@ -94,7 +93,7 @@ class ImportanceRun:
         overrides = overrides_of(type(trainer), self.mixin, ("_get_train_sampler", "get_train_dataloader"))
         length = len(trainer.train_dataset)
         validate_loader(base, overrides, trainer._train_batch_size, args.dataloader_drop_last, length)
-        self._validate_collator(base)
+        validate_collator(self, base)
         if self.lengths is None:
             self.lengths = find_lengths(self, base)
         self.sampler = new_sampler(self, before=self.sampler)
@@ -102,22 +101,14 @@ class ImportanceRun:
         self.columns = Columns(self.sampler, trainer.is_world_process_zero())
         if args.save_strategy != "no":
             _ = self.fingerprint  # before `set_epoch` or others change the dataset
-        label_names = None if self._is_adapted else self.label_names
+        label_names = None if self.is_adapted else self.label_names
         self._loader = training_loader(base, self.sampler, trainer.accelerator, label_names)
         return self._loader
 
     @property
-    def _is_adapted(self) -> bool:
+    def is_adapted(self) -> bool:
         """Whether another library computes the losses, from batches of its own collators."""
         return adapted_class(type(self.trainer)) is not None
-
-    def _validate_collator(self, base: DataLoader) -> None:
-        if self._is_adapted:
-            return
-        batch_size = self.trainer._train_batch_size
-        problem = problem_of(base.collate_fn, base.dataset, batch_size, self.label_names)
-        if not self._all_agree(not problem):
-            raise UnweightedError(problem or "another process has found a problem with the collator.")
 
     def plan(self, max_steps: int) -> None:
         """Set the number of uniform steps that were asked for."""
@@ -253,13 +244,6 @@ class ImportanceRun:
         """The error for a training step without measured importances."""
         return unmeasured(type(self.trainer), self.mixin)
 
-    def has_no_gradient(self) -> bool:
-        """Whether all gradients are zero; False with DeepSpeed, which keeps them to itself."""
-        if self.trainer.is_deepspeed_enabled:
-            return False
-        gradients = (parameter.grad for parameter in self.trainer.model.parameters())
-        return not any(bool(local_part(g).any()) for g in gradients if g is not None)
-
     def end(self) -> None:
         """End the training loop, also after an error."""
         self.active, self.trainer.loss_is_scaled_for_ga = False, self._is_scaled
@@ -349,7 +333,7 @@ class ImportanceRun:
         self._checkpoint = checkpoint
         states, rank, unweighted = SavedStates(checkpoint), self.args.process_index, ""
         with explaining_errors(checkpoint):
-            lost = restore_sampler(self.sampler, states, rank, self.fingerprint, self._settings(), self._all_agree)
+            lost = restore_sampler(self.sampler, states, rank, self.fingerprint, self._settings(), self.all_agree)
             if lost is None:
                 self.figures.load_state_dict(states[rank]["figures"])
                 self._restored_objective = states[rank]["objective"]
@@ -410,6 +394,6 @@ class ImportanceRun:
         table[self.args.process_index] = torch.tensor(values, device=self.args.device)
         return self.sum_over_processes(table).cpu()  # on the device, because not every backend supports the CPU
 
-    def _all_agree(self, agrees: bool) -> bool:
+    def all_agree(self, agrees: bool) -> bool:
         """Whether all processes pass True."""
         return bool(self.gather([float(agrees)]).all())

@@ -16,6 +16,7 @@ from hf_importance.data.rows import ROWS_KEY, UNKNOWN, name_of
 from hf_importance.errors import UnweightedError
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
+from hf_importance.sampling.effective_steps import local_part
 from hf_importance.sampling.record import OBSERVED
 
 logger = logging.get_logger(__name__)
@@ -82,7 +83,7 @@ class TrainingStep:
         Raises:
             UnweightedError: if none was in the first step of a training, or in two steps in a row.
         """
-        if not self._measured and self._run.has_no_gradient():
+        if not self._measured and _has_no_gradient(self._run.trainer):
             return
         self.is_first = False
         self._has_begun |= bool(self._measured)
@@ -201,6 +202,13 @@ class TrainingStep:
                 total = run.sum_over_processes(total.to(run.args.device)) / processes
             self._positions = total.clamp(min=torch.finfo(total.dtype).tiny)
         return self._positions
+
+
+def _has_no_gradient(trainer: Any) -> bool:
+    """Whether all gradients are zero; False with DeepSpeed, which keeps them to itself."""
+    gradients = (parameter.grad for parameter in trainer.model.parameters())
+    has_any = any(bool(local_part(gradient).any()) for gradient in gradients if gradient is not None)
+    return not (has_any or trainer.is_deepspeed_enabled)
 
 
 def _is_uneven(rows: list[int]) -> bool:

@@ -295,3 +295,21 @@ def test_training_can_be_resumed_after_a_refusal(tmp_path, checkpoints):
 
 def test_at_least_40_cases_are_tested():
     assert len(SETTINGS) + len(AT_CONSTRUCTION) + len(IN_TRAINING) >= 40
+
+
+LABELS = {
+    "text": ("great", r"has the string 'great': encode the classes"),
+    "missing": (None, r"has None in an example: remove these"),
+    "dict": ({"name": "great", "score": 0.9}, r"has \{'name': 'great', 'score': 0.9\} in an example: make a column of"),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_labels_that_are_no_numbers_are_named(tmp_path, kind, workers):
+    label, message = LABELS[kind]
+    data = [
+        {**row, "labels": label if i == 20 or kind == "dict" else row["labels"]} for i, row in enumerate(tiny.texts())
+    ]
+    with pytest.raises(ValueError, match=rf"Labels must be numbers, but the column 'labels' {message}"):
+        tiny.trained(tmp_path, tiny.bert(), data, dataloader_num_workers=workers)
