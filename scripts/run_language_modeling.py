@@ -337,6 +337,9 @@ def column_fix(rows: datasets.Dataset, flags: str) -> str:
     return f"pass {flags}, or write the names of the columns into the first line of a csv file that has none"
 
 
+CHATS = "Apply the chat template of the model to conversations, or train on them with SFTTrainer of TRL."
+
+
 def select_texts(rows: datasets.Dataset, use: str, arguments: ScriptArguments) -> datasets.Dataset:
     """Select the columns, and rename them to `prompt` and `completion`, or `text`; to predict, only `prompt`."""
     prompt, completion = arguments.prompt_column_name, arguments.completion_column_name
@@ -356,7 +359,7 @@ def select_texts(rows: datasets.Dataset, use: str, arguments: ScriptArguments) -
         flags = "--prompt_column_name and --completion_column_name, or --text_column_name"
         raise ValueError(
             f"The {use} data must have the columns 'prompt' and 'completion', or 'text', but has {rows.column_names}: "
-            f"{column_fix(rows, flags)}."
+            f"{column_fix(rows, flags)}. {CHATS}"
         )
     for column in columns.values():
         validate_texts(rows, column, use)
@@ -371,13 +374,14 @@ def validate_texts(rows: datasets.Dataset, column: str, use: str) -> None:
     if wrong:
         raise ValueError(
             f"The column {column!r} of the {use} data must contain texts, but has {reprlib.repr(wrong[0])}: write it "
-            "as text. Apply the chat template of the model to conversations, or train on them with SFTTrainer of TRL."
+            f"as text. {CHATS}"
         )
     missing = [i for i, text in enumerate(texts) if text is None or text != text or (use == "predict" and text == "")]
     if missing:
         raise ValueError(
             f"{len(missing):,} of {len(rows):,} rows of the {use} data have no text in the column {column!r}, the "
-            f"first of them row {missing[0]} (in csv files, NA, None, null and nan are none either): remove these rows."
+            f"first of them row {missing[0]}: remove these rows. In csv files NA, None, null and nan are none either: "
+            "use a json file for such texts."
         )
 
 

@@ -453,8 +453,8 @@ def drop_missing_labels(data: Datasets, label_column: str | None) -> Datasets:
             data = {**data, use: rows.remove_columns(label_column)}
         elif missing:
             raise ValueError(
-                f"{missing:,} of {len(rows):,} rows of the {use} data have no label in {label_column!r} (in csv files, "
-                "NA, None, null and nan are none either): remove these rows, or name the label otherwise."
+                f"{missing:,} of {len(rows):,} rows of the {use} data have no label in {label_column!r}: remove these "
+                "rows. In csv files NA, None, null and nan are none either: use another word for such a label."
             )
         for label in labels:
             if not (lacks_label(label, feature) or is_label(label, feature)):

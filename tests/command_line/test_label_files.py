@@ -177,7 +177,7 @@ STOPPED = {
     "texts in lists": (jsonl(rows("ab", [["a"], ["b"]])), "jsonl", r"must contain texts, but has \['a'\]: write one"),
     "mixed texts": (jsonl(rows("ab", ["a", {"b": 1}])), "jsonl", "must contain texts, but has {'b': 1}"),
     "no texts": (jsonl(rows("ab", [None, None])), "jsonl", "'text' of the train data has no texts: name other columns"),
-    "labels missing": (PLAIN + "\na,\nb,NA", "csv", "2 of 14 rows .* no label in 'label' .*NA, .*: remove these rows"),
+    "labels missing": (PLAIN + "\na,\nb,NA", "csv", "2 of 14 rows .* no label in 'label': remove these rows. .* NA,"),
     "blank labels": (jsonl(rows(["a", "b", " "])), "jsonl", "1 of 3 rows of the train data have no label"),
     "numbers missing": (jsonl(rows([0.5, None, 1.5])), "jsonl", "1 of 3 rows of the train data have no label"),
     "not a number": ('{"text": "a", "label": NaN}\n{"text": "b", "label": 0.5}', "json", "1 of 2 rows .* no label"),
@@ -281,5 +281,7 @@ def test_texts_of_language_models_are_as_they_are_written(tmp_path, tiny_config)
     ids = trainer.train_dataset["input_ids"][:]
     assert trainer.processing_class.batch_decode(ids, skip_special_tokens=True) == ["7 + 0 = 007", "3 + .1 = 3.10"]
     content += "\na,\nb,None"
-    with pytest.raises(ValueError, match=r"2 of 4 rows .* no text in the column 'completion', the first .* row 2 .*NA"):
+    with pytest.raises(
+        ValueError, match=r"2 of 4 rows .* no text in the column 'completion', the first .* row 2: .* NA"
+    ):
         train(tmp_path, content, "csv", module=run_language_modeling, **tiny_config)

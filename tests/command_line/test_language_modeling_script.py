@@ -211,6 +211,7 @@ INVALID = {
         {},
         "1 of 13 rows of the train data have no text in the column 'completion', the first of them row 12",
     ),
+    "conversations": ([{"messages": row["prompt"]} for row in chats()], {}, r"has \['messages'\]: .* with SFTTrainer"),
     "chat messages": (
         chats(),
         {},
