@@ -9,19 +9,26 @@ Without arguments, it trains a small vision transformer from scratch on scanned 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import re
+import reprlib
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import datasets
 import evaluate
+import pandas
 import torch
 import transformers
 from datasets.exceptions import DatasetsError
+from pandas.errors import ParserError
 from PIL import Image
 from pyarrow import ArrowInvalid
 from sklearn.datasets import load_digits
@@ -151,8 +158,9 @@ def main(argv: list[str] | None = None) -> Trainer:
         held_out = splits["train"].train_test_split(test_size=arguments.train_val_split, seed=arguments.shuffle_seed)
         splits = {"train": held_out["train"], "validation": held_out["test"]}
     data = choose_splits(splits, arguments, training)
-    for rows in data.values():
-        image_column = find_column(rows, arguments.image_column_name, ("image", "img"), "--image_column_name")
+    for use, rows in data.items():
+        image_column = find_column(rows, use, arguments.image_column_name, ("image", "img"), "--image_column_name")
+        validate_images(rows, use, image_column)
     label_column = find_label_column(data, arguments)
     data = drop_missing_labels(data, label_column)
 
@@ -160,6 +168,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     if training.do_train:
         head = head_settings(data["train"], label_column)
     config = load_config(arguments, head)
+    validate_known_labels(data, label_column, config.label2id)
     model = load_model(arguments, config)
     processor = load_image_processor(arguments)
 
@@ -236,21 +245,48 @@ def load(arguments: ScriptArguments) -> Datasets:
 
 
 def load_files(files: dict[str, str], cache_dir: str | None) -> Datasets:
+    """Load a file for each split, which may differ in their formats and further columns."""
     for split, path in files.items():
-        if Path(path).suffix not in FORMATS:
+        if Path(path).suffix.lower() not in FORMATS:
             raise ValueError(f"--{split}_file must be a csv, json, jsonl or parquet file, but is {path!r}: convert it.")
         if not Path(path).is_file():
             raise ValueError(f"--{split}_file must be a file, but {path!r} does not exist: check the path.")
-        if Path(path).stat().st_size == 0:
-            raise ValueError(f"--{split}_file must contain examples, but {path!r} is empty.")
-    file_format, *others = {FORMATS[Path(path).suffix] for path in files.values()}
-    if others:
-        raise ValueError(f"All data files must have the same format, but are {list(files.values())}: convert them.")
+        with Path(path).open("rb") as file:
+            if not any(line.strip() for line in file):
+                raise ValueError(f"--{split}_file must contain examples, but {path!r} is empty.")
+    return {split: load_file(split, path, cache_dir) for split, path in files.items()}
+
+
+def load_file(split: str, path: str, cache_dir: str | None) -> datasets.Dataset:
+    file_format = FORMATS[Path(path).suffix.lower()]
     try:
-        return datasets.load_dataset(file_format, data_files=files, cache_dir=cache_dir)
-    except (DatasetsError, ArrowInvalid) as error:
-        flags, reason = " ".join(f"--{split}_file {path}" for split, path in files.items()), error.__cause__ or error
-        raise ValueError(f"{flags} must be valid {file_format}, but could not be read: {reason}") from error
+        if file_format != "parquet":
+            with Path(path).open(encoding="utf-8") as file:
+                for _ in file:  # raises a UnicodeDecodeError, which pyarrow does not
+                    pass
+        features = csv_features(path) if file_format == "csv" else None
+        settings = {"data_files": {split: path}, "split": split, "cache_dir": cache_dir, "features": features}
+        return datasets.load_dataset(file_format, **settings)
+    except (DatasetsError, ArrowInvalid, ValueError) as error:
+        cause = error.__cause__ or error
+        fixes = {UnicodeDecodeError: ": convert it to UTF-8", ParserError: ": put quotes around fields with commas"}
+        reason = f"could not be read: {str(cause).strip()}{fixes.get(type(cause), '')}."
+        raise ValueError(f"--{split}_file {path} must be valid {file_format}, but {reason}") from error
+
+
+def csv_features(path: str) -> datasets.Features:
+    """Types of the columns of a csv file: text, so that 007 stays 007. Raises a ValueError if they are not clear."""
+    names = pandas.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
+    if len(names) == 1 and (found := re.search(r"[;\t|]", names.iloc[0])):
+        raise ValueError(f"the delimiter seems to be {found[0]!r}: separate the fields with commas")
+    if names.duplicated().any():
+        raise ValueError(f"several columns are named {names[names.duplicated()].iloc[0]!r}: rename them")
+    first = pandas.read_csv(path, nrows=1, dtype=str)
+    if first.empty:
+        raise ValueError("there are no rows below the first line, which names the columns")
+    if not isinstance(first.index, pandas.RangeIndex):
+        raise ValueError("rows have more fields than the first line: put quotes around fields with commas")
+    return datasets.Features({column: datasets.Value("string") for column in first.columns})
 
 
 def load_folders(folders: dict[str, str], cache_dir: str | None) -> Datasets:
@@ -283,15 +319,37 @@ def choose_splits(splits: Datasets, arguments: ScriptArguments, training: Traini
     return data
 
 
-def find_column(rows: datasets.Dataset, name: str | None, defaults: tuple[str, ...], flag: str) -> str:
+def find_column(rows: datasets.Dataset, use: str, name: str | None, defaults: tuple[str, ...], flag: str) -> str:
     """The column `name`, the value of `flag`; if that is None, the first of `defaults` that exists."""
     columns = rows.column_names
-    if name is not None and name not in columns:
-        raise ValueError(f"{flag} must be one of the columns {columns}, but is {name!r}.")
-    for column in (name, *defaults):
+    for column in defaults if name is None else (name,):
         if column in columns:
             return column
-    raise ValueError(f"The data must have a column {' or '.join(map(repr, defaults))}, but has {columns}: pass {flag}.")
+    names = " or ".join(map(repr, defaults if name is None else (name,)))
+    raise ValueError(f"The {use} data must have a column {names}, but has {columns}: {column_fix(rows, flag)}.")
+
+
+def column_fix(rows: datasets.Dataset, flags: str) -> str:
+    """What to do if the data have other columns, which may be named by flags."""
+    for column, feature in rows.features.items():
+        if len(rows) == 1 and isinstance(getattr(feature, "feature", None), dict):
+            return f"write only the rows into the file, which seem to be the list {column!r}"
+    return f"pass {flags}, or write the names of the columns into the first line of a csv file that has none"
+
+
+def validate_images(rows: datasets.Dataset, use: str, column: str) -> None:
+    """Raise a ValueError if images are missing; files are looked for, but not read."""
+    images = []
+    if rows.data.column(column).null_count or isinstance(rows.features[column], datasets.Value):
+        images = rows.cast_column(column, datasets.Image(decode=False))[column]
+    for image in images:
+        path = (image or {}).get("path")
+        exists = path is not None and ("://" in path or Path(path).is_file())
+        if image is None or (image["bytes"] is None and not exists):
+            raise ValueError(
+                f"{column!r} of the {use} data must contain images or paths of images, but has {path!r}: correct the "
+                "path, which starts at the current folder if it is relative, or remove the row."
+            )
 
 
 def augment(image: Image.Image, arguments: ScriptArguments) -> Image.Image:
@@ -314,47 +372,120 @@ def find_label_column(data: Datasets, arguments: ScriptArguments) -> str | None:
     name, defaults = arguments.label_column_name, ("label", "labels")
     for use, rows in data.items():
         if use != "predict" or not {name, *defaults}.isdisjoint(rows.column_names):
-            return find_column(rows, name, defaults, "--label_column_name")
+            return find_column(rows, use, name, defaults, "--label_column_name")
     return None
 
 
-def distinct_labels(rows: datasets.Dataset, label_column: str) -> set[Any]:
-    """The distinct labels, with None if any is missing, which is −1 among the ids of classes."""
-    values, feature = rows.with_format(None)[label_column], rows.features[label_column]
-    missing = -1 if isinstance(feature, datasets.ClassLabel) else None
-    return {None if value == missing else value for value in values}
-
-
 def drop_missing_labels(data: Datasets, label_column: str | None) -> Datasets:
-    """Drop the labels for `--do_predict` if any is missing; missing labels in other data are an error."""
+    """Drop the labels for `--do_predict` if any is missing; missing or other labels in other data are an error."""
     for use, rows in data.items():
-        if label_column in rows.column_names and None in distinct_labels(rows, label_column):
-            if use != "predict":
-                raise ValueError(f"The {use} data has rows without a label in {label_column!r}: remove these rows.")
+        if label_column not in rows.column_names:
+            continue
+        labels, feature = rows.with_format(None)[label_column][:], rows.features[label_column]
+        missing = sum(lacks_label(label, feature) for label in labels)
+        if missing and use == "predict":
             data = {**data, use: rows.remove_columns(label_column)}
+        elif missing:
+            raise ValueError(
+                f"{missing:,} of {len(rows):,} rows of the {use} data have no label in {label_column!r}: remove these "
+                "rows. In csv files NA, None, null and nan are none either: use another word for such a label."
+            )
+        for label in labels:
+            if not (lacks_label(label, feature) or is_label(label, feature)):
+                raise ValueError(f"{label_column!r} of the {use} data has {reprlib.repr(label)}: {LABELS}.")
     return data
 
 
-def head_settings(rows: datasets.Dataset, label_column: str) -> dict[str, Any]:
-    """Settings of the labels in the config of the model; the ids are those of the dataset, or in sorted order."""
-    feature = rows.features[label_column]
+def lacks_label(label: Any, feature: Any) -> bool:
+    """Whether a label, or one in a list, is missing: None, not a number, blank, or −1 among the ids of classes."""
+    if isinstance(label, list):
+        return any(lacks_label(one, getattr(feature, "feature", None)) for one in label)
     if isinstance(feature, datasets.ClassLabel):
-        names = feature.names
-    else:
-        names = [str(label) for label in sorted(distinct_labels(rows, label_column))]
+        return label in (None, -1)
+    return label is None or label != label or not str(label).strip()
+
+
+LABELS = "a label must be a name or a whole number"
+
+
+def is_label(label: Any, feature: Any) -> bool:
+    return isinstance(label, (str, int)) or (isinstance(label, float) and label.is_integer())
+
+
+def flat_labels(rows: datasets.Dataset, label_column: str) -> tuple[list[Any], Any]:
+    """The labels of all rows, and their type."""
+    return rows.with_format(None)[label_column][:], rows.features[label_column]
+
+
+def head_settings(rows: datasets.Dataset, label_column: str) -> dict[str, Any]:
+    """Settings of the labels in the config of the model."""
+    names = label_names(rows, label_column)
     ids = {"label2id": {name: number for number, name in enumerate(names)}, "id2label": dict(enumerate(names))}
     return {"num_labels": len(names), **ids, "problem_type": "single_label_classification"}
 
 
-def label_id(label: Any, feature: Any, label2id: dict[str, int]) -> int:
-    """Id of a label in the model: that of its name, or else the label itself, as for LABEL_0, LABEL_1, ..."""
-    name = feature.names[label] if isinstance(feature, datasets.ClassLabel) else str(label)
+def all_same(labels: Iterable[Any]) -> bool:
+    return len({str(label).strip() for label in labels}) == 1
+
+
+def label_names(rows: datasets.Dataset, label_column: str) -> list[str]:
+    """Names of the labels, in the order of their ids: that of the dataset, or by number, or by alphabet."""
+    labels, feature = flat_labels(rows, label_column)
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names
+    names = {label_name(label, feature) for label in labels}
+    if all_same(rows[label_column]):
+        raise ValueError(
+            f"All rows of the train data ({len(rows):,}) have the label {sorted(names)} in {label_column!r}: "
+            "name another column, or pass --shuffle_train_dataset if --max_train_samples takes only the first rows."
+        )
+    for lower, count in Counter(map(str.lower, names)).items():
+        if count > 1:
+            same = sorted(name for name in names if name.lower() == lower)
+            logger.warning(f"{same} in {label_column!r} are learned as different labels: if they are one, rename them.")
+    numbers = {name: as_number(name) for name in names}
+    return sorted(names, key=(lambda name: name) if None in numbers.values() else (lambda name: (numbers[name], name)))
+
+
+def as_number(label: Any) -> int | float | None:
+    """A label as a number, also if it is a number written as text; else None."""
+    if isinstance(label, (int, float)):
+        return None if isinstance(label, bool) else label
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(label)
+    return None
+
+
+def label_name(label: Any, feature: Any) -> str:
+    return feature.names[label] if isinstance(feature, datasets.ClassLabel) else str(label).strip()
+
+
+def label_id(label: Any, feature: Any, label2id: dict[str, int]) -> int | None:
+    """Id of a label in the model: that of its name, or, as for LABEL_0, a number that is no name; or else None."""
+    name = label_name(label, feature)
     if name in label2id:
         return label2id[name]
-    if isinstance(label, int) and 0 <= label < len(label2id):
-        return label
-    labels = list(label2id)[:20]
-    raise ValueError(f"The data has the label {name!r}, but the model only has the labels {labels}: remove these rows.")
+    number = int(name) if name.isdecimal() else label
+    known = isinstance(number, int) and 0 <= number < len(label2id) and not any(map(str.isdecimal, label2id))
+    return number if known else None
+
+
+def validate_known_labels(data: Datasets, label_column: str | None, label2id: dict[str, int]) -> None:
+    for use, rows in data.items():
+        if label_column in rows.column_names:
+            labels, feature = flat_labels(rows, label_column)
+            unknown = {
+                label_name(label, feature): count
+                for label, count in Counter(labels).items()
+                if label_id(label, feature, label2id) is None
+            }
+            if unknown:
+                raise ValueError(
+                    f"The {use} data has labels in {label_column!r} that the model does not have, by number of rows "
+                    f"{reprlib.repr(unknown)}; those of the model are {list(label2id)[:20]}: remove these rows, or "
+                    "train on such rows, too."
+                )
 
 
 # ---- model and image processor --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import math
 import re
+import reprlib
 import sys
 import sysconfig
 import time
@@ -32,9 +33,11 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import datasets
+import pandas
 import torch
 import transformers
 from datasets.exceptions import DatasetsError
+from pandas.errors import ParserError
 from pyarrow import ArrowInvalid
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -250,21 +253,48 @@ def load(arguments: ScriptArguments) -> Datasets:
 
 
 def load_files(files: dict[str, str], cache_dir: str | None) -> Datasets:
+    """Load a file for each split, which may differ in their formats and further columns."""
     for split, path in files.items():
-        if Path(path).suffix not in FORMATS:
+        if Path(path).suffix.lower() not in FORMATS:
             raise ValueError(f"--{split}_file must be a csv, json, jsonl or parquet file, but is {path!r}: convert it.")
         if not Path(path).is_file():
             raise ValueError(f"--{split}_file must be a file, but {path!r} does not exist: check the path.")
-        if Path(path).stat().st_size == 0:
-            raise ValueError(f"--{split}_file must contain examples, but {path!r} is empty.")
-    file_format, *others = {FORMATS[Path(path).suffix] for path in files.values()}
-    if others:
-        raise ValueError(f"All data files must have the same format, but are {list(files.values())}: convert them.")
+        with Path(path).open("rb") as file:
+            if not any(line.strip() for line in file):
+                raise ValueError(f"--{split}_file must contain examples, but {path!r} is empty.")
+    return {split: load_file(split, path, cache_dir) for split, path in files.items()}
+
+
+def load_file(split: str, path: str, cache_dir: str | None) -> datasets.Dataset:
+    file_format = FORMATS[Path(path).suffix.lower()]
     try:
-        return datasets.load_dataset(file_format, data_files=files, cache_dir=cache_dir)
-    except (DatasetsError, ArrowInvalid) as error:
-        flags, reason = " ".join(f"--{split}_file {path}" for split, path in files.items()), error.__cause__ or error
-        raise ValueError(f"{flags} must be valid {file_format}, but could not be read: {reason}") from error
+        if file_format != "parquet":
+            with Path(path).open(encoding="utf-8") as file:
+                for _ in file:  # raises a UnicodeDecodeError, which pyarrow does not
+                    pass
+        features = csv_features(path) if file_format == "csv" else None
+        settings = {"data_files": {split: path}, "split": split, "cache_dir": cache_dir, "features": features}
+        return datasets.load_dataset(file_format, **settings)
+    except (DatasetsError, ArrowInvalid, ValueError) as error:
+        cause = error.__cause__ or error
+        fixes = {UnicodeDecodeError: ": convert it to UTF-8", ParserError: ": put quotes around fields with commas"}
+        reason = f"could not be read: {str(cause).strip()}{fixes.get(type(cause), '')}."
+        raise ValueError(f"--{split}_file {path} must be valid {file_format}, but {reason}") from error
+
+
+def csv_features(path: str) -> datasets.Features:
+    """Types of the columns of a csv file: text, so that 007 stays 007. Raises a ValueError if they are not clear."""
+    names = pandas.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
+    if len(names) == 1 and (found := re.search(r"[;\t|]", names.iloc[0])):
+        raise ValueError(f"the delimiter seems to be {found[0]!r}: separate the fields with commas")
+    if names.duplicated().any():
+        raise ValueError(f"several columns are named {names[names.duplicated()].iloc[0]!r}: rename them")
+    first = pandas.read_csv(path, nrows=1, dtype=str)
+    if first.empty:
+        raise ValueError("there are no rows below the first line, which names the columns")
+    if not isinstance(first.index, pandas.RangeIndex):
+        raise ValueError("rows have more fields than the first line: put quotes around fields with commas")
+    return datasets.Features({column: datasets.Value("string") for column in first.columns})
 
 
 def choose_splits(splits: Datasets, arguments: ScriptArguments, training: TrainingArguments) -> Datasets:
@@ -289,15 +319,25 @@ def choose_splits(splits: Datasets, arguments: ScriptArguments, training: Traini
     return data
 
 
-def find_column(rows: datasets.Dataset, name: str | None, defaults: tuple[str, ...], flag: str) -> str:
+def find_column(rows: datasets.Dataset, use: str, name: str | None, defaults: tuple[str, ...], flag: str) -> str:
     """The column `name`, the value of `flag`; if that is None, the first of `defaults` that exists."""
     columns = rows.column_names
-    if name is not None and name not in columns:
-        raise ValueError(f"{flag} must be one of the columns {columns}, but is {name!r}.")
-    for column in (name, *defaults):
+    for column in defaults if name is None else (name,):
         if column in columns:
             return column
-    raise ValueError(f"The data must have a column {' or '.join(map(repr, defaults))}, but has {columns}: pass {flag}.")
+    names = " or ".join(map(repr, defaults if name is None else (name,)))
+    raise ValueError(f"The {use} data must have a column {names}, but has {columns}: {column_fix(rows, flag)}.")
+
+
+def column_fix(rows: datasets.Dataset, flags: str) -> str:
+    """What to do if the data have other columns, which may be named by flags."""
+    for column, feature in rows.features.items():
+        if len(rows) == 1 and isinstance(getattr(feature, "feature", None), dict):
+            return f"write only the rows into the file, which seem to be the list {column!r}"
+    return f"pass {flags}, or write the names of the columns into the first line of a csv file that has none"
+
+
+CHATS = "Apply the chat template of the model to conversations, or train on them with SFTTrainer of TRL."
 
 
 def select_texts(rows: datasets.Dataset, use: str, arguments: ScriptArguments) -> datasets.Dataset:
@@ -309,15 +349,17 @@ def select_texts(rows: datasets.Dataset, use: str, arguments: ScriptArguments) -
             "--text_column_name must not be combined with --prompt_column_name or --completion_column_name."
         )
     if prompt or completion or (text is None and "prompt" in rows.column_names):
-        columns = {"prompt": find_column(rows, prompt, ("prompt",), "--prompt_column_name")}
+        columns = {"prompt": find_column(rows, use, prompt, ("prompt",), "--prompt_column_name")}
         if use != "predict":
-            columns["completion"] = find_column(rows, completion, ("completion",), "--completion_column_name")
+            columns["completion"] = find_column(rows, use, completion, ("completion",), "--completion_column_name")
     elif text or "text" in rows.column_names:
-        columns = {"prompt" if use == "predict" else "text": find_column(rows, text, ("text",), "--text_column_name")}
+        found = find_column(rows, use, text, ("text",), "--text_column_name")
+        columns = {"prompt" if use == "predict" else "text": found}
     else:
+        flags = "--prompt_column_name and --completion_column_name, or --text_column_name"
         raise ValueError(
             f"The {use} data must have the columns 'prompt' and 'completion', or 'text', but has {rows.column_names}: "
-            "name others with --prompt_column_name and --completion_column_name, or with --text_column_name."
+            f"{column_fix(rows, flags)}. {CHATS}"
         )
     for column in columns.values():
         validate_texts(rows, column, use)
@@ -326,14 +368,21 @@ def select_texts(rows: datasets.Dataset, use: str, arguments: ScriptArguments) -
 
 
 def validate_texts(rows: datasets.Dataset, column: str, use: str) -> None:
-    if not isinstance(rows.features[column], datasets.Value):
+    texts = rows.with_format(None)[column][:]
+    allowed = (str, int, float) if isinstance(rows.features[column], datasets.Value) else str
+    wrong = [text for text in texts if text is not None and not isinstance(text, allowed)]
+    if wrong:
         raise ValueError(
-            f"The column {column!r} of the {use} data must contain texts, but contains {rows.features[column]}: apply "
-            "the chat template of the model to conversations, or train on them with SFTTrainer of TRL."
+            f"The column {column!r} of the {use} data must contain texts, but has {reprlib.repr(wrong[0])}: write it "
+            f"as text. {CHATS}"
         )
-    for index, value in enumerate(rows[column]):
-        if value is None or (use == "predict" and value == ""):
-            raise ValueError(f"Row {index} of the {use} data has no text in the column {column!r}: remove the row.")
+    missing = [i for i, text in enumerate(texts) if text is None or text != text or (use == "predict" and text == "")]
+    if missing:
+        raise ValueError(
+            f"{len(missing):,} of {len(rows):,} rows of the {use} data have no text in the column {column!r}, the "
+            f"first of them row {missing[0]}: remove these rows. In csv files NA, None, null and nan are none either: "
+            "use a json file for such texts."
+        )
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

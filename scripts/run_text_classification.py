@@ -10,17 +10,21 @@ Without arguments, it trains a small BERT from scratch to classify docstrings by
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import re
+import reprlib
 import sys
 import sysconfig
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -28,9 +32,11 @@ from typing import Any, Literal, get_type_hints
 import datasets
 import evaluate
 import numpy as np
+import pandas
 import torch
 import transformers
 from datasets.exceptions import DatasetsError
+from pandas.errors import ParserError
 from pyarrow import ArrowInvalid
 from sklearn.metrics import accuracy_score, f1_score, mean_squared_error
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -86,7 +92,7 @@ class ScriptArguments:
 
     text_column_names: str | None = HfArg(default=None, help="Columns, by commas. Default: text or sentence.")
     text_column_delimiter: str = HfArg(default=" ", help="Separator to join the texts of several columns with.")
-    label_column_name: str | None = HfArg(default=None, help="Column of the labels. Default: label or labels.")
+    label_column_name: str | None = HfArg(default=None, help="Column of the labels, or several of 0 and 1, by commas.")
     do_regression: bool = HfArg(default=None, help="Predict numbers (regression). Default: if the labels are floats.")
     metric_name: str | None = HfArg(default=None, help="Metric of `evaluate`. Default: accuracy, F1; of numbers, MSE.")
     max_seq_length: int = HfArg(default=128, help="Maximum length of a text in tokens; longer texts are truncated.")
@@ -152,17 +158,19 @@ def main(argv: list[str] | None = None) -> Trainer:
 
     splits = docstrings() if uses_embedded_data(arguments) else load(arguments)
     data = choose_splits(splits, arguments, training)
-    names = [None] if arguments.text_column_names is None else arguments.text_column_names.split(",")
-    for rows in data.values():
-        text_columns = [find_column(rows, name, ("text", "sentence"), "--text_column_names") for name in names]
+    names = [None] if arguments.text_column_names is None else re.split(r" *, *", arguments.text_column_names)
+    for use, rows in data.items():
+        text_columns = [find_column(rows, use, name, ("text", "sentence"), "--text_column_names") for name in names]
+        validate_texts(rows, use, text_columns)
+    data = join_label_columns(data, arguments)
     label_column = find_label_column(data, arguments)
+    data = drop_missing_labels(data, label_column)
     problem_type = find_problem_type(data, label_column, arguments)
-    if problem_type != "regression":
-        data = drop_missing_labels(data, label_column)
 
     def texts_of(batch: Any) -> list[str]:
         rows = zip(*(batch[column] for column in text_columns), strict=True)
-        return [arguments.text_column_delimiter.join(map(str, row)) for row in rows]
+        join = arguments.text_column_delimiter.join
+        return [join(str(text) for text in row if not is_missing(text)) for row in rows]
 
     tokenizer = load_tokenizer(arguments, texts_of(data["train"]) if training.do_train else None)
     head = {}  # without training, the labels are those of the saved model
@@ -171,6 +179,8 @@ def main(argv: list[str] | None = None) -> Trainer:
     config = load_config(arguments, tokenizer, head)
     model = load_model(arguments, config)
     problem_type = config.problem_type or problem_type
+    if problem_type != "regression":
+        validate_known_labels(data, label_column, config.label2id)
 
     def tokenize(batch: Any, feature: Any) -> dict[str, list[Any]]:
         padding = "max_length" if arguments.pad_to_max_length else False
@@ -238,21 +248,48 @@ def load(arguments: ScriptArguments) -> Datasets:
 
 
 def load_files(files: dict[str, str], cache_dir: str | None) -> Datasets:
+    """Load a file for each split, which may differ in their formats and further columns."""
     for split, path in files.items():
-        if Path(path).suffix not in FORMATS:
+        if Path(path).suffix.lower() not in FORMATS:
             raise ValueError(f"--{split}_file must be a csv, json, jsonl or parquet file, but is {path!r}: convert it.")
         if not Path(path).is_file():
             raise ValueError(f"--{split}_file must be a file, but {path!r} does not exist: check the path.")
-        if Path(path).stat().st_size == 0:
-            raise ValueError(f"--{split}_file must contain examples, but {path!r} is empty.")
-    file_format, *others = {FORMATS[Path(path).suffix] for path in files.values()}
-    if others:
-        raise ValueError(f"All data files must have the same format, but are {list(files.values())}: convert them.")
+        with Path(path).open("rb") as file:
+            if not any(line.strip() for line in file):
+                raise ValueError(f"--{split}_file must contain examples, but {path!r} is empty.")
+    return {split: load_file(split, path, cache_dir) for split, path in files.items()}
+
+
+def load_file(split: str, path: str, cache_dir: str | None) -> datasets.Dataset:
+    file_format = FORMATS[Path(path).suffix.lower()]
     try:
-        return datasets.load_dataset(file_format, data_files=files, cache_dir=cache_dir)
-    except (DatasetsError, ArrowInvalid) as error:
-        flags, reason = " ".join(f"--{split}_file {path}" for split, path in files.items()), error.__cause__ or error
-        raise ValueError(f"{flags} must be valid {file_format}, but could not be read: {reason}") from error
+        if file_format != "parquet":
+            with Path(path).open(encoding="utf-8") as file:
+                for _ in file:  # raises a UnicodeDecodeError, which pyarrow does not
+                    pass
+        features = csv_features(path) if file_format == "csv" else None
+        settings = {"data_files": {split: path}, "split": split, "cache_dir": cache_dir, "features": features}
+        return datasets.load_dataset(file_format, **settings)
+    except (DatasetsError, ArrowInvalid, ValueError) as error:
+        cause = error.__cause__ or error
+        fixes = {UnicodeDecodeError: ": convert it to UTF-8", ParserError: ": put quotes around fields with commas"}
+        reason = f"could not be read: {str(cause).strip()}{fixes.get(type(cause), '')}."
+        raise ValueError(f"--{split}_file {path} must be valid {file_format}, but {reason}") from error
+
+
+def csv_features(path: str) -> datasets.Features:
+    """Types of the columns of a csv file: text, so that 007 stays 007. Raises a ValueError if they are not clear."""
+    names = pandas.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
+    if len(names) == 1 and (found := re.search(r"[;\t|]", names.iloc[0])):
+        raise ValueError(f"the delimiter seems to be {found[0]!r}: separate the fields with commas")
+    if names.duplicated().any():
+        raise ValueError(f"several columns are named {names[names.duplicated()].iloc[0]!r}: rename them")
+    first = pandas.read_csv(path, nrows=1, dtype=str)
+    if first.empty:
+        raise ValueError("there are no rows below the first line, which names the columns")
+    if not isinstance(first.index, pandas.RangeIndex):
+        raise ValueError("rows have more fields than the first line: put quotes around fields with commas")
+    return datasets.Features({column: datasets.Value("string") for column in first.columns})
 
 
 def choose_splits(splits: Datasets, arguments: ScriptArguments, training: TrainingArguments) -> Datasets:
@@ -277,15 +314,46 @@ def choose_splits(splits: Datasets, arguments: ScriptArguments, training: Traini
     return data
 
 
-def find_column(rows: datasets.Dataset, name: str | None, defaults: tuple[str, ...], flag: str) -> str:
+def find_column(rows: datasets.Dataset, use: str, name: str | None, defaults: tuple[str, ...], flag: str) -> str:
     """The column `name`, the value of `flag`; if that is None, the first of `defaults` that exists."""
     columns = rows.column_names
-    if name is not None and name not in columns:
-        raise ValueError(f"{flag} must be one of the columns {columns}, but is {name!r}.")
-    for column in (name, *defaults):
+    for column in defaults if name is None else (name,):
         if column in columns:
             return column
-    raise ValueError(f"The data must have a column {' or '.join(map(repr, defaults))}, but has {columns}: pass {flag}.")
+    names = " or ".join(map(repr, defaults if name is None else (name,)))
+    raise ValueError(f"The {use} data must have a column {names}, but has {columns}: {column_fix(rows, flag)}.")
+
+
+def column_fix(rows: datasets.Dataset, flags: str) -> str:
+    """What to do if the data have other columns, which may be named by flags."""
+    for column, feature in rows.features.items():
+        if len(rows) == 1 and isinstance(getattr(feature, "feature", None), dict):
+            return f"write only the rows into the file, which seem to be the list {column!r}"
+    return f"pass {flags}, or write the names of the columns into the first line of a csv file that has none"
+
+
+def validate_texts(rows: datasets.Dataset, use: str, columns: list[str]) -> None:
+    """Warn of missing texts, which are read as empty ones; raise a ValueError if all are, or if one is no text."""
+    for column in columns:
+        texts = rows.with_format(None)[column][:]
+        missing = sum(is_missing(text) or not str(text).strip() for text in texts)
+        if missing == len(texts):
+            raise ValueError(f"{column!r} of the {use} data has no texts: name other columns with --text_column_names.")
+        if missing:
+            logger.warning(
+                f"{missing:,} of {len(texts):,} rows of the {use} data have no text in {column!r} (in csv files, NA, "
+                "None, null and nan are none either), which is read as an empty text."
+            )
+        for text in texts:
+            if not (is_missing(text) or isinstance(text, (str, int, float))):
+                raise ValueError(
+                    f"{column!r} of the {use} data must contain texts, but has {reprlib.repr(text)}: write one text "
+                    "per row, or name other columns with --text_column_names."
+                )
+
+
+def is_missing(value: Any) -> bool:
+    return value is None or value != value  # not a number
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -296,48 +364,121 @@ def find_label_column(data: Datasets, arguments: ScriptArguments) -> str | None:
     name, defaults = arguments.label_column_name, ("label", "labels")
     for use, rows in data.items():
         if use != "predict" or not {name, *defaults}.isdisjoint(rows.column_names):
-            return find_column(rows, name, defaults, "--label_column_name")
+            return find_column(rows, use, name, defaults, "--label_column_name")
     return None
 
 
-def find_problem_type(data: Datasets, label_column: str | None, arguments: ScriptArguments) -> str:
-    """`problem_type` of the model's config, from `--do_regression` or the type of the labels."""
-    feature = next(iter(data.values())).features.get(label_column)
-    has_floats = getattr(feature, "dtype", "").startswith("float")
-    if arguments.do_regression or (arguments.do_regression is None and has_floats):
-        return "regression"
-    return "multi_label_classification" if isinstance(feature, datasets.List) else "single_label_classification"
-
-
-def distinct_labels(rows: datasets.Dataset, label_column: str) -> set[Any]:
-    """The distinct labels, with None if any is missing, which is −1 among the ids of classes."""
-    values, feature = rows.with_format(None)[label_column], rows.features[label_column]
-    if isinstance(feature, datasets.List):
-        values = [label for labels in values for label in ([None] if labels is None else labels)]
-    missing = -1 if isinstance(feature, datasets.ClassLabel) else None
-    return {None if value == missing else value for value in values}
-
-
-def drop_missing_labels(data: Datasets, label_column: str | None) -> Datasets:
-    """Drop the labels for `--do_predict` if any is missing; missing labels in other data are an error."""
-    for use, rows in data.items():
-        if label_column in rows.column_names and None in distinct_labels(rows, label_column):
-            if use != "predict":
-                raise ValueError(f"The {use} data has rows without a label in {label_column!r}: remove these rows.")
-            data = {**data, use: rows.remove_columns(label_column)}
+def join_label_columns(data: Datasets, arguments: ScriptArguments) -> Datasets:
+    """Join the columns a and b of 0 and 1 in `--label_column_name a,b` to one column "a,b" of lists of labels."""
+    name = arguments.label_column_name or ""
+    labels = [label.strip() for label in name.split(",")]
+    feature = datasets.List(datasets.ClassLabel(names=labels))
+    for use, rows in data.items() if len(labels) > 1 else ():
+        if name in rows.column_names or (use == "predict" and not set(labels) <= set(rows.column_names)):
+            continue
+        columns = [find_column(rows, use, label, (), "--label_column_name") for label in labels]
+        present = [[is_present(value, label, use) for value in rows.with_format(None)[label]] for label in columns]
+        lists = [None if None in row else list(np.flatnonzero(row)) for row in zip(*present, strict=True)]
+        data = {**data, use: rows.add_column(name, lists, feature=feature)}
     return data
 
 
+def is_present(value: Any, label: str, use: str) -> bool | None:
+    """Whether the column of a label has 1, and not 0; None if it has nothing."""
+    if is_missing(value):
+        return None
+    present = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+    if str(value).strip().lower() not in present:
+        raise ValueError(
+            f"{label!r} of the {use} data must be 0 or 1, as one of the columns of several labels, but is {value!r}: "
+            "correct or remove the row."
+        )
+    return present[str(value).strip().lower()]
+
+
+def find_problem_type(data: Datasets, label_column: str | None, arguments: ScriptArguments) -> str:
+    """`problem_type` of the model's config, from `--do_regression` or the labels, which may be numbers as text."""
+    use, rows = next(iter(data.items()))
+    feature = rows.features.get(label_column)
+    if isinstance(feature, LISTS):
+        if arguments.do_regression:
+            raise ValueError(f"--do_regression needs a number in {label_column!r}, which has lists: remove the flag.")
+        return "multi_label_classification"
+    if arguments.do_regression is not None:
+        return "regression" if arguments.do_regression else "single_label_classification"
+    if feature is None or isinstance(feature, datasets.ClassLabel):
+        return "single_label_classification"
+    numbers = {as_number(label) for label in rows.with_format(None)[label_column]}
+    if None in numbers or not any(isinstance(number, float) for number in numbers):
+        return "single_label_classification"
+    if use == "train" and all(float(number).is_integer() for number in numbers):
+        raise ValueError(
+            f"{label_column!r} has whole numbers, written as floats, such as {reprlib.repr(sorted(numbers))}: pass "
+            "--do_regression true to predict numbers, or --do_regression false if they stand for classes."
+        )
+    return "regression"
+
+
+LISTS = (datasets.List, datasets.LargeList)
+LABELS = (
+    "a label must be a name or a number, or in every row a list of the names that apply, in a json or parquet file; or "
+    "pass columns of 0 and 1 as --label_column_name a,b"
+)
+
+
+def is_label(label: Any, feature: Any) -> bool:
+    if isinstance(label, list):
+        named = isinstance(feature, LISTS) and all(isinstance(one, (str, int)) for one in label)
+        return named and not (set(label) <= {0, 1} and len(label) > 2)
+    number = isinstance(label, (int, float)) and math.isfinite(label)
+    return number or (isinstance(label, str) and not re.match(r"\s*\[['\"\d]", label))
+
+
+def flat_labels(rows: datasets.Dataset, label_column: str) -> tuple[list[Any], Any]:
+    """The labels of all rows, one after the other, and their type."""
+    labels, feature = rows.with_format(None)[label_column][:], rows.features[label_column]
+    if isinstance(feature, LISTS):
+        return [label for row in labels for label in row], feature.feature
+    return labels, feature
+
+
+def drop_missing_labels(data: Datasets, label_column: str | None) -> Datasets:
+    """Drop the labels for `--do_predict` if any is missing; missing or other labels in other data are an error."""
+    for use, rows in data.items():
+        if label_column not in rows.column_names:
+            continue
+        labels, feature = rows.with_format(None)[label_column][:], rows.features[label_column]
+        missing = sum(lacks_label(label, feature) for label in labels)
+        if missing and use == "predict":
+            data = {**data, use: rows.remove_columns(label_column)}
+        elif missing:
+            raise ValueError(
+                f"{missing:,} of {len(rows):,} rows of the {use} data have no label in {label_column!r}: remove these "
+                "rows. In csv files NA, None, null and nan are none either: use another word for such a label."
+            )
+        for label in labels:
+            if not (lacks_label(label, feature) or is_label(label, feature)):
+                raise ValueError(f"{label_column!r} of the {use} data has {reprlib.repr(label)}: {LABELS}.")
+    return data
+
+
+def lacks_label(label: Any, feature: Any) -> bool:
+    """Whether a label, or one in a list, is missing: None, not a number, blank, or −1 among the ids of classes."""
+    if isinstance(label, list):
+        return any(lacks_label(one, getattr(feature, "feature", None)) for one in label)
+    if isinstance(feature, datasets.ClassLabel):
+        return label in (None, -1)
+    return label is None or label != label or not str(label).strip()
+
+
 def head_settings(rows: datasets.Dataset, label_column: str, problem_type: str) -> dict[str, Any]:
-    """Settings of the labels in the config of the model; the ids are those of the dataset, or in sorted order."""
-    feature = rows.features[label_column]
-    feature = feature.feature if isinstance(feature, datasets.List) else feature
-    if problem_type == "regression":
-        names = ["value"]
-    elif isinstance(feature, datasets.ClassLabel):
-        names = feature.names
-    else:
-        names = [str(label) for label in sorted(distinct_labels(rows, label_column))]
+    """Settings of the labels in the config of the model."""
+    names = ["value"] if problem_type == "regression" else label_names(rows, label_column)
+    if problem_type == "multi_label_classification" and all(len(labels) == 1 for labels in rows[label_column]):
+        logger.warning(
+            f"All lists in {label_column!r} have one label, and are learned as lists of any length: write the label "
+            "without a list if there is always one."
+        )
     ids = {"label2id": {name: number for number, name in enumerate(names)}, "id2label": dict(enumerate(names))}
     return {"num_labels": len(names), **ids, "problem_type": problem_type}
 
@@ -345,22 +486,79 @@ def head_settings(rows: datasets.Dataset, label_column: str, problem_type: str) 
 def target(label: Any, feature: Any, problem_type: str, label2id: dict[str, int]) -> float | int | list[float]:
     """What the model learns for a label in the data: a number, the id of a class, or 0.0 or 1.0 for each class."""
     if problem_type == "regression":
-        return float(label)
+        number = as_number(label)
+        if number is None or not math.isfinite(number):
+            raise ValueError(f"Labels must be finite numbers for a regression, but one is {label!r}: correct it.")
+        return float(number)
     if problem_type == "single_label_classification":
         return label_id(label, feature, label2id)
     ids = {label_id(one, feature.feature, label2id) for one in label}
     return [float(number in ids) for number in range(len(label2id))]
 
 
-def label_id(label: Any, feature: Any, label2id: dict[str, int]) -> int:
-    """Id of a label in the model: that of its name, or else the label itself, as for LABEL_0, LABEL_1, ..."""
-    name = feature.names[label] if isinstance(feature, datasets.ClassLabel) else str(label)
+def all_same(labels: Iterable[Any]) -> bool:
+    rows = (map(str, label) if isinstance(label, list) else [str(label)] for label in labels)
+    return len({frozenset(map(str.strip, row)) for row in rows}) == 1
+
+
+def label_names(rows: datasets.Dataset, label_column: str) -> list[str]:
+    """Names of the labels, in the order of their ids: that of the dataset, or by number, or by alphabet."""
+    labels, feature = flat_labels(rows, label_column)
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names
+    names = {label_name(label, feature) for label in labels}
+    if all_same(rows[label_column]):
+        raise ValueError(
+            f"All rows of the train data ({len(rows):,}) have the label {sorted(names)} in {label_column!r}: "
+            "name another column, or pass --shuffle_train_dataset if --max_train_samples takes only the first rows."
+        )
+    for lower, count in Counter(map(str.lower, names)).items():
+        if count > 1:
+            same = sorted(name for name in names if name.lower() == lower)
+            logger.warning(f"{same} in {label_column!r} are learned as different labels: if they are one, rename them.")
+    numbers = {name: as_number(name) for name in names}
+    return sorted(names, key=(lambda name: name) if None in numbers.values() else (lambda name: (numbers[name], name)))
+
+
+def as_number(label: Any) -> int | float | None:
+    """A label as a number, also if it is a number written as text; else None."""
+    if isinstance(label, (int, float)):
+        return None if isinstance(label, bool) else label
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(label)
+    return None
+
+
+def label_name(label: Any, feature: Any) -> str:
+    return feature.names[label] if isinstance(feature, datasets.ClassLabel) else str(label).strip()
+
+
+def label_id(label: Any, feature: Any, label2id: dict[str, int]) -> int | None:
+    """Id of a label in the model: that of its name, or, as for LABEL_0, a number that is no name; or else None."""
+    name = label_name(label, feature)
     if name in label2id:
         return label2id[name]
-    if isinstance(label, int) and 0 <= label < len(label2id):
-        return label
-    labels = list(label2id)[:20]
-    raise ValueError(f"The data has the label {name!r}, but the model only has the labels {labels}: remove these rows.")
+    number = int(name) if name.isdecimal() else label
+    known = isinstance(number, int) and 0 <= number < len(label2id) and not any(map(str.isdecimal, label2id))
+    return number if known else None
+
+
+def validate_known_labels(data: Datasets, label_column: str | None, label2id: dict[str, int]) -> None:
+    for use, rows in data.items():
+        if label_column in rows.column_names:
+            labels, feature = flat_labels(rows, label_column)
+            unknown = {
+                label_name(label, feature): count
+                for label, count in Counter(labels).items()
+                if label_id(label, feature, label2id) is None
+            }
+            if unknown:
+                raise ValueError(
+                    f"The {use} data has labels in {label_column!r} that the model does not have, by number of rows "
+                    f"{reprlib.repr(unknown)}; those of the model are {list(label2id)[:20]}: remove these rows, or "
+                    "train on such rows, too."
+                )
 
 
 # ---- tokenizer and model ---------------------------------------------------------------------------------------------

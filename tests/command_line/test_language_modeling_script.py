@@ -194,12 +194,12 @@ INVALID = {
     "unknown prompt column": (
         dishes(),
         {"prompt_column_name": "q"},
-        "--prompt_column_name must be one of the columns .*, but is 'q'",
+        "must have a column 'q', but has .*: pass --prompt_column_name",
     ),
     "unknown text column": (
         dishes(),
         {"text_column_name": "q"},
-        "--text_column_name must be one of the columns .*, but is 'q'",
+        "must have a column 'q', but has .*: pass --text_column_name",
     ),
     "text and prompt columns": (
         dishes(),
@@ -209,12 +209,13 @@ INVALID = {
     "missing completion": (
         [*dishes(), {"prompt": "a"}],
         {},
-        "Row 12 of the train data has no text in the column 'completion'",
+        "1 of 13 rows of the train data have no text in the column 'completion', the first of them row 12",
     ),
+    "conversations": ([{"messages": row["prompt"]} for row in chats()], {}, r"has \['messages'\]: .* with SFTTrainer"),
     "chat messages": (
         chats(),
         {},
-        r"The column 'prompt' of the train data must contain texts, but contains List.*SFTTrainer",
+        r"The column 'prompt' of the train data must contain texts, but has .*'role'.*SFTTrainer",
     ),
     "long prompts only": (
         dishes(),
@@ -258,7 +259,7 @@ def test_invalid_flags_and_data(tmp_path, tiny_config, case):
 def test_invalid_flags_and_data_for_prediction(tmp_path, tiny_config):
     test = write(tmp_path / "test.json", [{"prompt": "Soup"}, {"prompt": ""}])
     valid = {"test_file": test, "max_new_tokens": 16}
-    with pytest.raises(ValueError, match="Row 1 of the predict data has no text in the column 'prompt'"):
+    with pytest.raises(ValueError, match="1 of 2 rows of the predict data have no text in the column 'prompt'"):
         train(tmp_path, tiny_config, dishes(), "--do_predict", **valid)
     valid["max_predict_samples"] = 1
     with pytest.raises(ValueError, match=r"--max_seq_length plus --max_new_tokens must be at most 64, .*, but is 65"):

@@ -74,10 +74,13 @@ def test_copied_scripts_run_alone(tmp_path, path):
 
 COPIES = {
     ("text_classification", "image_classification", "language_modeling"): (
-        *("load_files", "choose_splits", "find_column", "load_pretrained"),
+        *("load_files", "load_file", "csv_features", "choose_splits", "find_column", "column_fix", "load_pretrained"),
         *("Clock", "train", "save_metrics", "save_predictions", "publish"),
     ),
-    ("text_classification", "image_classification"): ("find_label_column", "drop_missing_labels", "label_id"),
+    ("text_classification", "image_classification"): (
+        *("find_label_column", "drop_missing_labels", "lacks_label", "label_names", "as_number", "label_name"),
+        *("label_id", "validate_known_labels"),
+    ),
     ("text_classification", "language_modeling"): ("load", "definitions"),
 }
 
