@@ -102,14 +102,15 @@ def test_accelerator_config_does_not_affect_training(tmp_path):
     assert tiny.difference(other, plain) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("task", ["single", "regression", "tokens"])
-def test_default_type_float64(tmp_path, task):
+def test_default_types(tmp_path, task, dtype):
     """Models of researchers who set the default type; the state of the sampler stays float32."""
     new = {"single": tiny.opinionated_bert, "regression": lambda: tiny.bert(1), "tokens": tiny.token_bert}[task]
     data = tiny.token_rows(16) if task == "tokens" else tiny.texts(task=task)
     more = {"data_collator": tiny.pad} if task == "tokens" else {}
     settings = {"num_train_epochs": 4, "gradient_accumulation_steps": 2, "more": more}
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         run = tiny.trained(tmp_path / "double", new(), data, save_strategy="epoch", **settings)
         again = tiny.trainer(tmp_path / "double", new(), data, **settings)
@@ -117,7 +118,7 @@ def test_default_type_float64(tmp_path, task):
         run.importance_report(tmp_path / "report")
     finally:
         torch.set_default_dtype(torch.float32)
-    assert next(run.model.parameters()).dtype == torch.float64
+    assert next(run.model.parameters()).dtype == dtype
     assert run.importances.dtype == again.importances.dtype == torch.float32
     assert torch.equal(run.importances, again.importances)
     assert run.importances.isfinite().all()
