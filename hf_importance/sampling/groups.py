@@ -71,15 +71,15 @@ class LengthGroups:
         batches = 1 + (taken - first) // self._batch_size
         start = self._batch_size * (self._choice(draw, batches) if draw else 0)
         chosen = [order[start : start + first]]
-        left = list(torch.cat([order[:start], order[start + first :]]).split(self._batch_size))[: batches - 1]
-        chosen += [left.pop(self._choice(draw + place, batches - place)) for place in range(1, batches)]
+        left = [*torch.cat([order[:start], order[start + first :]]).split(self._batch_size)]
+        chosen += [left.pop(self._choice(draw + place, len(left))) for place in range(1, batches)]
         order = torch.cat(chosen)
         found = self._index[order], self._rate[order]
         self._index, self._rate = self._index[taken:], self._rate[taken:]
         return found
 
     def _choice(self, draw: int, number: int) -> int:
-        """One of so many batches that are left, for this draw."""
+        """The place of one of so many batches, for this draw."""
         return int(np.random.default_rng((self._seed, draw)).random() * number)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from sampling_helpers import SAMPLING_MODES, draws_of, used
 from torch import tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from hf_importance.sampling.groups import LengthGroups, no_visits
+from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import relative_costs
 from hf_importance.sampling.sampler import ImportanceBatchSampler
