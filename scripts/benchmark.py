@@ -10,6 +10,7 @@
     python scripts/benchmark.py draws                # cost of a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # detection of wrong labels
     python scripts/benchmark.py suspects             # training without suspects
+    python scripts/benchmark.py grouping             # texts grouped by length
     python scripts/benchmark.py pages                # update plots and tables of all parts in the README files
     python scripts/benchmark.py picture              # update the picture of a report in the README
 
@@ -38,6 +39,7 @@ from benchmarks import (
     families,
     fine_tuning,
     fine_tuning_tables,
+    grouping,
     label_errors,
     overhead,
     picture,
@@ -67,6 +69,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "draws": (("draws",), draws.tables),
     "label_errors": (("label_errors",), label_errors.tables),
     "suspects": (("suspects",), suspects.tables),
+    "grouping": (("grouping",), grouping.tables),
 }
 """Tables of the pages by name: the files that they are made from, and the function that makes them."""
 
@@ -165,6 +168,13 @@ def run_suspects(arguments: argparse.Namespace) -> str:
     grid = itertools.product(range(1, arguments.seeds + 1), suspects.CASES, arguments.methods)
     points = ((*case, method, seed) for seed, case, method in grid)
     return suspects.tables(_filled(arguments, suspects.KEYS, points, suspects.run))
+
+
+def run_grouping(arguments: argparse.Namespace) -> str:
+    """Run epochs × methods × seeds."""
+    grid = itertools.product(arguments.epochs, range(1, arguments.seeds + 1), arguments.methods)
+    points = ((epochs, method, seed) for epochs, seed, method in grid)
+    return grouping.tables(_filled(arguments, grouping.KEYS, points, grouping.run))
 
 
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
@@ -268,6 +278,9 @@ def new_parser() -> argparse.ArgumentParser:
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
     part = parts.add_parser("suspects", parents=[common], help="training without suspects")
     part.add_argument("--methods", nargs="+", choices=suspects.METHODS, default=list(suspects.METHODS))
+    part = parts.add_parser("grouping", parents=[common], help="texts grouped by length")
+    part.add_argument("--epochs", type=int, nargs="+", default=[2])
+    part.add_argument("--methods", nargs="+", choices=grouping.METHODS, default=list(grouping.METHODS))
     parts.add_parser("pages", help="update plots and tables in the README files")
     parts.add_parser("picture", help="update the picture of a report")
     return parser
@@ -285,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         "label_errors": run_label_errors,
         "seconds": run_seconds,
         "suspects": run_suspects,
+        "grouping": run_grouping,
         "pages": run_pages,
         "picture": run_picture,
     }[arguments.part]

@@ -87,7 +87,7 @@ def new_sampler(run: Any, before: ImportanceBatchSampler | None) -> ImportanceBa
         start, epochs = config.suspects_from, run.effective_epochs
         suspects = SuspectWeights(len(shard), config.suspect_weight, start, epochs, classes)
     if groups_by_length(run):
-        groups = LengthGroups(shard.part(length), batch_size, args.gradient_accumulation_steps, shard.length)
+        groups = LengthGroups(shard.part(length), batch_size, args.gradient_accumulation_steps, shard.length, seed)
     sampler = ImportanceBatchSampler(
         memory,
         batch_size,

@@ -3,33 +3,45 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_importance.sampling.state import read_tensor
 
 _MAX_BATCHES = 50
-_MIN_PARTS = 4  # mega-batches per pass, at least; both limits as in transformers
+_MIN_PARTS = 4  # mega-batches per pass, at least
 
 
 class LengthGroups:
-    """Reorders planned visits like the `LengthGroupedSampler` of transformers; which examples are drawn is unchanged.
+    """Reorders planned visits into batches of similar length; which examples are drawn is unchanged.
 
-    Mega-batches of about 50 batches (a quarter of a pass for small data) are taken in planned order and sorted by
-    length, longest first. The first one of a segment also gets the longest example of the segment, so that running out
-    of memory happens early. Visits that do not fill a batch are kept and come first in the next segment. To size the
-    mega-batches as transformers does, it needs `batches` per step and the number of `examples` on all processes.
+    Mega-batches of about 50 batches (a quarter of a pass for small data) are taken in planned order, sorted by length,
+    longest first, and cut into batches, whose order is random: from the longest to the shortest, as with the
+    `LengthGroupedSampler` of transformers, what a model learns would drift with the length. Only the very first batch
+    is the longest of its mega-batch, so that running out of memory happens early.
+
+    The random number of a draw depends on nothing but the seed and the number of the draw. Processes with the same seed
+    thus draw texts of similar length in the same step, and do not wait for each other.
+
+    Args:
+        length: of the examples, `[examples]`.
+        batch_size: visits per batch.
+        batches: batches per step, on this process.
+        examples: on all processes.
+        seed: the same on all processes.
 
     >>> groups = LengthGroups(torch.tensor([5, 1, 4, 2, 3]), batch_size=2, batches=1, examples=16)
     >>> groups.add(torch.arange(5), torch.ones(5))
-    >>> groups.next_sorted(*no_visits(), least=2)[0], len(groups)
+    >>> groups.next_batches(first=2, draw=0)[0], len(groups)
     (tensor([0, 2, 3, 1]), 1)
     """
 
-    def __init__(self, length: Tensor, batch_size: int, batches: int, examples: int) -> None:
+    def __init__(self, length: Tensor, batch_size: int, batches: int, examples: int, seed: int = 0) -> None:
         step = batch_size * batches
         self.size = step * max(1, min(_MAX_BATCHES, examples // (_MIN_PARTS * step)))
-        self._length, self._batch_size = length, batch_size
+        self.longest = int(length.argmax())
+        self._length, self._batch_size, self._seed = length, batch_size, seed % 2**32
         self._index, self._rate = no_visits()  # not yet sorted
 
     def __len__(self) -> int:
@@ -37,27 +49,38 @@ class LengthGroups:
         return len(self._index)
 
     def add(self, index: Tensor, rate: Tensor) -> None:
-        """Add the planned visits of a segment: examples and rates, `[visits]` each."""
+        """Add planned visits, after those that are there: examples and rates, `[visits]` each."""
         self._index, self._rate = torch.cat([self._index, index]), torch.cat([self._rate, rate])
-        if len(self):  # a segment of few visits may have none
-            length = self._length[self._index]
-            pair = torch.stack([length[: self.size].argmax(), length.argmax()])
-            for column in (self._index, self._rate):
-                column[pair] = column[pair.flip(0)]
 
-    def next_sorted(self, index: Tensor, rate: Tensor, least: int) -> tuple[Tensor, Tensor]:
-        """Sort the next mega-batch together with the rest of the last: whole batches, but at least `least` visits.
+    def take_back(self, index: Tensor, rate: Tensor) -> None:
+        """Add visits that were sorted, but not drawn, before those that are there."""
+        self._index, self._rate = torch.cat([index, self._index]), torch.cat([rate, self._rate])
 
-        The visits are divided evenly, so no mega-batch is smaller than `size` if there are enough.
+    def next_batches(self, first: int, draw: int) -> tuple[Tensor, Tensor]:
+        """The visits of the next mega-batch, batch by batch: examples and rates.
+
+        The visits are divided evenly, so no mega-batch is smaller than [`size`] if there are enough.
+
+        Args:
+            first: visits of the first batch, at most those of a batch and those that are there.
+            draw: number of the draw of the first batch.
         """
-        held = len(self) + len(index)
-        parts = max(1, held // self.size)
-        whole = -(-held // parts) // self._batch_size * self._batch_size
-        taken = max(least, whole) - len(index)
-        index, self._index = torch.cat([index, self._index[:taken]]), self._index[taken:]
-        rate, self._rate = torch.cat([rate, self._rate[:taken]]), self._rate[taken:]
-        order = self._length[index].sort(descending=True, stable=True).indices
-        return index[order], rate[order]
+        share = -(-len(self) // max(1, len(self) // self.size))
+        taken = share - (share - first) % self._batch_size
+        order = self._length[self._index[:taken]].sort(descending=True, stable=True).indices
+        batches = 1 + (taken - first) // self._batch_size
+        start = self._batch_size * (self._choice(draw, batches) if draw else 0)
+        chosen = [order[start : start + first]]
+        left = [*torch.cat([order[:start], order[start + first :]]).split(self._batch_size)]
+        chosen += [left.pop(self._choice(draw + place, len(left))) for place in range(1, batches)]
+        order = torch.cat(chosen)
+        found = self._index[order], self._rate[order]
+        self._index, self._rate = self._index[taken:], self._rate[taken:]
+        return found
+
+    def _choice(self, draw: int, number: int) -> int:
+        """The place of one of so many batches, for this draw."""
+        return int(np.random.default_rng((self._seed, draw)).random() * number)
 
     def state_dict(self) -> dict[str, Any]:
         """The visits that are not yet sorted, as tensors."""

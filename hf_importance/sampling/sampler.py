@@ -80,8 +80,9 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self.visits_per_epoch = math.ceil(max(1, round(visits_per_epoch * self.shard.length)) / self.shard.ranks)
         self.suspects = suspects
         rates |= {"seed": seed + rank, "stride": self.shard.ranks}
+        size, first = (batch_size, None) if groups is None else (groups.size, groups.longest)
         self.visits = (
-            SegmentedVisits(memory, batch_size if groups is None else groups.size, **rates)
+            SegmentedVisits(memory, size, first=first, **rates)
             if sampling == "reshuffled"
             else IndependentVisits(memory, **rates)
         )
@@ -147,9 +148,9 @@ class ImportanceBatchSampler(Sampler[Draw]):
             return
         while len(index) + len(self._groups) < size:
             self._groups.add(*self._next_visits(self._groups.size))
-        returned = max(0, self._returned - self._next)  # they keep their place, what is left of a mega-batch does not
-        new_index, new_rate = self._groups.next_sorted(index[returned:], rate[returned:], size - returned)
-        self._hold(torch.cat([index[:returned], new_index]), torch.cat([rate[:returned], new_rate]), returned)
+        returned = max(0, self._returned - self._next)
+        new_index, new_rate = self._groups.next_batches(size - len(index), self._draws)  # they complete a batch
+        self._hold(torch.cat([index, new_index]), torch.cat([rate, new_rate]), returned)
 
     def _next_visits(self, size: int) -> tuple[Tensor, Tensor]:
         """The visits that are planned next: examples and rates. They depend on all that was measured so far."""
@@ -173,13 +174,21 @@ class ImportanceBatchSampler(Sampler[Draw]):
         self._next, self._returned = 0, returned
 
     def _hand_back(self) -> None:
-        """Take back the visits of all draws that were not used, to be drawn before those that are left."""
-        if not self._outstanding:
+        """Take back the visits of all draws that were not used, to be drawn before those that are left.
+
+        What is left of a mega-batch is sorted again with the next, as the last batch of an epoch may have taken a part
+        of a batch.
+        """
+        if self._groups is None and not self._outstanding:
             return
         index, rate = self._left()
+        returned = max(0, self._returned - self._next)
+        if self._groups is not None:
+            self._groups.take_back(index[returned:], rate[returned:])
+            index, rate = index[:returned], rate[:returned]
         again = self.shard.local(_joined((draw.index for draw in self._outstanding.values()), np.int64))
         again_rate = _joined((draw.rate for draw in self._outstanding.values()), np.float64)
-        returned = len(again) + max(0, self._returned - self._next)
+        returned += len(again)
         self._hold(torch.cat([again.to(index.dtype), index]), torch.cat([again_rate.to(rate.dtype), rate]), returned)
         self._outstanding.clear()
 

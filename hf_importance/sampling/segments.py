@@ -43,6 +43,7 @@ class SegmentedVisits:
         prune_mass: in [0, 1).
         increment: added to every known importance at the end of each pass.
         seed: seed of the permutation of the first pass; `stride` is added to it after each pass.
+        first: example that the permutation of the first pass begins with, if any.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class SegmentedVisits:
         seed: int = 0,
         stride: int = 1,
         guard: bool = True,
+        first: int | None = None,
     ) -> None:
         self.memory = memory
         self.floor = uniform_fraction
@@ -64,7 +66,7 @@ class SegmentedVisits:
         self._segments = max(1, min(SEGMENTS, len(memory) // batch_size))
         self._segment = 0  # index of the next segment
         self._prune_mass, self._increment = prune_mass, increment
-        self._seed, self._stride = seed, stride
+        self._seed, self._stride, self._first = seed, stride, first
         self._guard = Guard(uniform_fraction) if guard else None
         self._mean = math.nan  # mean importance (per root cost) when the segment was planned
         self._order: Tensor | None = None  # permutation of this pass, if all rates are 1
@@ -110,6 +112,9 @@ class SegmentedVisits:
             if rates.relative.min() == rates.relative.max():
                 rng = torch.Generator().manual_seed(seed)
                 self._order = torch.randperm(len(self.memory), generator=rng, dtype=torch.int32)
+                if not self.passes and self._first is not None:
+                    exchanged = [0, (self._order == self._first).nonzero().item()]
+                    self._order[exchanged] = self._order[exchanged[::-1]]
             else:
                 self._order, self._strata = None, Strata(self.memory.importances, seed + _PLACES)
         if self._strata is not None and self.passes:

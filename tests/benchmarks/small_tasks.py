@@ -4,8 +4,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
-from benchmarks import accuracy, label_errors, overhead, results, seconds, suspects
-from benchmarks.from_scratch import Perceptron
+from benchmarks import accuracy, grouping, label_errors, overhead, results, seconds, suspects
+from benchmarks.from_scratch import Perceptron, WordPerceptron
 from benchmarks.task import Task
 
 
@@ -34,10 +34,19 @@ def early_end_task():
     return replace(task, train=columns, epochs=12, learning_rate=3e-2)
 
 
+def text_task():
+    """Texts of 1 to 12 words, whose first word is the label."""
+    g = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 5, (96, 12), generator=g)
+    mask = (torch.arange(12) < torch.randint(1, 13, (96, 1), generator=g)).long()
+    columns = {"input_ids": words * mask, "attention_mask": mask, "labels": words[:, 0] - 1}
+    return Task(columns, columns, lambda: WordPerceptron(5, 4), 4, 4, 1e-2)
+
+
 def use_small_tasks(monkeypatch):
-    """Replace the tasks by a classification named `digits` and a regression named `image`; return them by name."""
-    tasks = {"digits": cluster_task(), "image": regression_task()}
-    for module in (accuracy, label_errors, seconds, suspects):
+    """Replace the tasks by `digits`, a classification, `image`, a regression, and `docstrings`; return them by name."""
+    tasks = {"digits": cluster_task(), "image": regression_task(), "docstrings": text_task()}
+    for module in (accuracy, grouping, label_errors, seconds, suspects):
         monkeypatch.setattr(module, "task_of", tasks.__getitem__)
     return tasks
 

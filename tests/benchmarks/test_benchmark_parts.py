@@ -1,4 +1,4 @@
-"""The benchmarks of label errors, suspects, seconds, overhead and draws, on small grids."""
+"""The benchmarks of label errors, suspects, grouping, seconds, overhead and draws, on small grids."""
 
 import json
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
-from benchmarks import draws, label_errors, overhead, suspects
+from benchmarks import draws, grouping, label_errors, overhead, suspects
 from small_tasks import use_same_process, use_small_tasks
 
 
@@ -41,6 +41,18 @@ def test_suspects_benchmark_runs_all_methods(tmp_path, capsys, monkeypatch):
     uniform, generalised = runs["uniform", 1], runs["uniform, generalised cross-entropy", 1]
     assert uniform["accuracy"] != generalised["accuracy"] or (uniform["cross_entropy"] != generalised["cross_entropy"])
     assert "| digits, 10% wrong | ours, left out | " in capsys.readouterr().out
+
+
+def test_grouping_benchmark_saves_padding_unless_mega_batches_are_small(tmp_path, capsys, monkeypatch):
+    names = [grouping.UNIFORM, grouping.OURS, *(f"{name}, grouped" for name in (grouping.UNIFORM, grouping.OURS))]
+    monkeypatch.setitem(grouping.METHODS, "by 1", (grouping.ImportanceTrainer, True, 1))
+    path = tmp_path / "grouping.json"
+    benchmark.main(["grouping", "--seeds", "1", "--methods", *names, "by 1", "--output", str(path)])
+    padded = {run["method"]: run["padded_tokens"] for run in json.loads(path.read_text())["runs"]}
+    whole, ours, theirs, ours_grouped = (padded[name] for name in names)
+    assert max(ours_grouped, theirs) < 0.8 * whole
+    assert min(ours, padded["by 1"]) > 0.9 * whole, "control: the size of the mega-batches matters"
+    assert f"| 2 | ImportanceTrainer, grouped | 1 | {ours_grouped / whole:.2f} | " in capsys.readouterr().out
 
 
 def test_generalised_cross_entropy_has_the_limits_of_the_paper():

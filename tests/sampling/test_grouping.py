@@ -8,7 +8,7 @@ from sampling_helpers import SAMPLING_MODES, draws_of, used
 from torch import tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from hf_importance.sampling.groups import LengthGroups, no_visits
+from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.rates import relative_costs
 from hf_importance.sampling.sampler import ImportanceBatchSampler
@@ -18,6 +18,11 @@ from hf_importance.sampling.shard import Shard
 
 def random_lengths(n, seed=0):
     return torch.exp(3 + 0.8 * torch.randn(n, generator=torch.Generator().manual_seed(seed))).ceil().long()
+
+
+def mega_batches_of(batches, length, batch):
+    """Groups whose mega-batches have so many batches."""
+    return LengthGroups(length, batch, 1, 4 * batches * batch)
 
 
 def memory_with_costs(length):
@@ -37,14 +42,12 @@ def grouped_sampler(length, batch, batches=1, shard=None, grouped=True, **settin
     return ImportanceBatchSampler(memory_with_costs(own), batch, shard=shard, groups=groups, **settings)
 
 
-def batches_of(groups, batch):
+def batches_of(groups, batch, draw=0):
     """All whole batches of the visits that were added: examples and rates."""
-    index, rate = no_visits()
-    while len(index) + len(groups) >= batch:
-        if len(index) < batch:
-            index, rate = groups.next_sorted(index, rate, batch)
-        yield index[:batch], rate[:batch]
-        index, rate = index[batch:], rate[batch:]
+    while len(groups) >= batch:
+        index, rate = groups.next_batches(batch, draw)
+        yield from zip(index.split(batch), rate.split(batch), strict=True)
+        draw += len(index) // batch
 
 
 def share_of_real_tokens(batches, length):
@@ -66,24 +69,77 @@ def transformers_batches(length, batch, batches, epochs):
 
 
 @pytest.mark.parametrize(("n", "batch", "size"), [(96, 3, 24), (2400, 4, 200), (1000, 5, 250)])
-def test_mega_batches_match_those_of_transformers(n, batch, size):
-    """For a permutation; transformers does not sort the mega-batch with the longest text again."""
-    length, permutation = random_lengths(n), torch.randperm(n, generator=torch.Generator().manual_seed(5))
-    theirs = get_length_grouped_indices(length.tolist(), batch, generator=torch.Generator().manual_seed(5))
-    groups = LengthGroups(length, batch, 1, n)
-    assert groups.size == size
+def test_batches_are_those_of_transformers_in_another_order(n, batch, size):
+    """For a permutation of different lengths that begins with the longest; else transformers exchanges two texts."""
+    permutation = torch.randperm(n, generator=torch.Generator().manual_seed(5))
+    length = torch.randperm(n, generator=torch.Generator().manual_seed(3))
+    length[permutation[0]] = n
+    mega_batch = {"batch_size": batch, "mega_batch_mult": size // batch}
+    theirs = get_length_grouped_indices(length.tolist(), **mega_batch, generator=torch.Generator().manual_seed(5))
+    groups = mega_batches_of(size // batch, length, batch)
     groups.add(permutation, torch.rand(n))
     ours = torch.cat([index for index, _ in batches_of(groups, batch)]).tolist()
     assert len(groups) == 0
-    assert ours[0] == theirs[0] == length.argmax()
-    identical = 0
+    assert ours[:batch] == theirs[:batch], "the longest batch is the first"
     for start in range(0, n, size):
-        part = slice(start, start + size)
-        assert set(ours[part]) == set(theirs[part])
-        assert (length[ours[part]].diff() <= 0).all()
-        identical += ours[part] == theirs[part]
-    assert identical >= n // size - 1
-    assert ours != permutation.tolist(), "control"
+        of_mega_batch = [
+            [tuple(order[i : i + batch]) for i in range(start, start + size, batch)] for order in (ours, theirs)
+        ]
+        assert set(of_mega_batch[0]) == set(of_mega_batch[1])
+        assert of_mega_batch[0] != of_mega_batch[1], "control: the order differs"
+
+
+def test_order_of_the_batches_is_uniformly_random():
+    """Each of the six orders of three batches is as frequent, also if the first batch is smaller."""
+    length, wanted = torch.arange(6), 600
+    for first in (2, 1):
+        orders = Counter()
+        for seed in range(wanted):
+            groups = LengthGroups(length, 2, 1, 24, seed)
+            assert groups.size == 6, "premise"
+            groups.add(torch.arange(4 + first), torch.ones(4 + first))
+            index = groups.next_batches(first, draw=7)[0]
+            parts = [index[:first], *index[first:].split(2)]
+            assert all(len(part) == 1 or part[0] == part[1] + 1 for part in parts), "neighbours by length"
+            orders[tuple(int(part.max()) for part in parts)] += 1
+        if first == 1:  # the smaller batch begins at any whole batch from the longest on
+            assert {order[0] for order in orders} == {4, 2, 0}
+        counts = tensor([*orders.values()]).double()
+        assert len(counts) == 6
+        assert ((counts - wanted / 6).abs() < 4 * (wanted / 6) ** 0.5).all(), orders
+
+
+def test_length_does_not_drift_within_a_mega_batch():
+    """Mean length of the first half of the batches of a mega-batch, relative to the second, over seeds."""
+
+    def ratios(in_order):
+        for seed in range(60):
+            groups = LengthGroups(length, 4, 1, 1600, seed)
+            groups.add(torch.arange(200), torch.ones(200))
+            index = groups.next_batches(4, draw=1)[0]
+            first, second = (length[half].mean() for half in in_order(index).chunk(2))
+            yield (first / second).log().item()
+
+    length = random_lengths(200).double()
+    found = tensor([*ratios(lambda index: index)])
+    assert found.mean().abs() < 4 * found.std() / 60**0.5
+    assert min(ratios(lambda index: index[length[index].argsort(descending=True)])) > 1, "control: sorted"
+
+
+def test_random_numbers_depend_on_seed_and_draw_alone():
+    """Whatever was drawn before, and however many visits wait."""
+    length = torch.arange(40)
+
+    def order(seed, draw, before=0):
+        groups = LengthGroups(length, 2, 1, 160, seed)
+        for _ in range(before):
+            groups.add(torch.arange(20), torch.ones(20))
+            groups.next_batches(2, draw=5)
+        groups.add(torch.arange(40), torch.ones(40))
+        return groups.next_batches(2, draw)[0].tolist()
+
+    assert order(1, 9) == order(1, 9, before=3)
+    assert len({tuple(order(*case)) for case in [(1, 9), (2, 9), (1, 10), (-1, 9)]}) == 4, "control"
 
 
 def test_mega_batch_size_counts_accumulated_batches():
@@ -111,7 +167,7 @@ def test_leftover_visits_are_taken_first_in_the_next_segment():
         index = torch.arange(6 * part, 6 * part + 6)
         leftover = groups.state_dict()["index"].tolist()
         groups.add(index, torch.ones(6))
-        found = [i for index, _ in batches_of(groups, 4) for i in index.tolist()]
+        found = [i for index, _ in batches_of(groups, 4, draw=part) for i in index.tolist()]
         assert set(leftover) <= set(found)
         assert len(groups) < 4
 
@@ -219,6 +275,59 @@ def test_padding_on_several_ranks_is_not_above_that_of_trainer(n, ranks):
         found += [draw.index for draw in draws]
     theirs = share_of_real_tokens(transformers_batches(length, 8, 1, 4), length)
     assert share_of_real_tokens(found, length) > theirs - 0.015
+
+
+@pytest.mark.parametrize("visits_per_epoch", [1.0, 0.37])
+def test_smaller_last_batch_of_an_epoch_leaves_no_batch_of_mixed_lengths(visits_per_epoch, monkeypatch):
+    """What is left of the mega-batch is sorted again; the rest of a batch would move all those after it."""
+    length = random_lengths(1603)
+
+    def share():
+        sampler = grouped_sampler(length, 8, visits_per_epoch=visits_per_epoch)
+        return share_of_real_tokens([draw.index for draw in draws_of(sampler, 12)], length)
+
+    found = share()
+    monkeypatch.setattr(ImportanceBatchSampler, "_hand_back", lambda sampler: None)
+    assert found > share() + 0.02, "control: what is left is not sorted again"
+    assert found > share_of_real_tokens(transformers_batches(length, 8, 1, 4), length) - 0.02
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_training_begins_with_the_longest_example(ranks):
+    """That of each process, wherever the permutation has it, and only once."""
+    length, later = random_lengths(400), 0
+    for seed in range(4):
+        for rank in range(ranks):
+            shard = Shard.of(400, rank, ranks, seed)
+            longest = int(length[shard.part(torch.arange(400))].max())
+            sampler = grouped_sampler(length, 4, shard=shard, rank=rank, seed=seed)
+            sampler.restart(torch.full([400], torch.nan))
+            draws = [draw for draw in draws_of(sampler, 2) if len(draw.index) == 4]
+            assert length[draws[0].index].max() == longest
+            assert length[draws[0].index].min() >= length[draws[1].index].max()
+            later += length[draws[len(draws) // 2].index].max() == longest
+    assert later < 4 * ranks, "control: epochs do not begin with it"
+
+
+def test_processes_draw_texts_of_similar_length_in_the_same_step():
+    """Else each step would wait for the longest of them. Also where rates, and with them mega-batches, differ."""
+    length, ranks = random_lengths(4000), 4
+
+    def longest(rank, seed):
+        shard = Shard.of(4000, rank, ranks, seed=0)
+        own = length[shard.index]
+        groups = LengthGroups(own, 8, 1, 4000, seed)
+        settings = {"shard": shard, "rank": rank, "groups": groups, "guard": False, "uniform_fraction": 0.3}
+        sampler = ImportanceBatchSampler(memory_with_costs(own), 8, **settings)
+        return tensor([int(length[draw.index].max()) for draw in draws_of(sampler, 3)])
+
+    def waiting(seeds):
+        """Longest of all processes, relative to the mean."""
+        tokens = torch.stack([longest(rank, seed) for rank, seed in enumerate(seeds)]).double()
+        return (tokens.max(0).values.sum() / tokens.mean(0).sum()).item()
+
+    assert waiting([0] * ranks) < 1.4
+    assert waiting(range(ranks)) > 1.8, "control: random numbers of their own"
 
 
 @pytest.mark.parametrize(("n", "segments"), [(400, 4), (4800, 8), (1200, 6)])

@@ -105,6 +105,20 @@ def test_strata_begin_at_the_first_pass_that_begins_with_different_importances(d
     assert torch.equal(state["strata"]["importance"], importance), "of no example has the stratum ended yet"
 
 
+@pytest.mark.parametrize("importance", [math.nan, 0.7], ids=["unknown", "equal"])
+def test_first_pass_begins_with_a_given_example(importance):
+    """It changes places with the one that the permutation begins with; the second pass is as it was."""
+    for first in range(9):
+        order = visited_examples(segmented_visits(memory_of([importance] * 9), seed=3, first=first), 16)
+        expected = permutation(9, 3)
+        place = expected.index(first)
+        expected[0], expected[place] = expected[place], expected[0]
+        assert order == expected + permutation(9, 4)
+        assert order[0] == first
+    plain = visited_examples(segmented_visits(memory_of([importance] * 9), seed=3), 16)
+    assert plain == reshuffled(9, 3, 2) != order, "control: no example is given"
+
+
 def test_global_generator_is_not_used():
     before = torch.get_rng_state()
     next_segments(segmented_visits(memory_of(random_importance(20, 0))), 20)

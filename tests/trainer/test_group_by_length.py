@@ -1,23 +1,26 @@
-"""Trainings with `train_sampling_strategy="group_by_length"`: padding, resuming, previews; refused strategies."""
+"""Trainings with `train_sampling_strategy="group_by_length"`: padding, order, resuming; refused strategies."""
+
+from itertools import pairwise
 
 import pytest
 import tiny
 import torch
 import transformers as hf
-from length_training import GROUPED, make_rows, make_trainer, pad, train
+from length_training import GROUPED, lengths, make_rows, make_trainer, pad, train
 
 
 class PaddingCounter:
-    """Collates, and counts tokens without and with padding."""
+    """Collates, and counts tokens without and with padding; `widths` are the tokens per row of all batches."""
 
     def __init__(self):
-        self.tokens, self.padded = 0, 0
+        self.tokens, self.padded, self.widths = 0, 0, []
 
     def __call__(self, rows):
         batch = pad(rows)
         if len(rows) > 1:  # single examples are only inspected
             self.tokens += int(batch["attention_mask"].sum())
             self.padded += batch["input_ids"].numel()
+            self.widths.append(batch["input_ids"].shape[1])
         return batch
 
     @property
@@ -42,6 +45,21 @@ def test_padding_is_as_with_trainer(tmp_path, per_token, accumulation):
     assert shares["ours, grouped"] > shares["Trainer, grouped"] - 0.02
     assert shares["ours"] > shares["Trainer"] - 0.05
     assert shares["Trainer, grouped"] > shares["Trainer"] + 0.1, "control: grouping reduces padding"
+
+
+@pytest.mark.parametrize("config", [{}, tiny.EVEN, {"metric": "uniform"}], ids=["default", "even", "uniform"])
+def test_batches_come_in_random_order_after_the_longest(tmp_path, config):
+    """With every example once in an epoch; those of `Trainer` become shorter within a mega-batch of seven batches."""
+    rows, longer = make_rows(per_token=False), {}
+    for name, cls in {"Trainer": hf.Trainer, "ours": tiny.Recorder}.items():
+        collate = PaddingCounter()
+        run = train(tmp_path, rows, cls, config, collate, num_train_epochs=1, **GROUPED)
+        widths = collate.widths[-30:]  # after those that are looked at before training
+        assert widths[0] == lengths(rows).max()
+        longer[name] = sum(after > before for before, after in pairwise(widths[1:]))
+    assert sorted(i for draw in run.draws for i in draw.index) == list(range(120))
+    assert longer["Trainer"] <= 4, "control: a mega-batch begins"
+    assert longer["ours"] > 8
 
 
 def test_resumed_grouped_training_is_identical(tmp_path):
