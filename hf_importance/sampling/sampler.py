@@ -22,7 +22,7 @@ from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.segments import SegmentedVisits
 from hf_importance.sampling.shard import Shard
 from hf_importance.sampling.state import read_number, read_tensor
-from hf_importance.sampling.suspects import SuspectWeights
+from hf_importance.sampling.suspects import SuspectWeights, doubted
 
 _MAX_WAITING = 64
 """Batches that are buffered before the memory is updated; one update for many costs hardly more than for one."""
@@ -158,6 +158,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
             self._record.keep_distribution(self._memory.importances)
         if self.suspects is not None:
             self.suspects.recheck(self._record, self._memory)
+        elif self._record is not None and isinstance(self.visits, SegmentedVisits):
+            self._memory.doubted = doubted(self._record.columns())
         return self.visits.plan(size)
 
     def _left(self) -> tuple[Tensor, Tensor]:
