@@ -52,7 +52,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         weight_exponent: see [`rates.weights`].
         visits_per_epoch: on all ranks together, relative to the number of examples, > 0.
         seed: seed of its own generators. No global generator is used.
-        record: record of the visits; required by `suspects`, the weights of examples with wrong labels.
+        record: record of the visits, by which [`doubted`] examples are found; required by `suspects`, the weights of
+            examples with wrong labels, which take the place of doubts.
         groups: groups of visits by length; None for visits in planned order.
         **rates: `uniform_fraction`, `prune_mass`, `increment`, `guard`, see [`SegmentedVisits`].
     """

@@ -31,6 +31,7 @@ class SegmentedVisits:
 
     All rates are determined when a segment is planned, so that they sum to its visits: in the strata that examples are
     in, from the importances with which these began; in those that begin within the segment, from what the memory has.
+    Doubted examples count as unknown there, so they have rate 1.
     If visits differ in cost, "importance" means q/√c throughout, see the module `rates`.
 
     At the start of each pass, the examples are pruned that together hold less than a share `prune_mass` of the
