@@ -63,7 +63,9 @@ class ImportanceConfig:
         "0 prunes nothing.",
     )
     record: bool = _setting(
-        True, "Record the visits, loss and prediction of every example for importance_report; 28 bytes each."
+        True,
+        "Record the visits, loss and prediction of every example, for importance_report and to tell noisy labels; 28 "
+        "bytes each.",
     )
     seed: int | None = _setting(None, "Seed of the sampler. Defaults to data_seed or seed of TrainingArguments.")
     metric: Metric = _setting(

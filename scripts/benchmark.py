@@ -9,7 +9,7 @@
     python scripts/benchmark.py overhead             # step time relative to Trainer, on an otherwise idle machine
     python scripts/benchmark.py draws                # cost of a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # detection of wrong labels
-    python scripts/benchmark.py suspects             # training without suspects
+    python scripts/benchmark.py suspects             # training with wrong labels, and without suspects
     python scripts/benchmark.py grouping             # texts grouped by length
     python scripts/benchmark.py pages                # update plots and tables of all parts in the README files
     python scripts/benchmark.py picture              # update the picture of a report in the README
@@ -165,7 +165,8 @@ def run_label_errors(arguments: argparse.Namespace) -> str:
 
 def run_suspects(arguments: argparse.Namespace) -> str:
     """Run cases × methods × seeds."""
-    grid = itertools.product(range(1, arguments.seeds + 1), suspects.CASES, arguments.methods)
+    cases = [case for case in suspects.CASES if case[0] in arguments.tasks]
+    grid = itertools.product(range(1, arguments.seeds + 1), cases, arguments.methods)
     points = ((*case, method, seed) for seed, case, method in grid)
     return suspects.tables(_filled(arguments, suspects.KEYS, points, suspects.run))
 
@@ -276,7 +277,8 @@ def new_parser() -> argparse.ArgumentParser:
     part = parts.add_parser("label_errors", parents=[common], help="detection of wrong labels")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(label_errors.TASKS))
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
-    part = parts.add_parser("suspects", parents=[common], help="training without suspects")
+    part = parts.add_parser("suspects", parents=[common], help="training with wrong labels, and without suspects")
+    part.add_argument("--tasks", nargs="+", choices=TASKS, default=list(dict(suspects.CASES)))
     part.add_argument("--methods", nargs="+", choices=suspects.METHODS, default=list(suspects.METHODS))
     part = parts.add_parser("grouping", parents=[common], help="texts grouped by length")
     part.add_argument("--epochs", type=int, nargs="+", default=[2])

@@ -46,10 +46,16 @@ class ImportanceMemory:
         self.momentum = momentum
         self.cost, self.tokens = cost, tokens
         self.spared: Tensor | None = None  # bool [examples]: not to be pruned
+        self.doubted: Tensor | None = None  # bool [examples]: not to be sampled by importance
         self.known = 0
 
     def __len__(self) -> int:
         return len(self.importances)
+
+    @property
+    def trusted(self) -> Tensor:
+        """Importances that rates follow, float32 `[examples]`: those remembered, unknown where doubted."""
+        return self.importances if self.doubted is None else self.importances.masked_fill(self.doubted, torch.nan)
 
     @torch.no_grad()
     def update(self, index: Tensor, importance: Tensor, batch: Tensor | None = None) -> Update:

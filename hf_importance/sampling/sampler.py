@@ -22,7 +22,7 @@ from hf_importance.sampling.replacement import IndependentVisits
 from hf_importance.sampling.segments import SegmentedVisits
 from hf_importance.sampling.shard import Shard
 from hf_importance.sampling.state import read_number, read_tensor
-from hf_importance.sampling.suspects import SuspectWeights
+from hf_importance.sampling.suspects import SuspectWeights, doubted
 
 _MAX_WAITING = 64
 """Batches that are buffered before the memory is updated; one update for many costs hardly more than for one."""
@@ -52,7 +52,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
         weight_exponent: see [`rates.weights`].
         visits_per_epoch: on all ranks together, relative to the number of examples, > 0.
         seed: seed of its own generators. No global generator is used.
-        record: record of the visits; required by `suspects`, the weights of examples with wrong labels.
+        record: record of the visits, by which [`doubted`] examples are found; required by `suspects`, the weights of
+            examples with wrong labels, which take the place of doubts.
         groups: groups of visits by length; None for visits in planned order.
         **rates: `uniform_fraction`, `prune_mass`, `increment`, `guard`, see [`SegmentedVisits`].
     """
@@ -159,6 +160,8 @@ class ImportanceBatchSampler(Sampler[Draw]):
             self._record.keep_distribution(self._memory.importances)
         if self.suspects is not None:
             self.suspects.recheck(self._record, self._memory)
+        elif self._record is not None and isinstance(self.visits, SegmentedVisits):
+            self._memory.doubted = doubted(self._record.columns())
         return self.visits.plan(size)
 
     def _left(self) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class SegmentedVisits:
 
     All rates are determined when a segment is planned, so that they sum to its visits: in the strata that examples are
     in, from the importances with which these began; in those that begin within the segment, from what the memory has.
+    Doubted examples count as unknown there, so they have rate 1.
     If visits differ in cost, "importance" means q/√c throughout, see the module `rates`.
 
     At the start of each pass, the examples are pruned that together hold less than a share `prune_mass` of the
@@ -107,7 +108,7 @@ class SegmentedVisits:
         # same seed, and so same permutation, as the sampler of accelerate in this pass
         seed = self._seed + self.passes * self._stride
         if self._strata is None:
-            rates = self._rates(self.memory.importances)
+            rates = self._rates(self.memory.trusted)
             self._mean = rates.mean
             if rates.relative.min() == rates.relative.max():
                 rng = torch.Generator().manual_seed(seed)
@@ -116,7 +117,7 @@ class SegmentedVisits:
                     exchanged = [0, (self._order == self._first).nonzero().item()]
                     self._order[exchanged] = self._order[exchanged[::-1]]
             else:
-                self._order, self._strata = None, Strata(self.memory.importances, seed + _PLACES)
+                self._order, self._strata = None, Strata(self.memory.trusted, seed + _PLACES)
         if self._strata is not None and self.passes:
             pruned = self.memory.unimportant(self._prune_mass, self._strata.importance)
             self.pruned = pruned if pruned.any() else None
@@ -124,12 +125,13 @@ class SegmentedVisits:
 
     def _plan_visits(self, visits: int) -> tuple[Tensor, Tensor]:
         """Let the time of about this many visits pass; return the visits in order."""
-        current, following = self._rates(self._strata.importance), self._rates(self.memory.importances)
+        trusted = self.memory.trusted
+        current, following = self._rates(self._strata.importance), self._rates(trusted)
         self._mean, time = current.mean, visits / self._drawable
         expected = self._strata.visits(slice(None), time, *(r.relative * r.factor for r in (current, following)))
         rate, next_rate = (r.relative * (r.factor * visits / expected) for r in (current, following))
         parts = [
-            self._strata.advance(part, time, rate[part], self.memory.importances[part], next_rate[part])
+            self._strata.advance(part, time, rate[part], trusted[part], next_rate[part])
             for part in self.memory.chunks()
         ]
         index, rate, when = (torch.cat(column) for column in zip(*parts, strict=True))

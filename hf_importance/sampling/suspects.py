@@ -1,4 +1,4 @@
-"""Suspects: examples whose label is probably wrong, and their smaller weights in the loss."""
+"""Suspects: examples whose label is probably wrong, their rates, and their smaller weights in the loss."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +10,9 @@ from torch import Tensor
 from hf_importance.sampling.memory import ImportanceMemory
 from hf_importance.sampling.record import VisitRecord
 from hf_importance.sampling.state import read_tensor
+
+_NOISY = 0.025
+"""Share of contradicted examples in the median class from which on labels count as noisy."""
 
 
 def suspects(columns: Mapping[str, Tensor], classes: int | None = None) -> Tensor:
@@ -32,6 +35,35 @@ def loss_of_chance(columns: Mapping[str, Tensor], classes: int | None = None) ->
     """Cross-entropy of a uniform prediction: the logarithm of the number of classes."""
     classes = classes or len(columns["label"][columns["probability"].isfinite()].unique())
     return math.log(max(classes, 2))
+
+
+def doubted(columns: Mapping[str, Tensor]) -> Tensor | None:
+    """Which examples get rate 1, because labels are noisy: bool `[examples]`, None if they are not.
+
+    A label is contradicted if on average and at the last visit it had less probability than its frequency among the
+    labels, or than one over the number of classes, whichever is less. Wrong labels stay important for as long as they
+    are contradicted. Drawn in proportion to that, they are memorised sooner than by uniform sampling: the smaller
+    variance of their gradients speeds up their learning. That is what hard examples need, so right labels must be told
+    from wrong ones: hard examples are found in rare or similar classes, wrong labels in all. Therefore labels only
+    count as noisy if many are contradicted in the median class.
+
+    >>> columns = {"label": [0.0, 0.0, 1.0, 1.0], "probability": [0.1, 0.9, 0.8, 0.2], "visits": [2, 2, 2, 2]}
+    >>> columns |= {"mean_loss": [2.3, 0.1, 0.2, 1.6], "loss": [2.3, 0.1, 0.2, 1.6]}
+    >>> doubted({name: torch.tensor(column) for name, column in columns.items()})
+    tensor([ True, False, False,  True])
+    """
+    known = columns["probability"].isfinite().nonzero().flatten()
+    if not len(known):
+        return None
+    _, label, count = columns["label"][known].unique(return_inverse=True, return_counts=True)
+    chance = (len(known) / count).clamp(min=max(len(count), 2)).log()[label]
+    contradicted = columns["visits"][known] > 1
+    for loss in ("mean_loss", "loss"):
+        contradicted &= columns[loss][known] > chance
+    share = torch.zeros(len(count)).index_add_(0, label, contradicted.float()) / count
+    if share.median() < _NOISY:
+        return None
+    return torch.zeros(len(columns["label"]), dtype=torch.bool).index_fill_(0, known[contradicted], True)
 
 
 class SuspectWeights:

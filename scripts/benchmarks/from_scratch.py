@@ -102,6 +102,13 @@ def fashion_mnist_task() -> Task:
     return Task(columns("train"), columns("test"), lambda: Perceptron(784, 256, 10), 8, 128, 2e-3)
 
 
+def few_images_task() -> Task:
+    """The first 1,000 images of Fashion-MNIST."""
+    task = fashion_mnist_task()
+    train = {name: column[:1000] for name, column in task.train.items()}
+    return replace(task, train=train, epochs=10, batch=16, learning_rate=1e-3)
+
+
 def wrong_labels_task() -> Task:
     """Fashion-MNIST with 20 % wrong labels in the training data."""
     task = fashion_mnist_task()

@@ -1,6 +1,7 @@
-"""Effect of excluding examples whose label is probably wrong during training.
+"""Training with wrong labels: by default, and with examples whose label is probably wrong weighted less or left out.
 
-Cases are labels changed at random, and data without wrong labels: ambiguous texts and rare classes.
+Cases are labels changed at random, in much and in little data, and data without wrong labels: ambiguous texts and rare
+classes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ CASES = (
     ("fashion_mnist", 0.05),
     ("fashion_mnist", 0.1),
     ("fashion_mnist", 0.2),
+    ("few_images", 0.05),
+    ("few_images", 0.1),
     ("docstrings", 0.0),
     ("imbalanced", 0.0),
 )
@@ -89,6 +92,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
     head = (
         "data",
         "method",
+        "seeds",
         "steps",
         "left out",
         "accuracy, %",
@@ -106,8 +110,8 @@ def tables(runs: list[dict[str, Any]]) -> str:
                 continue
             figures = {name: mean_and_error([found[name] for found in same]) for name in _FIGURES}
             twice = 2 if method == "uniform, without the flagged" else 1
-            cells = [f"{task}, {share:.0%} wrong", method, f"{twice * figures['steps'][0] / whole[0]:.2f}"]
-            cells.append(f"{figures['flagged'][0]:,.0f}")
+            cells = [f"{task}, {share:.0%} wrong", method, str(len(same))]
+            cells += [f"{twice * figures['steps'][0] / whole[0]:.2f}", f"{figures['flagged'][0]:,.0f}"]
             for name in _FIGURES[2:]:
                 scale, form = (100, ".2f") if name.startswith("accuracy") else (1, ".3f")
                 mean, error = figures[name]

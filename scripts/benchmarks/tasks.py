@@ -51,6 +51,7 @@ TASKS = {
     "digits": Entry(from_scratch.digits_task, "scanned digits; small ViT", embedded=True),
     "docstrings": Entry(from_scratch.docstrings_task, "docstrings by package; word embeddings, MLP", embedded=True),
     "fashion_mnist": Entry(from_scratch.fashion_mnist_task, "Fashion-MNIST, 60,000 images; MLP"),
+    "few_images": Entry(from_scratch.few_images_task, "Fashion-MNIST, 1,000 images; MLP"),
     "wrong_labels": Entry(from_scratch.wrong_labels_task, "Fashion-MNIST, 20 % wrong labels; MLP"),
     "imbalanced": Entry(from_scratch.imbalanced_task, "imbalanced Fashion-MNIST, 60 to 6,000 per class; MLP"),
     "polynomial": Entry(from_scratch.polynomial_task, "polynomial regression; 7 parameters", embedded=True),

@@ -33,14 +33,21 @@ def test_label_errors_benchmark_ranks_wrong_labels_first(tmp_path, capsys):
 def test_suspects_benchmark_runs_all_methods(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(suspects, "CASES", (("digits", 0.1),))
     path = tmp_path / "suspects.json"
-    benchmark.main(["suspects", "--seeds", "2", "--output", str(path)])
+    benchmark.main(["suspects", "--seeds", "2", "--tasks", "digits", "--output", str(path)])
     runs = {(run["method"], run["seed"]): run for run in json.loads(path.read_text())["runs"]}
     assert len(runs) == 2 * len(suspects.METHODS)
     assert runs["uniform", 1]["flagged"] == runs["ours", 1]["flagged"] == 0
     assert runs["uniform, without the flagged", 1]["flagged"] > 0
     uniform, generalised = runs["uniform", 1], runs["uniform, generalised cross-entropy", 1]
     assert uniform["accuracy"] != generalised["accuracy"] or (uniform["cross_entropy"] != generalised["cross_entropy"])
-    assert "| digits, 10% wrong | ours, left out | " in capsys.readouterr().out
+    assert "| digits, 10% wrong | ours, left out | 2 | " in capsys.readouterr().out
+
+
+def test_suspects_benchmark_runs_only_the_tasks_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(suspects, "CASES", (("digits", 0.1), ("image", 0.0)))
+    path = tmp_path / "suspects.json"
+    benchmark.main(["suspects", "--seeds", "1", "--tasks", "digits", "--methods", "ours", "--output", str(path)])
+    assert [run["task"] for run in json.loads(path.read_text())["runs"]] == ["digits"]
 
 
 def test_grouping_benchmark_saves_padding_unless_mega_batches_are_small(tmp_path, capsys, monkeypatch):

@@ -120,6 +120,24 @@ def test_control_a_measurement_within_the_stratum_is_biased(monkeypatch, case):
     assert (weights.sum(0) - sum(slices)).abs().max() > 0.05
 
 
+def of_trusted_importance(importance, number):
+    """As above, but 1 for examples whose importance was too large to be trusted when the stratum began."""
+    trusted = [q for q in importance if q < 1.5] or [1.0]
+    mean = sum(trusted) / len(trusted)
+    return [0.3 + 0.7 * q / mean if q < 1.5 else 1.0 for q in importance]
+
+
+@pytest.mark.parametrize("case", ["falling", "three examples"])
+def test_every_moment_has_its_weight_while_examples_are_doubted_and_cleared(monkeypatch, case):
+    """Visits change both the importance and whether it is trusted; the control follows that within the stratum."""
+    importance, factors, slices = CASES[case]
+    wanted = tensor(slices).double()[:, None].expand(-1, len(importance))
+    weights, _ = Enumeration(monkeypatch, of_trusted_importance, slices, factors).of(importance)
+    torch.testing.assert_close(weights, wanted, rtol=1e-6, atol=1e-6)
+    control = Enumeration(monkeypatch, of_trusted_importance, slices, factors, follows="memory")
+    assert (control.of(importance)[0].sum(0) - sum(slices)).abs().max() > 0.02
+
+
 def test_without_feedback_the_memory_may_be_followed(monkeypatch):
     """Control of the control: if visits change nothing, both are the same."""
     importance, _, slices = CASES["falling"]

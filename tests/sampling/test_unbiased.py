@@ -135,7 +135,8 @@ class SuspectTraining(AdaptiveTraining):
     def measure(self, draw, index, measured):
         wrong = (index % 10 == 0) & (self.visited[index] % 5 > 0)
         loss = torch.where(wrong, 9.0, 0.1)
-        rows = [measured.float(), index % 4, loss, index % 4, torch.full_like(loss, 0.5)]
+        label = index // 10 % 4  # so that all classes have some of them
+        rows = [measured.float(), label, loss, label, torch.full_like(loss, 0.5)]
         self.sampler.update(draw, torch.stack([row.float() for row in rows]))
 
 
@@ -159,6 +160,39 @@ def test_weights_of_suspects_divided_by_their_factor_are_unbiased(weight, prune_
     tenth, time = torch.arange(n) % 10 == 0, training.sampler.visits.lived
     assert (unscaled[tenth].sum() / time[tenth].sum()).item() == pytest.approx(1.0, abs=0.02)
     assert scaled[tenth].sum() < 0.97 * time[tenth].sum(), "control: with their factor"
+
+
+class DoubtsAtOnce(SegmentedVisits):
+    """Doubts take effect within the stratum, so that the rest of it depends on what its visit has measured."""
+
+    def _plan_visits(self, visits):
+        if self.memory.doubted is not None:
+            self._strata.importance = self.memory.trusted.clone()
+        return super()._plan_visits(visits)
+
+
+def doubted_training(kind, factor):
+    """Mean weights of visits, and of examples by quarter, in each epoch; every tenth example is doubted for a while."""
+    n = 40_000
+    training = SuspectTraining(n, factor, 0.3, kind=kind, settings={"record": VisitRecord(n)})
+    training.importance[::10] *= 5
+    found, doubts = [], []
+    for _ in range(6):
+        found.append(training.relative(*training.weights_of_epoch()))
+        doubted = training.sampler.memory.doubted
+        doubts.append(0 if doubted is None else int(doubted.sum()))
+    assert max(doubts) > 2000 > 0 == doubts[0], "premise: doubts come and go"
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7, 1.5])
+def test_mean_weight_is_one_while_examples_become_doubted_and_are_cleared(factor):
+    assert_unbiased(doubted_training(SegmentedVisits, factor))
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7])
+def test_control_doubts_within_the_stratum_are_biased(factor):
+    assert is_biased(doubted_training(DoubtsAtOnce, factor))
 
 
 @pytest.mark.parametrize("grouped", [True, False])
