@@ -163,7 +163,8 @@ def _visits(findings: Findings) -> Plot | None:
         return None
     shown = known[:: -(-len(known) // _MAX_POINTS)]
     importance, visits = columns["importance"][shown].clamp(min=_SMALLEST), columns["visits"][shown]
-    jitter = (torch.arange(len(shown), dtype=torch.float32) * _GOLDEN % 1 - 0.5) * 0.6  # points with equal visits would overlap
+    number = torch.arange(len(shown), dtype=torch.float32)
+    jitter = (number * _GOLDEN % 1 - 0.5) * 0.6  # points with equal visits would overlap
     suspect = columns["suspect"][shown]
 
     def draw(axes: Axes) -> None:
