@@ -1,0 +1,48 @@
+"""What a training leaves for the next one: the mean importance of every example over its first passes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_importance.sampling.state import read_number, read_tensor
+
+PASSES = 3
+"""Passes that count: the mean over a few early ones says more of another training than the first, when the model was
+untrained, or the last, when it has fitted the data (Paul et al. 2021, arXiv 2107.07075)."""
+
+
+class FirstPasses:
+    """Mean of the importances at the ends of the first passes; 4 bytes per example.
+
+    >>> passes = FirstPasses(2)
+    >>> passes.add(torch.tensor([1.0, torch.nan]))
+    >>> passes.with_current(torch.tensor([3.0, 0.5]))
+    tensor([2.0000, 0.5000])
+    """
+
+    def __init__(self, length: int) -> None:
+        self._mean = torch.full((length,), torch.nan)
+        self._passes = 0
+
+    def add(self, importance: Tensor) -> None:
+        """Add the importances at the end of a pass, float32 `[examples]`, NaN where unknown."""
+        self._mean = self.with_current(importance)
+        self._passes += 1
+
+    def with_current(self, importance: Tensor) -> Tensor:
+        """The mean with those of a pass that has not ended, unless enough passes have; NaN where all are unknown."""
+        if self._passes >= PASSES:
+            return self._mean.clone()
+        mean = self._mean.lerp(importance, 1 / (self._passes + 1))
+        return mean.where(mean.isfinite(), importance.where(importance.isfinite(), self._mean))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as tensors and plain values."""
+        return {"mean": self._mean.clone(), "passes": self._passes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a [`state_dict`] exactly."""
+        self._mean = read_tensor(state, "mean", self._mean.shape, torch.float32)
+        self._passes = read_number(state, "passes", int, 0)
