@@ -7,6 +7,7 @@
 - `data`: the sampler, and the lengths of texts.
 - `step`: from the batch of a draw to its weighted loss.
 - `checkpoints`: saving and restoring.
+- `reuse`: importances of another training: writing and reading.
 - `unweighted`: a training whose draws cannot be weighted.
 - `run`: `ImportanceRun`, which joins all of these.
 - `callbacks`: passes the events of training to the run.
