@@ -10,6 +10,7 @@
     python scripts/benchmark.py draws                # cost of a draw, for 10³ … 10⁹ examples
     python scripts/benchmark.py label_errors         # detection of wrong labels
     python scripts/benchmark.py suspects             # training without suspects
+    python scripts/benchmark.py reuse                # training that starts with the importances of another one
     python scripts/benchmark.py pages                # update plots and tables of all parts in the README files
     python scripts/benchmark.py picture              # update the picture of a report in the README
 
@@ -42,6 +43,7 @@ from benchmarks import (
     overhead,
     picture,
     results,
+    reuse,
     seconds,
     suspects,
     tables,
@@ -67,6 +69,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "draws": (("draws",), draws.tables),
     "label_errors": (("label_errors",), label_errors.tables),
     "suspects": (("suspects",), suspects.tables),
+    "reuse": (("reuse",), reuse.tables),
 }
 """Tables of the pages by name: the files that they are made from, and the function that makes them."""
 
@@ -165,6 +168,13 @@ def run_suspects(arguments: argparse.Namespace) -> str:
     grid = itertools.product(range(1, arguments.seeds + 1), suspects.CASES, arguments.methods)
     points = ((*case, method, seed) for seed, case, method in grid)
     return suspects.tables(_filled(arguments, suspects.KEYS, points, suspects.run))
+
+
+def run_reuse(arguments: argparse.Namespace) -> str:
+    """Run cases × learning rates × methods × seeds, sequentially: the other training is kept in the process."""
+    arguments.processes = 1
+    grid = reuse.points(range(1, arguments.seeds + 1), arguments.tasks)
+    return reuse.tables(_filled(arguments, reuse.KEYS, grid, reuse.run))
 
 
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
@@ -268,6 +278,10 @@ def new_parser() -> argparse.ArgumentParser:
     part.add_argument("--shares", nargs="+", type=float, default=list(label_errors.SHARES))
     part = parts.add_parser("suspects", parents=[common], help="training without suspects")
     part.add_argument("--methods", nargs="+", choices=suspects.METHODS, default=list(suspects.METHODS))
+    part = parts.add_parser("reuse", parents=[common], help="training that starts with importances of another one")
+    part.set_defaults(seeds=3)
+    names = list(dict.fromkeys(case[0] for case in reuse.CASES))
+    part.add_argument("--tasks", nargs="+", choices=names, default=names)
     parts.add_parser("pages", help="update plots and tables in the README files")
     parts.add_parser("picture", help="update the picture of a report")
     return parser
@@ -285,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
         "label_errors": run_label_errors,
         "seconds": run_seconds,
         "suspects": run_suspects,
+        "reuse": run_reuse,
         "pages": run_pages,
         "picture": run_picture,
     }[arguments.part]
