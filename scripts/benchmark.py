@@ -173,7 +173,7 @@ def run_suspects(arguments: argparse.Namespace) -> str:
 def run_reuse(arguments: argparse.Namespace) -> str:
     """Run cases × learning rates × methods × seeds, sequentially: the other training is kept in the process."""
     arguments.processes = 1
-    grid = reuse.points(range(1, arguments.seeds + 1), arguments.tasks)
+    grid = reuse.points(range(1, arguments.seeds + 1), arguments.tasks, arguments.epochs)
     return reuse.tables(_filled(arguments, reuse.KEYS, grid, reuse.run))
 
 
@@ -280,8 +280,9 @@ def new_parser() -> argparse.ArgumentParser:
     part.add_argument("--methods", nargs="+", choices=suspects.METHODS, default=list(suspects.METHODS))
     part = parts.add_parser("reuse", parents=[common], help="training that starts with importances of another one")
     part.set_defaults(seeds=3)
-    names = list(dict.fromkeys(case[0] for case in reuse.CASES))
+    names = list(dict.fromkeys(task for task, *_ in reuse.CASES))
     part.add_argument("--tasks", nargs="+", choices=names, default=names)
+    part.add_argument("--epochs", nargs="+", type=int, default=(), help="epochs (default: all that are run of a task)")
     parts.add_parser("pages", help="update plots and tables in the README files")
     parts.add_parser("picture", help="update the picture of a report")
     return parser

@@ -23,8 +23,8 @@ class FirstPasses:
     """
 
     def __init__(self, length: int) -> None:
-        self._mean = torch.full((length,), torch.nan)
-        self._passes = 0
+        self._length, self._passes = length, 0
+        self._mean: Tensor | None = None  # float32 [examples]; None before the first pass has ended
 
     def add(self, importance: Tensor) -> None:
         """Add the importances at the end of a pass, float32 `[examples]`, NaN where unknown."""
@@ -33,16 +33,16 @@ class FirstPasses:
 
     def with_current(self, importance: Tensor) -> Tensor:
         """The mean with those of a pass that has not ended, unless enough passes have; NaN where all are unknown."""
-        if self._passes >= PASSES:
-            return self._mean.clone()
+        if self._mean is None or self._passes >= PASSES:
+            return (importance if self._mean is None else self._mean).clone()
         mean = self._mean.lerp(importance, 1 / (self._passes + 1))
         return mean.where(mean.isfinite(), importance.where(importance.isfinite(), self._mean))
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values."""
-        return {"mean": self._mean.clone(), "passes": self._passes}
+        return {"mean": None if self._mean is None else self._mean.clone(), "passes": self._passes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a [`state_dict`] exactly."""
-        self._mean = read_tensor(state, "mean", self._mean.shape, torch.float32)
+        self._mean = read_tensor(state, "mean", [self._length], torch.float32, optional=True)
         self._passes = read_number(state, "passes", int, 0)

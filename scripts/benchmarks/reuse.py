@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from benchmarks.accuracy import evaluate
 from benchmarks.results import mean_and_error
-from benchmarks.task import Rows, Task, collate
+from benchmarks.task import Columns, Rows, Task, collate
 from benchmarks.tasks import task_of
 from hf_importance import ImportanceConfig, ImportanceTrainer
 
@@ -24,11 +24,12 @@ KEPT = {"first": "the first pass", "mean": "the mean of the first three passes",
 """What the other training leaves. The file that is saved with a model has the mean."""
 METHODS = (UNIFORM, OURS, *KEPT)
 CASES = (
-    ("banking77", 3000, 1),
+    ("fashion_mnist", 60_000, 1),
+    ("fashion_mnist", 60_000, 3),
     ("fashion_mnist", 60_000, 8),
-    ("banking77", 3000, 3),
-    ("digits", 1437, 10),
+    ("banking77", 2000, 3),
     ("docstrings", 8000, 8),
+    ("digits", 1437, 10),
 )
 """Tasks, training examples and epochs."""
 RATES = {1.0: METHODS, 0.5: (OURS, "mean")}
@@ -37,12 +38,12 @@ _OTHER_SEED = 1000
 _FIGURES = {"accuracy": (100, "+.2f"), "cross_entropy": (1, "+.3f")}
 
 
-def points(seeds: range, tasks: Sequence[str]) -> list[tuple[Any, ...]]:
-    """The grid; a case is complete before the next one."""
+def points(seeds: Sequence[int], tasks: Sequence[str], epochs: Sequence[int] = ()) -> list[tuple[Any, ...]]:
+    """The grid; a case is complete before the next one. By default it has all epochs of the tasks."""
     return [
         (*case, rate, method, seed)
         for case in CASES
-        if case[0] in tasks
+        if case[0] in tasks and (not epochs or case[2] in epochs)
         for seed in seeds
         for rate, methods in RATES.items()
         for method in methods
@@ -58,11 +59,15 @@ def run(name: str, examples: int, epochs: int, rate: float, method: str, seed: i
 
 
 def _task(name: str, examples: int, epochs: int) -> Task:
-    """The task with some of its examples, drawn at random."""
+    """The task with some of its examples, drawn at random, and as many test examples at most."""
     task = task_of(name)
-    index = torch.randperm(task.examples, generator=torch.Generator().manual_seed(0))[:examples]
-    train = {column: values[index] for column, values in task.train.items()}
-    return replace(task, train=task.train if examples >= task.examples else train, epochs=epochs)
+    train, test = (_part(columns, examples) for columns in (task.train, task.test))
+    return replace(task, train=train, test=test, epochs=epochs)
+
+
+def _part(columns: Columns, most: int) -> Columns:
+    order = torch.randperm(len(columns["labels"]), generator=torch.Generator().manual_seed(0))
+    return columns if len(order) <= most else {name: values[order[:most]] for name, values in columns.items()}
 
 
 class _FirstPass(TrainerCallback):

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
-from benchmarks import accuracy, label_errors, overhead, results, seconds, suspects
+from benchmarks import accuracy, label_errors, overhead, results, reuse, seconds, suspects
 from benchmarks.from_scratch import Perceptron
 from benchmarks.task import Task
 
@@ -37,7 +37,7 @@ def early_end_task():
 def use_small_tasks(monkeypatch):
     """Replace the tasks by a classification named `digits` and a regression named `image`; return them by name."""
     tasks = {"digits": cluster_task(), "image": regression_task()}
-    for module in (accuracy, label_errors, seconds, suspects):
+    for module in (accuracy, label_errors, reuse, seconds, suspects):
         monkeypatch.setattr(module, "task_of", tasks.__getitem__)
     return tasks
 
