@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
+from torch import Tensor
 from transformers.utils import cached_file
 
 CONFIG_FILE = "importance_config.json"
@@ -26,8 +29,8 @@ def _setting(default: object, text: str) -> Any:
 class ImportanceConfig:
     """Settings of how importance is measured, remembered and sampled. `HfArgumentParser` turns the fields into flags.
 
-    The settings for everyday use are `effective_epochs`, `backward`, `prune_mass`, `record`, `seed`, and for noisy
-    labels `suspect_weight`. The others are for experiments.
+    The settings for everyday use are `effective_epochs`, `backward`, `prune_mass`, `record`, `seed`, for noisy labels
+    `suspect_weight`, and for another training on the same data `start_from`. The others are for experiments.
 
     Raises:
         ValueError: if a value is out of range; the message names the field and the accepted values.
@@ -89,6 +92,11 @@ class ImportanceConfig:
         "training objective changes. Intended for noisy labels; it can hurt rare classes.",
     )
     suspects_from: float = _setting(2.0, "Effective epochs after which suspect_weight applies, at least 0.")
+    start_from: Tensor | str | None = _setting(
+        None,
+        "Importances of another training on the same data to start with: a folder with its model, or a model on the "
+        "Hub. In Python also a tensor [examples], at least 0, NaN where unknown.",
+    )
 
     sampling: ClassVar[Literal["reshuffled", "replacement"]] = "reshuffled"
     importance_increment: ClassVar[float] = 0.0
@@ -137,8 +145,16 @@ class ImportanceConfig:
         """Write `importance_config.json` into a folder, created if needed, and return its path."""
         path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in a form for JSON, in which a tensor `start_from` is null.
+
+        >>> ImportanceConfig(start_from=torch.ones(3)).to_dict()["start_from"]
+        """
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        return settings | {"start_from": self.start_from if isinstance(self.start_from, str) else None}
 
     def __post_init__(self) -> None:
         self.validate()
@@ -185,6 +201,8 @@ class ImportanceConfig:
             )
         if self.suspect_weight < 1:
             self._check_suspects()
+        if self.start_from is not None:
+            self._check_start()
 
     def _check_suspects(self) -> None:
         start = f"ImportanceConfig.suspect_weight={self.suspect_weight!r} is below 1, which requires"
@@ -194,6 +212,23 @@ class ImportanceConfig:
             raise ValueError(f"{start} another sampler than that of ImportanceConfig.paper().")
         if not self.suspect_weight and not self.uniform_fraction:
             raise ValueError(f"{start} uniform_fraction above 0: otherwise suspects would never be visited again.")
+
+    def _check_start(self) -> None:
+        name, value = "ImportanceConfig.start_from", self.start_from
+        if isinstance(value, os.PathLike):
+            value = self.start_from = os.fspath(value)
+        if isinstance(value, Tensor):
+            self.start_from = checked_importances(value, name)
+        elif not isinstance(value, str):
+            raise TypeError(
+                f"{name} must be a folder, a model on the Hub, or a tensor [examples], but is {type(value).__name__}."
+            )
+        elif not value:
+            raise ValueError(f"{name} must be a folder, a model on the Hub, a tensor or None, but is empty.")
+        if self.sampling != "reshuffled":
+            raise ValueError(f"{name} requires another sampler than that of ImportanceConfig.paper().")
+        if self.metric == "uniform":
+            raise ValueError(f"{name} requires a metric other than 'uniform', with which all are equally important.")
 
     def _check_range(self, name: str, wanted: str, accepts: Callable[[float], bool]) -> None:
         value = getattr(self, name)
@@ -205,6 +240,28 @@ class ImportanceConfig:
     def _message(self, name: str, wanted: str) -> str:
         default = next(f.default for f in fields(self) if f.name == name)
         return f"ImportanceConfig.{name} must be {wanted}, but is {getattr(self, name)!r} (default: {default!r})."
+
+
+def checked_importances(importance: Tensor, name: str) -> Tensor:
+    """Importances of another training as float32 `[examples]`, on the CPU; NaN where unknown.
+
+    Raises:
+        TypeError: if they are no numbers.
+        ValueError: if they have another shape, or are negative or infinite; the message starts with `name`.
+    """
+    if importance.is_complex() or importance.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of numbers, but is one of {importance.dtype}.")
+    if importance.dim() != 1:
+        raise ValueError(f"{name} must be a tensor [examples], but has the shape {list(importance.shape)}.")
+    importance = importance.detach().to("cpu", torch.float32, copy=True)
+    wrong = (importance < 0) | importance.isinf()
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} must be at least 0 and finite, or NaN where unknown, but is {importance[first]:g} for example "
+            f"{first} ({int(wrong.sum())} such values)."
+        )
+    return importance
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from hf_importance.run.callbacks import RunCallbackHandler
 from hf_importance.run.checkpoints import newest_complete
 from hf_importance.run.run import ImportanceRun
 from hf_importance.run.step import pop_labels
-from hf_importance.run.unweighted import UnweightedRun
+from hf_importance.run.unweighted import UnweightedRun, refuse_unweighted
 from hf_importance.run.validation import validate_arguments, validate_training
 from hf_importance.sampling.memory import unimportant
 from hf_importance.sampling.rates import per_cost
@@ -104,8 +103,8 @@ class ImportanceTrainerMixin:
                 adapter_of(self, adapted)  # before general checks: its messages are more specific
             validate_training(self, ImportanceTrainerMixin, schedule)
         except UnweightedError as error:
-            loss_is_replaced = self.per_example_loss_func is not None and has_own_loss(type(self))
-            if self.importance_config.backward == "full" or loss_is_replaced:
+            refuse_unweighted(self.importance_config, error)
+            if self.per_example_loss_func is not None and has_own_loss(type(self)):
                 raise
             return UnweightedRun(self, str(error))
         return None
@@ -129,15 +128,18 @@ class ImportanceTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train like `Trainer.train`. Every call starts with an empty memory, or with that of the checkpoint.
 
+        With `ImportanceConfig(start_from=…)` it starts with the importances of another training.
+
         `resume_from_checkpoint=True` selects the newest complete checkpoint. `ignore_data_skip` has no effect, because
         skipping batches does not load any data.
         """
         self._run = self._unweighted_run() or ImportanceRun(self, ImportanceTrainerMixin)
         ignored = self.args.ignore_data_skip
-        if isinstance(self._run, ImportanceRun):
-            self.args.ignore_data_skip = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
+        if isinstance(self._run, ImportanceRun):
+            self.args.ignore_data_skip = False
+            self._run.resumes = bool(resume_from_checkpoint)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -164,8 +166,7 @@ class ImportanceTrainerMixin:
         try:
             loader = self._run.begin(dataloader)
         except UnweightedError as error:
-            if self.importance_config.backward == "full":
-                raise
+            refuse_unweighted(self.importance_config, error)
             self.args.ignore_data_skip = self._run.ignores_data_skip
             self._run = UnweightedRun(self, str(error))
             loader = self._run.begin(dataloader)
@@ -237,6 +238,7 @@ class ImportanceTrainerMixin:
         super()._save_rng_state(output_dir)
         if self._active_run is not None:
             self._run.save(output_dir)
+            self._save_importances(Path(output_dir))  # now with those of all processes
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, *args: Any
@@ -309,7 +311,7 @@ class ImportanceTrainerMixin:
     def _findings(self) -> Findings:
         """Figures of the examples of all processes, complete in the main process."""
         label_names = getattr(getattr(self.model, "config", None), "id2label", None) or {}
-        return self._training.findings(self.state.log_history, label_names, asdict(self.importance_config))
+        return self._training.findings(self.state.log_history, label_names, self.importance_config.to_dict())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log like `Trainer.log`, with our measurements next to each training loss."""
@@ -364,17 +366,26 @@ class ImportanceTrainerMixin:
         return write_report(folder, findings, examples, self.processing_class, number, title, tokens)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model like `Trainer.save_model`, together with `importance_config.json`.
+        """Save the model like `Trainer.save_model`, with `importance_config.json`, and `importances.safetensors`.
+
+        The latter, written after or during `train()`, is what `ImportanceConfig(start_from=…)` takes: one number per
+        training example and a fingerprint of the data, no training examples. With several processes, the importances of
+        other processes are as of the last checkpoint or the end of training.
 
         If this writes a model card, as in sentence-transformers, the card is extended.
         """
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             self.importance_config.save_pretrained(folder)
+        self._save_importances(folder)
         before = _read(folder / CARD)
         super().save_model(output_dir, _internal_call)
         if not _internal_call and _read(folder / CARD) not in (None, before):
             self._extend_card(folder)
+
+    def _save_importances(self, folder: Path) -> None:
+        if self._training is not None and self.is_world_process_zero():
+            self._run.save_importances(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Create a model card like `Trainer`, with tags, a section with plots, and the importances as a csv file.

@@ -11,6 +11,7 @@
     python scripts/benchmark.py label_errors         # detection of wrong labels
     python scripts/benchmark.py suspects             # training with wrong labels, and without suspects
     python scripts/benchmark.py grouping             # texts grouped by length
+    python scripts/benchmark.py reuse                # training that starts with the importances of another one
     python scripts/benchmark.py pages                # update plots and tables of all parts in the README files
     python scripts/benchmark.py picture              # update the picture of a report in the README
 
@@ -44,6 +45,7 @@ from benchmarks import (
     overhead,
     picture,
     results,
+    reuse,
     seconds,
     suspects,
     tables,
@@ -70,6 +72,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "label_errors": (("label_errors",), label_errors.tables),
     "suspects": (("suspects",), suspects.tables),
     "grouping": (("grouping",), grouping.tables),
+    "reuse": (("reuse",), reuse.tables),
 }
 """Tables of the pages by name: the files that they are made from, and the function that makes them."""
 
@@ -178,6 +181,13 @@ def run_grouping(arguments: argparse.Namespace) -> str:
     return grouping.tables(_filled(arguments, grouping.KEYS, points, grouping.run))
 
 
+def run_reuse(arguments: argparse.Namespace) -> str:
+    """Run cases × learning rates × methods × seeds, sequentially: the other training is kept in the process."""
+    arguments.processes = 1
+    grid = reuse.points(range(1, arguments.seeds + 1), arguments.tasks, arguments.epochs)
+    return reuse.tables(_filled(arguments, reuse.KEYS, grid, reuse.run))
+
+
 def with_tables(text: str, folder: Path = results.FOLDER) -> str:
     """Insert the tables of the files between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a text."""
     for name, (parts, table) in TABLES.items():
@@ -283,6 +293,11 @@ def new_parser() -> argparse.ArgumentParser:
     part = parts.add_parser("grouping", parents=[common], help="texts grouped by length")
     part.add_argument("--epochs", type=int, nargs="+", default=[2])
     part.add_argument("--methods", nargs="+", choices=grouping.METHODS, default=list(grouping.METHODS))
+    part = parts.add_parser("reuse", parents=[common], help="training that starts with importances of another one")
+    part.set_defaults(seeds=3)
+    names = list(dict.fromkeys(task for task, *_ in reuse.CASES))
+    part.add_argument("--tasks", nargs="+", choices=names, default=names)
+    part.add_argument("--epochs", nargs="+", type=int, default=(), help="epochs (default: all that are run of a task)")
     parts.add_parser("pages", help="update plots and tables in the README files")
     parts.add_parser("picture", help="update the picture of a report")
     return parser
@@ -301,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": run_seconds,
         "suspects": run_suspects,
         "grouping": run_grouping,
+        "reuse": run_reuse,
         "pages": run_pages,
         "picture": run_picture,
     }[arguments.part]

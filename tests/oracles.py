@@ -67,6 +67,14 @@ def unnormalised_rate(q, mean, uniform_fraction, max_rate=math.inf):
     return min((1 - uniform_fraction) * q / mean + uniform_fraction, max_rate)
 
 
+def assumed(importance, memory, prior):
+    """Importances with those of the prior where they are unknown, times Σ known / Σ their prior in the memory."""
+    both = [(q, p) for q, p in zip(memory, prior, strict=True) if not math.isnan(q + p)]
+    before = sum(p for _, p in both)
+    scale = sum(q for q, _ in both) / before if before else 1.0
+    return [scale * p if math.isnan(q) else q for q, p in zip(importance, prior, strict=True)]
+
+
 def second_moments(remembered, mean, measured, rate, fractions, max_rate=math.inf):
     """Σ (1/r) q'² / r_f over the visits whose remembered and measured importances are finite."""
     found = [0.0] * len(fractions)

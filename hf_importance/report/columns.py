@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
+_REUSED = "for_another_training"
+
 
 class Columns:
     """Columns of all examples: current for those of this process, as last gathered for the others.
@@ -28,6 +30,11 @@ class Columns:
         """Importances, float32 `[examples]`, NaN where unknown."""
         return self._of_all_examples("importance", self._sampler.memory.importances)
 
+    @property
+    def for_another_training(self) -> Tensor:
+        """Importances to start another training with, float32 `[examples]`, NaN where unknown."""
+        return self._of_all_examples(_REUSED, self._sampler.for_another_training)
+
     def all_columns(self) -> dict[str, Tensor]:
         """`[examples]` each: recorded columns, `importance`, `pruned`, and `down_weighted` with `suspect_weight`."""
         return {name: self._of_all_examples(name, column) for name, column in self._local_columns().items()}
@@ -39,7 +46,8 @@ class Columns:
         They are sent as int32 `[1 + columns, examples]`: positions, then the columns, of which float32 keep their bits.
         Shards are padded to the same size with the position −1. `timeout` is in seconds.
         """
-        shard, local = self._sampler.shard, self._local_columns()
+        shard = self._sampler.shard
+        local = self._local_columns() | {_REUSED: self._sampler.for_another_training}
         if shard.index is None:
             return
         group = _cpu_group(dist.group.WORLD, timeout)

@@ -7,6 +7,7 @@
 - `data`: the sampler, the lengths of texts, and the check of the collator.
 - `step`: from the batch of a draw to its weighted loss.
 - `checkpoints`: saving and restoring.
+- `reuse`: importances of another training: writing and reading.
 - `unweighted`: a training whose draws cannot be weighted.
 - `run`: `ImportanceRun`, which joins all of these.
 - `callbacks`: passes the events of training to the run.

@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_importance.data.fingerprint import differences
 from hf_importance.sampling.record import join
 from hf_importance.sampling.sampler import ImportanceBatchSampler
+from hf_importance.sampling.state import read_tensor
 
-_FORMAT = 10
+_FORMAT = 11
 _FILES = "importance_*.pt"
 _ADVICE = (
     "Resume from another checkpoint, or delete its importance_*.pt files to continue with the saved model and unknown "
@@ -196,8 +197,8 @@ def restore_sampler(
     else:
         samplers = [state["sampler"] for state in states]
         obstacle += _not_found(states.missing)
-    importance, record = _join(samplers, sampler.shard.length)
-    sampler.restart(importance, int(samplers[0]["visits"]["passes"]), record)
+    importance, record, prior = _join(samplers, sampler.shard.length)
+    sampler.restart(importance, int(samplers[0]["visits"]["passes"]), record, prior)
     return obstacle
 
 
@@ -243,9 +244,9 @@ def _not_found(missing: list[str]) -> str:
     return f" Not found: {', '.join(missing[:3])}{rest}; the importances of the examples in them start unknown."
 
 
-def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str, Any] | None]:
-    """Merge the importances and the records of the samplers of all ranks; suspects, scaled, become unknown."""
-    importance = torch.full((length,), torch.nan, dtype=torch.float32)
+def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str, Any] | None, Tensor | None]:
+    """Merge importances, records and priors of the samplers of all ranks; suspects, scaled, become unknown."""
+    importance, prior = torch.full((2, length), torch.nan, dtype=torch.float32)
     index = [slice(None) if state["shard"] is None else state["shard"] for state in samplers]
     for positions, state in zip(index, samplers, strict=True):
         own = state["memory"]["importance"]
@@ -254,6 +255,9 @@ def _join(samplers: list[dict[str, Any]], length: int) -> tuple[Tensor, dict[str
         if own.shape != importance[positions].shape:
             raise ValueError(f"importance has shape {list(own.shape)}, unlike its examples")
         importance[positions] = own.float()
+        if state["visits"].get("prior") is not None:
+            prior[positions] = read_tensor(state["visits"], "prior", own.shape, torch.float32)
+    prior = prior if prior.isfinite().any() else None
     if any(state["record"] is None for state in samplers):
-        return importance, None
-    return importance, join([state["record"] for state in samplers], index, length)
+        return importance, None, prior
+    return importance, join([state["record"] for state in samplers], index, length), prior

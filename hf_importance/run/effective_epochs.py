@@ -23,7 +23,8 @@ from hf_importance.upstream import unwrapped_scheduler
 _FORECAST_AFTER = 0.2
 """Share of the effective steps after which the expected end of training is announced, …"""
 _FORECAST_EPOCH = 1.25
-"""… but not before this effective epoch: until examples are visited again, each step counts as one."""
+"""… but not before this effective epoch: until examples are visited again, each step counts as one, unless training
+started from importances of another one."""
 _NO_GAIN_ABOVE = 0.95
 """If the smallest possible variance ratio is above this, there is little to gain."""
 _ROUNDING = 1e-9
@@ -120,7 +121,9 @@ class EffectiveEpochs:
             self._pending = None
         if step % max(1, self.progress.steps_per_epoch // SEGMENTS) == 0:
             self._measure(device)
-        wait = max(_FORECAST_AFTER * self.progress.steps, _FORECAST_EPOCH * self.progress.steps_per_epoch)
+        wait = _FORECAST_AFTER * self.progress.steps
+        if not self._sampler.has_prior:
+            wait = max(wait, _FORECAST_EPOCH * self.progress.steps_per_epoch)
         if not self._is_announced and self.progress.value >= min(wait, self.progress.steps):
             self._is_announced = True
             if self.says_forecast:
@@ -181,7 +184,7 @@ class EffectiveEpochs:
         if diverged := divergence(self._sampler):
             return diverged
         steps = self.progress.steps
-        if steps <= self.progress.steps_per_epoch:
+        if steps <= self.progress.steps_per_epoch and not self._sampler.has_prior:
             return "Importance sampling saves nothing in a single epoch, in which every example is visited once."
         least = self._sampler.memory.least_variance_ratio()
         if least > _NO_GAIN_ABOVE:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,15 +33,16 @@ from hf_importance.run.backward import BackwardPass
 from hf_importance.run.checkpoints import SavedStates, explaining_errors, restore_sampler, save_state
 from hf_importance.run.data import find_lengths, new_sampler, validate_collator
 from hf_importance.run.effective_epochs import EffectiveEpochs
+from hf_importance.run.reuse import start_importances, write_importances
 from hf_importance.run.step import TrainingStep
-from hf_importance.run.unweighted import describe
+from hf_importance.run.unweighted import describe, refuse_unweighted
 from hf_importance.run.validation import overrides_of, seed_of, unmeasured
 from hf_importance.sampling.effective_steps import EffectiveSteps
 from hf_importance.sampling.sampler import ImportanceBatchSampler
 
 logger = logging.get_logger(__name__)
-_DO_NOT_DRAW = ("record", "effective_epochs", "backward", "backward_tolerance")
-"""Settings that do not matter for what is drawn."""
+_DO_NOT_DRAW = ("record", "effective_epochs", "backward", "backward_tolerance", "start_from")
+"""Settings that do not matter for what is drawn, or whose effect is in the state of the sampler."""
 
 
 class ImportanceRun:
@@ -58,6 +59,7 @@ class ImportanceRun:
 
     def __init__(self, trainer: Any, mixin: type) -> None:
         self.trainer, self.mixin = trainer, mixin
+        self.resumes = False  # whether training is resumed from a checkpoint
         self.config, self.args = trainer.importance_config, trainer.args
         self.active = True
         self.unweighted = ""  # why draws are not weighted, if that shows in the first batch
@@ -88,6 +90,7 @@ class ImportanceRun:
 
         Raises:
             UnweightedError: if a user's override made it in a way that importance sampling cannot honour.
+            OSError, ValueError: see [`start_importances`].
         """
         trainer, args = self.trainer, self.args
         overrides = overrides_of(type(trainer), self.mixin, ("_get_train_sampler", "get_train_dataloader"))
@@ -101,6 +104,8 @@ class ImportanceRun:
         self.columns = Columns(self.sampler, trainer.is_world_process_zero())
         if args.save_strategy != "no":
             _ = self.fingerprint  # before `set_epoch` or others change the dataset
+        if not self.resumes:
+            self._inherit()
         label_names = None if self.is_adapted else self.label_names
         self._loader = training_loader(base, self.sampler, trainer.accelerator, label_names)
         return self._loader
@@ -109,6 +114,13 @@ class ImportanceRun:
     def is_adapted(self) -> bool:
         """Whether another library computes the losses, from batches of its own collators."""
         return adapted_class(type(self.trainer)) is not None
+
+    def _inherit(self) -> None:
+        """Start with importances of another training, if `start_from` is set."""
+        start, length = self.config.start_from, self.sampler.shard.length
+        if start is not None:
+            data = {} if isinstance(start, Tensor) else self.fingerprint
+            self.sampler.inherit(start_importances(start, length, data, self.config.metric))
 
     def plan(self, max_steps: int) -> None:
         """Set the number of uniform steps that were asked for."""
@@ -224,8 +236,9 @@ class ImportanceRun:
                 user would be replaced, if draws were weighted before, or if `Trainer` cannot compute a loss, either.
         """
         self.sampler.flush(everything=True)
+        refuse_unweighted(self.config, error)
         keeps_loss = self.trainer.per_example_loss_func is None
-        if self.config.backward == "full" or not keeps_loss or self.sampler.memory.known or not self.step.is_first:
+        if not keeps_loss or self.sampler.memory.known or not self.step.is_first:
             raise error
         self._go_on_without_weights(str(error))
         try:
@@ -319,6 +332,12 @@ class ImportanceRun:
         self.columns.gather(self.args.ddp_timeout)
         self.trainer.accelerator.wait_for_everyone()
 
+    def save_importances(self, folder: str | Path) -> None:
+        """Save what another training may start from, in the main process, which has it of all examples."""
+        importance = self.columns.for_another_training
+        if self.config.metric != "uniform" and importance.isfinite().any():
+            write_importances(folder, importance, self.fingerprint, self.config.metric)
+
     def restore(self, checkpoint: str, position: tuple[int, int], epochs: int) -> tuple[int, int]:
         """Restore what a checkpoint has; warn of what it has not.
 
@@ -339,6 +358,8 @@ class ImportanceRun:
                 self._restored_objective = states[rank]["objective"]
                 self.backward.load_state_dict(states[rank]["backward"])
                 unweighted = states[rank]["unweighted"]
+            elif not self.sampler.memory.known and not self.sampler.has_prior:
+                self._inherit()
             if self.schedule is not None:
                 position = self._restore_schedule(states, lost is None, position, epochs)
         self.sampler.skip(position[1])
@@ -371,7 +392,7 @@ class ImportanceRun:
 
     def _settings(self) -> dict[str, Any]:
         """Settings that must be equal to resume exactly."""
-        settings = asdict(self.config) | {"sampling": self.config.sampling, "seed": seed_of(self.config, self.args)}
+        settings = self.config.to_dict() | {"sampling": self.config.sampling, "seed": seed_of(self.config, self.args)}
         return {name: value for name, value in settings.items() if name not in _DO_NOT_DRAW}
 
     def _common_progress(self, state: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 
+from hf_importance.config import ImportanceConfig
+from hf_importance.errors import UnweightedError
 from hf_importance.report.logs import say
 from hf_importance.run.backward import BackwardPass
 from hf_importance.run.checkpoints import SavedStates, explaining_errors, save_state
@@ -114,3 +116,11 @@ class UnweightedStep:
 def describe(reason: str) -> str:
     """A line on a training whose draws are not weighted."""
     return f"Examples are drawn and weighted as by Trainer, and only the backward pass can save: {reason}"
+
+
+def refuse_unweighted(config: ImportanceConfig, error: UnweightedError) -> None:
+    """Raise the error why draws cannot be weighted, if the settings are worth nothing without."""
+    if config.backward == "full":
+        raise error
+    if config.start_from is not None:
+        raise UnweightedError(f"start_from requires draws that are weighted; remove it, or: {error}") from error

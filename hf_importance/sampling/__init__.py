@@ -13,6 +13,7 @@ The modules, in the order of their imports:
 - `replacement`: independent draws with the rates of the moment, as in the paper.
 - `groups`: sorts planned visits of texts by length.
 - `record`: statistics of the visits of every example.
+- `first_passes`: mean importances over the first passes, for another training.
 - `suspects`: which labels are probably wrong, and the smaller weights of their examples.
 - `effective_steps`: progress of training in steps of uniform sampling.
 - `sampler`: batches and epochs, including draws not yet used and measurements not yet remembered.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from hf_importance.sampling.draw import SKIPPED, Draw
+from hf_importance.sampling.first_passes import FirstPasses
 from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.guard import add_in_order
 from hf_importance.sampling.memory import ImportanceMemory
@@ -88,6 +89,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
             else IndependentVisits(memory, **rates)
         )
         self._memory, self._record, self._groups = memory, record, groups
+        self._first_passes = FirstPasses(len(memory))
         self._weight_exponent = weight_exponent
         self._draws = 0
         self._planned = _Visits(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0))
@@ -156,8 +158,10 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def _next_visits(self, size: int) -> tuple[Tensor, Tensor]:
         """The visits that are planned next: examples and rates. They depend on all that was measured so far."""
         self.flush()
-        if self._record is not None and self.visits.passes and self.visits.begins_pass:
-            self._record.keep_distribution(self._memory.importances)
+        if self.visits.passes and self.visits.begins_pass:
+            self._first_passes.add(self._unscaled())
+            if self._record is not None:
+                self._record.keep_distribution(self._memory.importances)
         if self.suspects is not None:
             self.suspects.recheck(self._record, self._memory)
         elif self._record is not None and isinstance(self.visits, SegmentedVisits):
@@ -269,6 +273,30 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Mask of the currently pruned examples, bool `[examples of the shard]`."""
         return torch.zeros(len(self.shard), dtype=torch.bool) if self.visits.pruned is None else self.visits.pruned
 
+    def inherit(self, prior: Tensor | None) -> None:
+        """Let importances of another training, `[examples]` of all ranks, count where they are unknown in this one.
+
+        Call it before the first draw. They are ≥ 0, NaN where unknown. Independent visits go on without.
+        """
+        if prior is not None and isinstance(self.visits, SegmentedVisits):
+            self.visits.prior = self.shard.part(prior).clone()
+
+    @property
+    def for_another_training(self) -> Tensor:
+        """Importances to [`inherit`] in another training, see [`FirstPasses`]: float32 `[examples of the shard]`."""
+        self.flush()
+        return self._first_passes.with_current(self._unscaled())
+
+    def _unscaled(self) -> Tensor:
+        """Remembered importances; those of suspects, which are scaled, count as unknown."""
+        importance = self._memory.importances
+        return importance if self.suspects is None else importance.masked_fill(self.suspects.flagged, torch.nan)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether it began with importances of another training."""
+        return getattr(self.visits, "prior", None) is not None
+
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,6 +307,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         return {
             "memory": self._memory.state_dict(),
             "visits": self.visits.state_dict(),
+            "first_passes": self._first_passes.state_dict(),
             "groups": None if self._groups is None else self._groups.state_dict(),
             "record": None if self._record is None else self._record.state_dict(),
             "suspects": None if self.suspects is None else self.suspects.state_dict(),
@@ -308,6 +337,7 @@ class ImportanceBatchSampler(Sampler[Draw]):
         """Restore a [`state_dict`] that [`matches`] exactly; within an epoch, [`skip`] its batches as well."""
         self._memory.load_state_dict(state["memory"])
         self.visits.load_state_dict(state["visits"])
+        self._first_passes.load_state_dict(state["first_passes"])
         if self._groups is not None:
             self._groups.load_state_dict(state["groups"])
         if self._record is not None and state["record"] is not None:
@@ -333,10 +363,17 @@ class ImportanceBatchSampler(Sampler[Draw]):
             raise ValueError(f"visits must have an index in 0 … {self.shard.length - 1}, a rate and a weight each")
         return visits
 
-    def restart(self, importance: Tensor, passes: int = 0, record: Mapping[str, Any] | None = None) -> None:
-        """Begin a new pass with importances and record of all examples, if the state cannot be restored exactly."""
+    def restart(
+        self,
+        importance: Tensor,
+        passes: int = 0,
+        record: Mapping[str, Any] | None = None,
+        prior: Tensor | None = None,
+    ) -> None:
+        """Begin a new pass with these of all examples, if the state cannot be restored exactly."""
         self._memory.load_state_dict({"importance": self.shard.part(importance)})
         self.visits.restart(passes)
+        self.inherit(prior)
         if self._record is not None and record is not None:
             self._record.load_state_dict(part(record, slice(None) if self.shard.index is None else self.shard.index))
 

@@ -34,6 +34,11 @@ class SegmentedVisits:
     Doubted examples count as unknown there, so they have rate 1.
     If visits differ in cost, "importance" means q/√c throughout, see the module `rates`.
 
+    An unknown importance counts as the mean; with a `prior`, the importances of another training, as that of the prior,
+    times what the known ones are relative to theirs. This holds throughout the first stratum of an example: what its
+    visit measures takes effect with the next, as always. In the first segment rates are 1, so that the [`Guard`] can
+    judge the prior.
+
     At the start of each pass, the examples are pruned that together hold less than a share `prune_mass` of the
     importance with which their strata began; their time stands still, and the others have rates with mean 1.
 
@@ -70,6 +75,8 @@ class SegmentedVisits:
         self._seed, self._stride, self._first = seed, stride, first
         self._guard = Guard(uniform_fraction) if guard else None
         self._mean = math.nan  # mean importance (per root cost) when the segment was planned
+        self.prior: Tensor | None = None  # float32 [examples], ≥ 0, NaN where unknown
+        self._scale = 1.0  # of the prior, when the segment was planned
         self._order: Tensor | None = None  # permutation of this pass, if all rates are 1
         self._strata: Strata | None = None  # otherwise
 
@@ -82,7 +89,7 @@ class SegmentedVisits:
         """Show the guard how reliable importances are: the measured ones and the drawn rates, `[visits]` each."""
         if self._guard is not None:
             cost = None if update.cost is None else update.cost[update.change]
-            before = per_cost(update.before[update.change], cost)
+            before = per_cost(self._assumed(update.before, update.index)[update.change], cost)
             self._guard.observe(before, self._mean, measured, rate, _LARGEST_RATE, cost)
 
     # ---- planning: O(examples), once per segment ---------------------------------------------------------------------
@@ -91,8 +98,13 @@ class SegmentedVisits:
         """The visits of the next segment in order, whatever `size` is wanted: examples int32 and rates float32."""
         if self._guard is not None:
             self.floor = self._guard.next_floor()
+        if self.prior is not None and self.memory.doubted is not None:
+            self.prior[self.memory.doubted] = torch.nan  # they are unknown in the sense of rate 1
+        self._scale = self._scale_of_prior()
         if self.begins_pass:
             self._begin_pass()
+        if self.prior is not None and self._guard is not None and self.passes == 1 and not self._segment:
+            self.floor = 1.0  # the guard has not seen yet whether the prior holds
         length = len(self.memory)
         start, end = (length * segment // self._segments for segment in (self._segment, self._segment + 1))
         self._segment = (self._segment + 1) % self._segments
@@ -140,11 +152,26 @@ class SegmentedVisits:
 
     def _rates(self, importance: Tensor) -> _Rates:
         """The rates that follow from these importances, `[examples]`."""
+        importance = self._assumed(importance)
         mean = mean_importance(self.memory, importance, self.pruned)
         rate = unnormalised_rates(self.memory.per_cost(slice(None), importance), mean, self.floor, _LARGEST_RATE)
         if self.pruned is not None:
             rate.masked_fill_(self.pruned, 0.0)
         return _Rates(mean, rate, self._drawable / rate.sum(dtype=torch.float64).item())
+
+    def _assumed(self, importance: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
+        """Importances of some examples, with those of the prior where they are unknown."""
+        if self.prior is None:
+            return importance
+        return importance.where(importance.isfinite(), self._scale * self.prior[index])
+
+    def _scale_of_prior(self) -> float:
+        """The importances of the memory relative to those of the prior, over the examples that are in both."""
+        if self.prior is None:
+            return 1.0
+        both = (self.memory.importances + self.prior).isfinite()
+        now, before = (x[both].sum(dtype=torch.float64).item() for x in (self.memory.importances, self.prior))
+        return now / before if before else 1.0
 
     @property
     def _drawable(self) -> int:
@@ -159,6 +186,8 @@ class SegmentedVisits:
             "segment": self._segment,
             "floor": self.floor,
             "mean": self._mean,
+            "prior": None if self.prior is None else self.prior.clone(),
+            "scale": self._scale,
             "guard": None if self._guard is None else self._guard.state_dict(),
             "order": None if self._order is None else self._order.clone(),
             "strata": None if self._strata is None else self._strata.state_dict(),
@@ -170,6 +199,8 @@ class SegmentedVisits:
         length = len(self.memory)
         self.passes, self._segment = (read_number(state, name, int, 0) for name in ("passes", "segment"))
         self.floor, self._mean = read_number(state, "floor", least=0), read_number(state, "mean")
+        self.prior = read_tensor(state, "prior", [length], torch.float32, optional=True)
+        self._scale = read_number(state, "scale", least=0)
         self._order = read_tensor(state, "order", [length], torch.int32, optional=True)
         self._strata = None if state["strata"] is None else Strata.from_state_dict(state["strata"], length)
         self.pruned = read_tensor(state, "pruned", [length], torch.bool, optional=True)

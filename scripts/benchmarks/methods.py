@@ -49,7 +49,8 @@ class Method:
         if self.settings is None:
             name = Trainer.__name__ if self.rival is None else self.rival.__name__
             return {"class": name, "cost": self.cost, **strategy}
-        return {"sampling": self.settings.sampling, **asdict(self.settings), **strategy}
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "start_from"}  # see `reuse`
+        return {"sampling": self.settings.sampling, **settings, **strategy}
 
     def runs_at(self, budget: float, of_texts: bool) -> bool:
         """Whether the method runs with this budget, on texts or on other data."""

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
-from benchmarks import accuracy, grouping, label_errors, overhead, results, seconds, suspects
+from benchmarks import accuracy, grouping, label_errors, overhead, results, reuse, seconds, suspects
 from benchmarks.from_scratch import Perceptron, WordPerceptron
 from benchmarks.task import Task
 
@@ -46,7 +46,7 @@ def text_task():
 def use_small_tasks(monkeypatch):
     """Replace the tasks by `digits`, a classification, `image`, a regression, and `docstrings`; return them by name."""
     tasks = {"digits": cluster_task(), "image": regression_task(), "docstrings": text_task()}
-    for module in (accuracy, grouping, label_errors, seconds, suspects):
+    for module in (accuracy, grouping, label_errors, reuse, seconds, suspects):
         monkeypatch.setattr(module, "task_of", tasks.__getitem__)
     return tasks
 

@@ -1,4 +1,4 @@
-"""The benchmarks of label errors, suspects, grouping, seconds, overhead and draws, on small grids."""
+"""The benchmarks of label errors, suspects, grouping, reuse, seconds, overhead and draws, on small grids."""
 
 import json
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
-from benchmarks import draws, grouping, label_errors, overhead, suspects
+from benchmarks import draws, grouping, label_errors, overhead, reuse, suspects
 from small_tasks import use_same_process, use_small_tasks
 
 
@@ -14,6 +14,7 @@ from small_tasks import use_same_process, use_small_tasks
 def small_grids(monkeypatch):
     use_small_tasks(monkeypatch)
     use_same_process(monkeypatch)
+    reuse._kept.cache_clear()
 
 
 def test_label_errors_benchmark_ranks_wrong_labels_first(tmp_path, capsys):
@@ -60,6 +61,34 @@ def test_grouping_benchmark_saves_padding_unless_mega_batches_are_small(tmp_path
     assert max(ours_grouped, theirs) < 0.8 * whole
     assert min(ours, padded["by 1"]) > 0.9 * whole, "control: the size of the mega-batches matters"
     assert f"| 2 | ImportanceTrainer, grouped | 1 | {ours_grouped / whole:.2f} | " in capsys.readouterr().out
+
+
+def test_reuse_benchmark_starts_from_a_training_with_another_seed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reuse, "CASES", (("digits", 64, 5),))
+    starts, trained = {}, reuse._trained
+
+    def recorded(task, seed, method, start=None):
+        starts[seed, method, task.learning_rate] = start
+        return trained(task, seed, method, start)
+
+    monkeypatch.setattr(reuse, "_trained", recorded)
+    path = tmp_path / "reuse.json"
+    benchmark.main(["reuse", "--seeds", "2", "--output", str(path)])
+    runs = json.loads(path.read_text())["runs"]
+    assert len(runs) == 2 * sum(len(methods) for methods in reuse.RATES.values())
+    assert all(run["of_steps"] == 20 for run in runs), "64 examples in batches of 16"
+    assert {key for key, start in starts.items() if start is None} == {
+        *((seed, method, 1e-2) for seed in (1, 2) for method in (reuse.UNIFORM, reuse.OURS)),
+        *((seed, reuse.OURS, 5e-3) for seed in (1, 2)),
+        *((seed, reuse.OURS, 1e-2) for seed in (1001, 1002)),
+    }
+    kept = [starts[1, method, 1e-2] for method in reuse.KEPT]
+    assert all(importance.isfinite().all() and len(importance) == 64 for importance in kept)
+    assert torch.equal(starts[1, "mean", 5e-3], kept[1])
+    assert len({importance.sum().item() for importance in kept}) == 3, "control: they differ"
+    printed = capsys.readouterr().out
+    assert "| digits | 64, 5 | 1 | (`Trainer`) | 1.000 | " in printed
+    assert "| digits | 64, 5 | 0.5 | the mean of its first three passes | " in printed
 
 
 def test_generalised_cross_entropy_has_the_limits_of_the_paper():

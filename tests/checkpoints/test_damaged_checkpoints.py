@@ -56,7 +56,7 @@ def test_checkpoint_of_an_older_version_is_refused(checkpoint, written):
         resume(checkpoint, max_steps=8)
     message = str(raised.value)
     assert str(path) in message
-    assert f"another version of hf_importance wrote it, with format {written}, not 10" in message
+    assert f"another version of hf_importance wrote it, with format {written}, not 11" in message
     assert message.endswith(
         "Resume from another checkpoint, or delete its importance_*.pt files to continue with the saved model and "
         "unknown importances."

@@ -78,7 +78,7 @@ def test_saved_state_is_small_and_loads_without_code(uninterrupted):
     assert index.untyped_storage().nbytes() == 4 * len(index), "a view's whole storage is saved"
     parts = {"settings", "data", "sampler", "effective", "objective", "figures", "backward", "unweighted"}
     assert set(state) == {"format", "rank", "ranks"} | parts
-    assert state["format"] == 10
+    assert state["format"] == 11
     assert state["effective"]["progress"]["value"] >= 4
     (path,) = checkpoint.glob("importance_*.pt")
     assert path.stat().st_size < 40_000

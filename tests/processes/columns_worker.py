@@ -64,6 +64,7 @@ def results_of(backend):
         columns.gather(timeout=60)
     dist.destroy_process_group()
     results = {"columns": columns.all_columns(), "importances": columns.importances}
+    results["for_another_training"] = columns.for_another_training
     return results | {"before": before, "index": sampler.shard.index, "calls": calls}
 
 

@@ -74,6 +74,12 @@ def test_other_processes_only_have_the_importances_of_others(ranks, expected):
         assert torch.equal(rank["columns"]["visits"][~others], expected["visits"][~others])
 
 
+def test_main_process_has_what_another_training_may_start_from(ranks, expected):
+    """Nothing has been trained here, so it is what is remembered."""
+    assert_same({"importance": ranks[0]["for_another_training"]}, {"importance": expected["importance"]})
+    assert ranks[1]["for_another_training"].isnan().sum() > expected["importance"].isnan().sum(), "control"
+
+
 def test_control_nothing_of_others_is_known_before(ranks):
     for rank in ranks:
         others = torch.ones(EXAMPLES, dtype=torch.bool).index_fill(0, rank["index"], False)
@@ -84,7 +90,7 @@ def test_control_nothing_of_others_is_known_before(ranks):
 def test_each_process_sends_its_own_examples_and_receives_importances(ranks, backend):
     """On the CPU, with the position of each example. A group for CPU tensors is created at most once."""
     for rank in ranks:
-        own = (len(rank["columns"]) + 1) * -(-EXAMPLES // RANKS)
+        own = (len(rank["columns"]) + 2) * -(-EXAMPLES // RANKS)
         created = [] if backend == "gloo" else [("new_group",)]
         assert rank["calls"] == created + [("gather", (own, "cpu")), ("broadcast", (EXAMPLES, "cpu"))] * 2
         assert own < len(rank["columns"]) * EXAMPLES, "control: all columns of all examples are more"

@@ -187,6 +187,7 @@ FIGURES = {
     "label_errors": ("auroc_mean_loss",),
     "suspects": ("accuracy",),
     "grouping": ("accuracy",),
+    "reuse": ("accuracy",),
 }
 """For each table, figures of the runs that it shows."""
 

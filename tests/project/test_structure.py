@@ -17,7 +17,7 @@ ORDER = [
         f"sampling.{name}"
         for name in ("state", "draw", "shard", "rates", "memory", "guard", "strata", "segments", "replacement")
     ),
-    *(f"sampling.{name}" for name in ("groups", "record", "suspects", "effective_steps", "sampler")),
+    *(f"sampling.{name}" for name in ("groups", "record", "first_passes", "suspects", "effective_steps", "sampler")),
     *(f"losses.{name}" for name in ("per_example", "outputs", "isolation", "first_batch", "custom", "made_up")),
     *(f"losses.{name}" for name in ("own_loss", "objective")),
     *(f"backward.{name}" for name in ("rows", "rules", "shape_rules", "part_rules", "layer_rules", "token_rules")),
@@ -32,7 +32,7 @@ ORDER = [
         f"run.{name}"
         for name in ("loop_epochs", "effective_epochs", "validation", "backward", "data", "step", "checkpoints")
     ),
-    *(f"run.{name}" for name in ("unweighted", "run", "callbacks")),
+    *(f"run.{name}" for name in ("reuse", "unweighted", "run", "callbacks")),
     "trainer",
     "__init__",
 ]

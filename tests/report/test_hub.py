@@ -8,6 +8,7 @@ import pytest
 import torch
 import workers
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_importance import ImportanceConfig
@@ -62,6 +63,7 @@ def test_pushed_model_and_card_can_be_loaded(pushed, tmp_path):
     inputs = AutoTokenizer.from_pretrained(tmp_path)(TEXTS[:2], return_tensors="pt", padding=True)
     assert torch.equal(uploaded(**inputs).logits, local(**inputs).logits)
     assert ImportanceConfig.from_pretrained(tmp_path) == ImportanceConfig(prune_mass=0.05)
+    assert list(load_file(tmp_path / "importances.safetensors")) == ["importance"]
 
     card = ModelCard.load(tmp_path / "README.md")
     assert {"importance-sampling", "hf_importance", "generated_from_trainer"} <= set(card.data.tags)

@@ -74,6 +74,34 @@ class AdaptiveTraining:
         return torch.stack([weight.sum() / visits, *quarters])
 
 
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+class Lived:
+    """Mixin of visits that adds up the time that has passed for every example, pruned ones excluded."""
+
+    def plan(self, size=0):
+        n, segment = len(self.memory), self._segment
+        planned = super().plan(size)
+        visits = n * (segment + 1) // self._segments - n * segment // self._segments
+        drawable = torch.ones(n, dtype=torch.bool) if self.pruned is None else ~self.pruned
+        self.lived = getattr(self, "lived", 0.0) + drawable * visits / drawable.sum()
+        return planned
+
+
+class LivedInStrata(Lived, SegmentedVisits):
+    """Strata."""
+
+
+def relative_to_time(training, weight):
+    """Weights over the time that has passed: of all examples, and by quarter, including visits not yet drawn."""
+    planned = training.sampler.state_dict()["planned"]
+    weight.index_add_(0, planned["index"], 1 / planned["rate"].double())
+    time = training.sampler.visits.lived
+    quarters = [training.hardness == quarter for quarter in range(4)]
+    return torch.stack([weight[which].sum() / time[which].sum() for which in (slice(None), *quarters)])
+
+
 # ---- controls --------------------------------------------------------------------------------------------------------
 
 

@@ -113,9 +113,12 @@ def next_by_reference(visits, size, seed, floor=0.3, pruned=None, now=None):
         state = Strata(memory.importances if now is None else tensor(now), seed + 2**31).state_dict()
     rng = torch.Generator()
     rng.set_state(state["rng"])
+    begun, now = state["importance"].tolist(), memory.importances.tolist() if now is None else now
+    if visits.prior is not None:
+        begun, now = (oracles.assumed(q, now, visits.prior.tolist()) for q in (begun, now))
     return oracles.plan_visits(
-        state["importance"].tolist(),
-        memory.importances.tolist() if now is None else now,
+        begun,
+        now,
         list(zip(state["place"].tolist(), state["position"].tolist(), strict=True)),
         size,
         floor,

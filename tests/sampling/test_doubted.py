@@ -113,6 +113,9 @@ def test_doubted_examples_have_rate_one_and_the_others_follow_their_own_mean():
     assert rates_of(sampler, IN_ALL).sub(1).abs().max() < 0.06
     assert sampler.memory.importances[0] == 10, "what is remembered is what was measured"
     assert rates_of(sampler_with(IN_ALL), [5]).sub(0.3 + 0.7 * 0.5).abs().max() < 0.06
+    inherited = sampler_with(IN_ALL)
+    inherited.inherit(torch.ones(N).index_fill_(0, IN_ALL, 10.0))
+    assert rates_of(inherited, IN_ALL).sub(1).abs().max() < 0.06, "also if another training found them important"
     control = sampler_with(IN_ONE)
     assert rates_of(control, IN_ONE).min() > 2, "hard examples keep their rates"
     assert control.memory.doubted is None

@@ -24,7 +24,7 @@ def sampler_in_strata(n=N, batch=100, **settings):
     """A sampler that has just planned a segment in the third pass, with visits that were measured."""
     sampler = ImportanceBatchSampler(memory_of(lognormal(n)), batch, uniform_fraction=0.3, **settings)
     while sampler.visits.passes < 3:
-        sampler.visits.plan()
+        sampler._next_visits(batch)
     sampler.mark_used(next(iter(sampler)))
     return sampler
 
@@ -68,15 +68,15 @@ VISITS = 16 * 4 * (N / 8) ** 0.5
 """Bytes of visits by which a segment may differ from N/8: four standard deviations, .06 bytes per example."""
 
 
-def test_at_most_18_bytes_per_example_in_strata():
-    """Memory 4, strata 12, visits of a segment 2; another 1 if examples are pruned. A record is not included."""
+def test_at_most_22_bytes_per_example_in_strata():
+    """Memory 4, first passes 4, strata 12, visits of a segment 2; another 1 for those pruned. Without a record."""
     sampler = sampler_in_strata(record=VisitRecord(N))
-    assert 17.9 * N < bytes_held(sampler) <= 18 * N + VISITS
+    assert 21.9 * N < bytes_held(sampler) <= 22 * N + VISITS
     pruning = sampler_in_strata(prune_mass=0.02)
     assert pruning.pruned.any(), "premise"
-    assert bytes_held(pruning) <= 19 * N + VISITS
+    assert bytes_held(pruning) <= 23 * N + VISITS
     sampler.visits._strata.more = torch.zeros(2 * N)[:1]
-    assert bytes_held(sampler) > 24 * N, "control: also the storage of a view counts"
+    assert bytes_held(sampler) > 28 * N, "control: also the storage of a view counts"
 
 
 def test_at_most_10_bytes_per_example_before_strata():

@@ -39,11 +39,13 @@ class Enumeration:
         rates: returns the rates of all examples, given the importances that they follow and the number of the slice.
         slices: lengths of the slices of time.
         factors: factor of the importance at each visit, by example.
+        first: importance that the first visit of an example measures, if it is unknown before.
         follows: what the rates in a stratum follow: the importance at its `start`, or what the `memory` has now.
     """
 
-    def __init__(self, patch, rates, slices, factors, follows="start"):
+    def __init__(self, patch, rates, slices, factors, follows="start", first=()):
         self.patch, self.rates, self.slices, self.factors, self.follows = patch, rates, slices, factors, follows
+        self.first = first
         self.leaves, self.most_strata = 0, 0
 
     def of(self, importance):
@@ -74,7 +76,7 @@ class Enumeration:
             for i, r in zip(index, rates, strict=True):
                 self.weights[number, i] += p / r
                 self.visits[number, i] += p
-                after[i] *= self.factors[i]
+                after[i] = self.first[i] if math.isnan(after[i]) else after[i] * self.factors[i]
             self._explore(strata.state_dict(), after, number + 1, p)
 
     def _advance(self, strata, places, time, rate, memory, next_rate):
@@ -147,3 +149,44 @@ def test_without_feedback_the_memory_may_be_followed(monkeypatch):
         torch.testing.assert_close(weights, wanted, rtol=1e-6, atol=1e-6)
         rates = torch.stack([tensor(of_importance(importance, k)) for k in range(len(slices))])
         torch.testing.assert_close(visits, rates.double() * wanted, rtol=1e-5, atol=1e-5)
+
+
+# ---- importances of another training ---------------------------------------------------------------------------------
+
+PRIORS = {  # prior, measured at the first visit, factors at each visit, slices of time
+    "wrong": ([1.0, 3.0], [4.0, 1.0], [0.5, 1.5], [0.5, 0.4, 0.7, 0.45, 0.6]),
+    "right at another scale": ([1.0, 3.0], [0.1, 0.3], [0.5, 0.5], [0.5, 0.4, 0.7, 0.45, 0.6]),
+    "partly unknown": ([2.0, math.nan, 0.5], [1.0, 3.0, 2.0], [0.7, 0.5, 1.5], [0.7, 0.6, 0.65]),
+    "long slices": ([1.0, 3.0], [2.0, 0.5], [0.5, 1.5], [1.1, 0.9, 1.2]),
+}
+
+
+def following_prior(prior):
+    """Rates that follow a prior where importances are unknown."""
+
+    def rates(importance, number):
+        found = oracles.assumed(importance, [math.nan] * len(prior), prior)
+        known = [q for q in found if not math.isnan(q)]
+        return of_importance([sum(known) / len(known) if math.isnan(q) else q for q in found], number)
+
+    return rates
+
+
+def deviations_with_prior(patch, case, **settings):
+    """Deviations of the expected weights from the time that has passed, `[slices, examples]`."""
+    prior, first, factors, slices = PRIORS[case]
+    enumeration = Enumeration(patch, following_prior(prior), slices, factors, first=first, **settings)
+    weights, _ = enumeration.of([math.nan] * len(prior))
+    return (weights - tensor(slices).double()[:, None]).abs()
+
+
+@pytest.mark.parametrize("case", PRIORS)
+def test_every_moment_has_its_weight_with_importances_of_another_training(monkeypatch, case):
+    """Exactly, at a given scale of the prior. It is that of all examples, of which a visit changes one of many."""
+    assert deviations_with_prior(monkeypatch, case).max() < 1e-6
+
+
+@pytest.mark.parametrize("case", PRIORS)
+def test_control_a_first_visit_that_counts_within_its_stratum_is_biased(monkeypatch, case):
+    """The rate follows what the memory has instead of what the stratum began with."""
+    assert deviations_with_prior(monkeypatch, case, follows="memory").sum(0).max() > 0.05

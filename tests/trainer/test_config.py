@@ -4,9 +4,11 @@ import json
 
 import pytest
 import tiny
+import torch
 from transformers import HfArgumentParser
 
 from hf_importance import ImportanceConfig
+from hf_importance.config import PaperConfig
 
 
 def test_defaults_are_as_documented():
@@ -22,6 +24,7 @@ def test_defaults_are_as_documented():
         weight_exponent=1.0,
         suspect_weight=1.0,
         suspects_from=2.0,
+        start_from=None,
     )
 
 
@@ -67,6 +70,29 @@ def config_of(*flags):
 def test_command_line_flags():
     flags = ["--metric", "loss", "--uniform_fraction", "0.5", "--effective_epochs", "false", "--seed", "3"]
     assert config_of(*flags) == ImportanceConfig(metric="loss", uniform_fraction=0.5, effective_epochs=False, seed=3)
+
+
+def test_flag_of_another_training():
+    assert config_of("--start_from", "outputs/run1").start_from == "outputs/run1"
+    assert config_of().start_from is None
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"metric": "uniform"}, "metric"), ({}, "paper")])
+def test_another_training_needs_rates_that_follow_importances(settings, message):
+    cls = PaperConfig if message == "paper" else ImportanceConfig
+    with pytest.raises(ValueError, match=rf"ImportanceConfig.start_from requires .*{message}"):
+        cls(start_from="outputs/run1", **settings)
+
+
+def test_tensors_are_copied_as_float32_and_are_null_in_json(tmp_path):
+    given = torch.tensor([1, 2, 0])
+    config = ImportanceConfig(start_from=given, seed=3)
+    given[0] = 7
+    assert torch.equal(config.start_from, torch.tensor([1.0, 2.0, 0.0]))
+    assert ImportanceConfig.from_pretrained(config.save_pretrained(tmp_path)) == ImportanceConfig(seed=3)
+    config = ImportanceConfig(start_from=tmp_path)
+    assert config.start_from == str(tmp_path)
+    assert ImportanceConfig.from_pretrained(config.save_pretrained(tmp_path)) == config
 
 
 @pytest.mark.parametrize(

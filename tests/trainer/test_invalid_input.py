@@ -40,6 +40,12 @@ SETTINGS = [
     ("seed", 2**63, ValueError, r"must be in 0 … 2\^63 − 1"),
     ("seed", 0.5, TypeError, "must be an int or None"),
     ("seed", True, TypeError, "must be an int or None"),
+    ("start_from", [1.0], TypeError, r"must be a folder, a model on the Hub, or a tensor \[examples\], but is list"),
+    ("start_from", "", ValueError, "but is empty"),
+    ("start_from", torch.ones(2, 2), ValueError, r"must be a tensor \[examples\], but has the shape \[2, 2\]"),
+    ("start_from", torch.ones(2) > 0, TypeError, "must be a tensor of numbers, but is one of torch.bool"),
+    ("start_from", torch.tensor([1.0, -0.5]), ValueError, "at least 0 and finite, or NaN.*but is -0.5 for example 1"),
+    ("start_from", torch.tensor([math.nan, math.inf]), ValueError, r"is inf for example 1 \(1 such"),
 ]
 
 
