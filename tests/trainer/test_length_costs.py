@@ -95,7 +95,7 @@ def test_uniform_fraction_1_visits_every_example_once_with_weight_1(tmp_path, se
 )
 def test_savings_are_also_reported_in_tokens(tmp_path, caplog, per_token, settings, small_gains):
     rows = make_rows(per_token=per_token)
-    more = {"importance": {}, "num_train_epochs": 8, "logging_steps": 1, **settings}
+    more = {"importance": {}, "num_train_epochs": 8, "logging_steps": 1, "learning_rate": 3e-2, **settings}
     run = make_trainer(tmp_path, rows, **more)
     output, length = run.train(), lengths(rows)
     steps, messages = output.global_step, caplog.text
