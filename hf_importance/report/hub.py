@@ -86,7 +86,8 @@ Examples that together hold little of the importance may have been pruned for pa
 
 {pictures}
 
-The settings are in `importance_config.json`:
+`importances.safetensors` has the importance of every training example, from which another training on the same data can
+start (`start_from`). The settings are in `importance_config.json`:
 
 | setting | value |
 |---|---|

@@ -9,8 +9,8 @@ from torch import Tensor
 from hf_importance.sampling.state import read_number, read_tensor
 
 PASSES = 3
-"""Passes that count: the mean over a few early ones says more of another training than the first, when the model was
-untrained, or the last, when it has fitted the data (Paul et al. 2021, arXiv 2107.07075)."""
+"""Passes that count. In the first the model was untrained for a while, and in the end it has fitted the data. Early
+passes also rank examples in Paul et al. 2021 (arXiv 2107.07075). See scripts/results/README.md on the difference."""
 
 
 class FirstPasses:

@@ -264,9 +264,9 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def inherit(self, prior: Tensor | None) -> None:
         """Let importances of another training, `[examples]` of all ranks, count where they are unknown in this one.
 
-        Call it before the first draw. It needs the visits of [`SegmentedVisits`]; ≥ 0, NaN where unknown.
+        Call it before the first draw. They are ≥ 0, NaN where unknown. Independent visits go on without.
         """
-        if prior is not None:
+        if prior is not None and isinstance(self.visits, SegmentedVisits):
             self.visits.prior = self.shard.part(prior).clone()
 
     @property

@@ -20,7 +20,7 @@ from hf_importance import ImportanceConfig, ImportanceTrainer
 
 KEYS = ("task", "examples", "epochs", "rate", "method", "seed")
 UNIFORM, OURS = "Trainer", "ours"
-KEPT = {"first": "the first pass", "mean": "the mean of the first three passes", "last": "the end"}
+KEPT = {"first": "its first pass", "mean": "the mean of its first three passes", "last": "its end"}
 """What the other training leaves. The file that is saved with a model has the mean."""
 METHODS = (UNIFORM, OURS, *KEPT)
 CASES = (
@@ -118,7 +118,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
             by_method = {method: {x["seed"]: x for x in of_case if x["method"] == method} for method in methods}
             for method in methods:
                 if cells := _cells(by_method[OURS], by_method[method]):
-                    start = {UNIFORM: "`Trainer`", OURS: "nothing", **KEPT}[method]
+                    start = {UNIFORM: "(`Trainer`)", OURS: "nothing", **KEPT}[method]
                     lines.append(
                         f"| {name} | {examples:,}, {epochs} | {rate:g} | {start} | " + " | ".join(cells) + " |"
                     )

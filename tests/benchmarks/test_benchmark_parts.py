@@ -68,8 +68,8 @@ def test_reuse_benchmark_starts_from_a_training_with_another_seed(tmp_path, caps
     assert torch.equal(starts[1, "mean", 5e-3], kept[1])
     assert len({importance.sum().item() for importance in kept}) == 3, "control: they differ"
     printed = capsys.readouterr().out
-    assert "| digits | 64, 5 | 1 | `Trainer` | 1.000 | " in printed
-    assert "| digits | 64, 5 | 0.5 | the mean of the first three passes | " in printed
+    assert "| digits | 64, 5 | 1 | (`Trainer`) | 1.000 | " in printed
+    assert "| digits | 64, 5 | 0.5 | the mean of its first three passes | " in printed
 
 
 def test_generalised_cross_entropy_has_the_limits_of_the_paper():

@@ -186,6 +186,7 @@ FIGURES = {
     "draws": ("batch_mean",),
     "label_errors": ("auroc_mean_loss",),
     "suspects": ("accuracy",),
+    "reuse": ("accuracy",),
 }
 """For each table, figures of the runs that it shows."""
 
