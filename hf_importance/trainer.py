@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.utils import logging
 from hf_importance.adapters.known import adapted_class, adapter_of, has_own_loss
 from hf_importance.config import ImportanceConfig
 from hf_importance.data.dataset import DRAW_KEY, LABEL_COLUMNS
+from hf_importance.data.rows import ROWS_KEY
 from hf_importance.errors import UnweightedError
 from hf_importance.losses.custom import PerExampleLoss
 from hf_importance.losses.objective import Objective
@@ -90,7 +91,12 @@ class ImportanceTrainerMixin:
         if per_example_loss_func is not None and not self.label_names:
             self._find_label_names()
         limit_console_logs(self.callback_handler.callbacks)
-        self.callback_handler = RunCallbackHandler(self.callback_handler, self)
+        self._watch_events()
+
+    def _watch_events(self) -> None:
+        """Let the run see the events of training, also if the user has replaced the handler of the callbacks."""
+        if not isinstance(self.callback_handler, RunCallbackHandler):
+            self.callback_handler = RunCallbackHandler(self.callback_handler, self)
 
     def _unweighted_run(self, schedule: LRScheduler | None = None) -> UnweightedRun | None:
         """Validate the settings; the run if draws cannot be weighted, None if they can."""
@@ -133,6 +139,7 @@ class ImportanceTrainerMixin:
         `resume_from_checkpoint=True` selects the newest complete checkpoint. `ignore_data_skip` has no effect, because
         skipping batches does not load any data.
         """
+        self._watch_events()
         self._run = self._unweighted_run() or ImportanceRun(self, ImportanceTrainerMixin)
         ignored = self.args.ignore_data_skip
         if resume_from_checkpoint is True:
@@ -192,6 +199,12 @@ class ImportanceTrainerMixin:
         if self._active_run is not None:
             self._run.step.begin(batches)
         return batches, items
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Prepare a batch like `Trainer`, without what a collator says of its rows."""
+        if isinstance(inputs, MutableMapping):
+            inputs.pop(ROWS_KEY, None)
+        return super()._prepare_inputs(inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run a training step like `Trainer`, in `train()` for the batch of a draw."""

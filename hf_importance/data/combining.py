@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hf_importance.data.rows import ROWS_KEY, Collate, name_of, places_of_rows, users_collator
+from hf_importance.data.rows import ROWS_KEY, Collate, name_of, places_of_rows, twin_of, users_collator
 from hf_importance.randomness import isolated_randomness
 
-_MOST, _FEWEST = 8, 3  # examples that are collated; of two, the only companion cannot change places
-_SEEDS = 8
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+_USUAL, _MOST = 8, 64  # examples that are collated; the second if a collator needs whole batches
+_SEEDS = 16
 _COMBINES = (
     "combines examples: a row changes with the other examples of its batch, which importance sampling would draw as "
     "well, with weights of their own. Choose partners in the dataset instead, so that both are drawn as one example."
@@ -36,23 +33,31 @@ def problem_of(collate: Collate, dataset: Any, batch_size: int, label_names: Col
     known. What cannot be collated or compared is left to the training.
     """
     module = getattr(users_collator(collate), "__module__", None) or ""
-    if module.split(".")[0] == "transformers" or min(batch_size, len(dataset)) < _FEWEST:
+    if module.split(".")[0] == "transformers" or min(batch_size, len(dataset) - 1) < 2:
         return ""
-    try:
-        with isolated_randomness():
-            step = -(-len(dataset) // min(batch_size, len(dataset), _MOST))
-            examples = [dataset[i] for i in range(0, len(dataset), step)]
-            problem = _Check(collate, examples, label_names).problem()
-    except Exception:  # a bad item, or rows that are not tensors: the first batch says more
-        return ""
-    return problem and f"the collator {name_of(collate)} {problem}"
+    for size in sorted({min(batch_size, _USUAL), min(batch_size, _MOST)}):
+        try:
+            with isolated_randomness():
+                problem = _Check(collate, _examples(dataset, size), size, label_names).problem()
+        except Exception:  # rows that are not tensors, or a collator that needs a whole batch
+            continue
+        return problem and f"the collator {name_of(collate)} {problem}"
+    return ""
+
+
+def _examples(dataset: Any, size: int) -> list[Any]:
+    """Evenly spaced examples, one more than the size of a batch, without those that are None."""
+    number = min(size + 1, len(dataset))
+    examples = [dataset[i * len(dataset) // number] for i in range(number)]
+    return [example for example in examples if example is not None]
 
 
 class _Check:
-    """Collates the examples in several orders; arguments as for [`problem_of`]."""
+    """Collates batches of this size of the examples, in several orders; arguments as for [`problem_of`]."""
 
-    def __init__(self, collate: Collate, examples: Sequence[Any], label_names: Collection[str]) -> None:
-        self._collate, self._examples, self._label_names = collate, examples, label_names
+    def __init__(self, collate: Collate, examples: Sequence[Any], size: int, label_names: Collection[str]) -> None:
+        self._collate, self._label_names = collate, label_names
+        self._examples, self._other = examples[:size], examples[-1]
 
     def problem(self) -> str:
         """What is wrong, and the way out; empty if nothing is."""
@@ -68,36 +73,29 @@ class _Check:
         if not _equal(*before) and all(map(_equal, before, after)):
             return _REORDERS
         is_random = not all(_equal(usual, self._row(self._examples, seed)) for seed in range(1, _SEEDS))
-        rolled = [first, *others[1:], others[0]]
-        seeds = range(_SEEDS if is_random else 1)
-        if not all(_equal(self._row(self._examples, seed), self._row(rolled, seed)) for seed in seeds):
-            return _COMBINES
-        return "" if is_random or _equal(usual, self._row(copies)) else _COMBINES
+        rolled = [first, *(others[1:] + others[:1] if len(others) > 1 else [self._other])]
+        for seed in range(_SEEDS if is_random else 1):
+            row, moved = self._row(self._examples, seed), self._row(rolled, seed)
+            if not _equal(row, moved):
+                rows = [self._row(self._examples, seed, place) for place in range(1, last + 1)]
+                return _REORDERS if any(_equal(moved, other) for other in rows) else _COMBINES
+        return "" if is_random or _equal(_vectors(usual), _vectors(self._row(copies))) else _COMBINES
 
     def _row(self, examples: Sequence[Any], seed: int = 0, place: int = 0) -> list[Any]:
         """The values of the row that is made of the example in this place."""
-        collate = _twin(self._collate)
+        collate = twin_of(self._collate)
         with isolated_randomness(seed):
-            batch = collate(copy.deepcopy(examples))
+            batch = collate(_copied(examples))
         rows = places_of_rows(batch, examples, collate, self._label_names)
         return _values(batch, place if rows is None else rows.index(place), len(rows or examples))
 
 
-def _twin(collate: Any) -> Any:
-    """A collator in the same state, with its own containers and generators; a function is the same."""
-    if not hasattr(collate, "__dict__") or hasattr(collate, "__code__") or hasattr(collate, "__func__"):
-        return collate
-    twin = copy.copy(collate)
-    for name, value in vars(collate).items():
-        if isinstance(value, torch.Generator):
-            vars(twin)[name] = value.clone_state()
-        elif isinstance(value, (list, dict, set)):
-            vars(twin)[name] = copy.copy(value)
-        elif isinstance(value, _GENERATORS):
-            vars(twin)[name] = copy.deepcopy(value)
-        elif value is users_collator(collate):
-            vars(twin)[name] = _twin(value)
-    return twin
+def _copied(examples: Sequence[Any]) -> list[Any]:
+    """Copies, as collators may change what they get; shallow ones of what cannot be copied (open files)."""
+    try:
+        return copy.deepcopy(list(examples))
+    except Exception:  # a method of the user's objects
+        return [copy.copy(example) for example in examples]
 
 
 def _values(batch: Mapping[str, Any], row: int, rows: int) -> list[Any]:
@@ -106,6 +104,11 @@ def _values(batch: Mapping[str, Any], row: int, rows: int) -> list[Any]:
     others = tree_leaves([value for value in batch.values() if not isinstance(value, list)])
     tensors = [value[row] for value in others if isinstance(value, Tensor) and value.shape[:1] == (rows,)]
     return tensors + tree_leaves(lists)
+
+
+def _vectors(values: list[Any]) -> list[Any]:
+    """The values that are no single numbers, which may be lengths relative to the longest of the batch."""
+    return [value for value in values if isinstance(value, Tensor) and value.dim()]
 
 
 def _equal(a: list[Any], b: list[Any]) -> bool:

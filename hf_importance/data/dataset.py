@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_importance.data.rows import Collate, places_of_rows
+from hf_importance.data.rows import ROWS_KEY, UNKNOWN, Collate, number_of_rows, places_in, places_of_rows
 from hf_importance.randomness import isolated_randomness
 
 DRAW_KEY = "importance_draw"  # key of the draw in a collated batch; it stays there until the training step takes it out
@@ -28,9 +28,26 @@ class ImportanceDataset(Dataset):
 
     def __getitems__(self, draw: Any) -> tuple[list[Any], Any]:
         """Called by `DataLoader` with one item of its batch sampler."""
-        if hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__(draw.index), draw
-        return [self.dataset[i] for i in draw.index], draw
+        if not hasattr(self.dataset, "__getitems__"):
+            return [self.dataset[i] for i in draw.index], draw
+        examples = self.dataset.__getitems__(draw.index)
+        return examples, draw if len(examples) == len(draw.index) else self._with_places(draw, examples)
+
+    def _with_places(self, draw: Any, examples: Any) -> Any:
+        """The draw, with the place in its index of each example, of which the dataset left some out, or made several.
+
+        A single one may be a whole batch.
+        """
+        number, numbers = len(examples), []
+        if number == 1 or not isinstance(examples, list):
+            return draw
+        for i in draw.index:
+            try:
+                with isolated_randomness():
+                    numbers.append(len(self.dataset.__getitems__([i])))
+            except Exception:  # it cannot return nothing
+                numbers.append(0)
+        return replace(draw, rows=places_in(numbers) if sum(numbers) == number else [UNKNOWN] * number)
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
@@ -68,13 +85,26 @@ class ImportanceCollator:
                 "return a dict whose keys are the arguments of the model's forward."
             )
         tokens = batch.get("input_ids")
+        if self._label_names is None:
+            batch.pop(ROWS_KEY, None)
         if len(examples) > 1 and isinstance(tokens, Tensor) and len(tokens) == 1:  # concatenated into one row
             rows = [example.get("input_ids") if isinstance(example, Mapping) else None for example in examples]
             draw = replace(draw, lengths=[len(r) for r in rows] if all(hasattr(r, "__len__") for r in rows) else None)
         elif self._label_names is not None:
-            draw = replace(draw, rows=places_of_rows(batch, examples, self.collate, self._label_names))
+            size, special = len(draw.index), draw.rows is not None or ROWS_KEY in batch
+            special = special or any(example is None for example in examples)
+            if special or number_of_rows(batch, size, self._label_names) != size:
+                places = places_of_rows(batch, examples, self.collate, self._label_names)
+                draw = draw if places is None else replace(draw, rows=_composed(draw.rows, places))
         batch[DRAW_KEY] = draw
         return batch
+
+
+def _composed(of_examples: list[int] | None, places: list[int]) -> list[int]:
+    """The place of each row in a draw, of whose examples the dataset has returned these."""
+    if of_examples is None:
+        return places
+    return [of_examples[place] if place != UNKNOWN else UNKNOWN for place in places]
 
 
 def validate_labels(example: Any, error: Exception | None = None) -> None:

@@ -7,10 +7,12 @@ import torch
 from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 
 from hf_importance.data.dataset import ImportanceCollator, ImportanceDataset
 from hf_importance.errors import UnweightedError
 
+logger = logging.get_logger(__name__)
 _OF_WORKERS = ("num_workers", "persistent_workers", "multiprocessing_context", "prefetch_factor", "worker_init_fn")
 _SETTINGS = (*_OF_WORKERS, "pin_memory", "in_order", "timeout")
 _REPLACED = (RandomSampler, SeedableRandomSampler, LengthGroupedSampler)
@@ -53,6 +55,23 @@ def training_loader(
 def take_over(loader: DataLoader, base: DataLoader) -> None:
     """Take over dataset and collator of the dataloader of `Trainer`, which users may have replaced."""
     loader.dataset.dataset, loader.collate_fn.collate = base.dataset, base.collate_fn
+
+
+def validate_length(dataset: Any, length: int) -> None:
+    """Check that a dataset that users may change between epochs has as many examples as when training started.
+
+    Raises:
+        ValueError: if it has fewer. More are told in a warning.
+    """
+    now = len(dataset)
+    if now != length:
+        message = (
+            f"train_dataset had {length:,} examples when training started, and has {now:,} now, but the same examples "
+            "are drawn from throughout a training: call train() again with the new data, or use Trainer."
+        )
+        if now < length:
+            raise ValueError(message)
+        logger.warning(f"{message} Those that are new are not drawn.")
 
 
 def sampler_of(loader: DataLoader) -> Any:

@@ -70,8 +70,8 @@ def validate_function(function: Any) -> None:
         name = getattr(inner, "__name__", type(inner).__name__)
         raise TypeError(
             f"per_example_loss_func gets the outputs of the model, but {name} takes logits. Wrap it: def f(outputs, "
-            f"labels): return loss(outputs['logits'], labels), with loss = {name} and reduction='none', so that there "
-            "is one loss per example."
+            f"labels): return loss(outputs['logits'], labels), where loss is {name} with reduction='none', so that "
+            "there is one loss per example."
         )
     with_inputs(function)
 

@@ -72,6 +72,17 @@ def compare_own_loss(
     return found
 
 
+def _refuse_places(logits: Tensor, labels: Tensor) -> None:
+    """Refuse similarities of all pairs in a batch, whose labels are the places of the partners."""
+    size = len(labels)
+    may_compare = size > 2 and logits.shape == (size, size) and not labels.is_floating_point()
+    if may_compare and torch.equal(labels.flatten().cpu(), torch.arange(size)):
+        raise UnweightedError(
+            f"The labels are the places 0 … {size - 1} in the batch, so the model compares the examples of a batch "
+            "with each other, and there is no loss per example."
+        )
+
+
 class _Comparison(NamedTuple):
     """The loss of the model and the mean of the per-example losses, for the same labels."""
 
@@ -108,6 +119,7 @@ class _Check:
         logits, kind = any_logits(outputs, with_labels), ""
         if logits is not None and len(labels) == 1:
             kind, target = objective.kind_and_target(logits, labels)
+            _refuse_places(logits, target)
             validate_classes(logits, target)  # before an assertion that ends a process with a GPU
         mean = objective.terms(outputs, with_labels, self._inputs, labels, batch).mean()
         if objective.label_smoothing:

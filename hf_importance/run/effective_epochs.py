@@ -69,8 +69,15 @@ class EffectiveEpochs:
         self.says_forecast = True
         self._before = 0.0  # effective steps before the last step
 
-    def follow(self, scheduler: LRScheduler, model: nn.Module) -> None:
+    def follow(self, scheduler: LRScheduler, model: nn.Module, steps: int = 0) -> None:
         """Make a schedule follow the effective steps, scaled by [`learning_rate_factor`].
+
+        It goes on where it is, if it was used before.
+
+        Args:
+            scheduler: the schedule.
+            model: the model.
+            steps: steps of the schedule that were made in this training, before it was resumed.
 
         Raises:
             ValueError: if the schedule is not a [function of steps][is_function_of_steps].
@@ -81,7 +88,8 @@ class EffectiveEpochs:
                 f"With effective_epochs=True the learning rate follows the effective epochs, which the schedule "
                 f"{type(scheduler).__name__} does not support. {ALL_STEPS}"
             )
-        scheduler.lr_lambdas = [_following(schedule, self.progress) for schedule in scheduler.lr_lambdas]
+        start = scheduler.last_epoch - steps
+        scheduler.lr_lambdas = [_following(schedule, self.progress, start) for schedule in scheduler.lr_lambdas]
         self._gradients = GradientSample(model.parameters())
         if self._restored is not None:
             self._gradients.load_state_dict(self._restored)
@@ -236,20 +244,26 @@ class EffectiveEpochs:
 
 def is_function_of_steps(scheduler: LRScheduler) -> bool:
     """Whether the learning rate is a function of the number of steps, that of a `LambdaLR`, and can follow another."""
-    return isinstance(scheduler, LambdaLR) and type(scheduler).get_lr is LambdaLR.get_lr
+    kind = type(scheduler)
+    return isinstance(scheduler, LambdaLR) and kind.get_lr is LambdaLR.get_lr and kind.step is LRScheduler.step
 
 
-def _following(schedule: Callable[[float], float], progress: EffectiveSteps) -> Callable[[int], float]:
-    steps_to_factor = getattr(schedule, "steps_to_factor", schedule)  # already wrapped
+def _following(schedule: Callable[[float], float], progress: EffectiveSteps, start: int) -> Callable[[int], float]:
+    steps_to_factor = getattr(schedule, "steps_to_factor", schedule)
+    if steps_to_factor is not schedule:  # followed an earlier training
+        start = schedule.effective_steps()
     module = getattr(getattr(steps_to_factor, "func", steps_to_factor), "__module__", None) or ""
     between_steps = module.startswith("transformers.")  # functions of users may look steps up in a table
 
+    def effective_steps() -> float:
+        return start + min(progress.value, progress.steps)
+
     def factor(_: int) -> float:
-        steps = min(progress.value, progress.steps)
+        steps = effective_steps()
         steps = steps if between_steps else math.floor(steps + _ROUNDING)
         return steps_to_factor(steps) * learning_rate_factor(progress.gain)
 
-    factor.steps_to_factor = steps_to_factor
+    factor.steps_to_factor, factor.effective_steps = steps_to_factor, effective_steps
     return factor
 
 

@@ -21,7 +21,7 @@ from hf_importance.adapters.known import adapted_class, adapter_of
 from hf_importance.data.dataset import LABEL_COLUMNS
 from hf_importance.data.fingerprint import fingerprint
 from hf_importance.data.lengths import Lengths
-from hf_importance.data.loader import take_over, training_loader, validate_loader
+from hf_importance.data.loader import take_over, training_loader, validate_length, validate_loader
 from hf_importance.errors import UnweightedError
 from hf_importance.losses.objective import Objective
 from hf_importance.losses.outputs import without_peft
@@ -110,7 +110,7 @@ class ImportanceRun:
         self._loader = training_loader(base, self.sampler, trainer.accelerator, label_names)
         return self._loader
 
-    @property
+    @cached_property
     def is_adapted(self) -> bool:
         """Whether another library computes the losses, from batches of its own collators."""
         return adapted_class(type(self.trainer)) is not None
@@ -139,13 +139,14 @@ class ImportanceRun:
         has_lengths = self.lengths.length is not None
         self.figures = Training(self.sampler, self.columns, progress, has_lengths, self._token_losses)
 
-    def follow(self, scheduler: LRScheduler) -> None:
-        """Make the schedule of the learning rate follow the effective steps."""
+    def follow(self, scheduler: LRScheduler, steps: int = 0) -> None:
+        """Make the schedule of the learning rate, which has made so many steps, follow the effective steps."""
         if self.schedule is not None:
-            self.schedule.follow(scheduler, self.trainer.model)
+            self.schedule.follow(scheduler, self.trainer.model, steps)
 
     def epoch_loader(self, base: DataLoader) -> DataLoader:
         """The dataloader of an epoch of the training loop, in place of that of `Trainer`."""
+        validate_length(base.dataset, self.sampler.shard.length)
         self._base = base
         take_over(self._loader, base)
         return self._loader
@@ -173,7 +174,7 @@ class ImportanceRun:
             return
         if event == "on_train_begin":
             if not schedule.is_followed:  # made by an override of `create_scheduler` without `super()`
-                self.follow(self.trainer.lr_scheduler)
+                self.follow(self.trainer.lr_scheduler, state.global_step)
             schedule.begin_training(state)
         elif event == "on_epoch_begin":
             schedule.loop.begin()

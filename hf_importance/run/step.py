@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.utils import logging
 
 from hf_importance.adapters.base import LossAdapter
 from hf_importance.data.dataset import DRAW_KEY, mean_over_examples, validate_labels
-from hf_importance.data.rows import ROWS_KEY, UNKNOWN, name_of
+from hf_importance.data.rows import ROWS_KEY, UNKNOWN, name_of, number_of_rows
 from hf_importance.errors import UnweightedError
 from hf_importance.losses.objective import Measured
 from hf_importance.sampling.draw import Draw
@@ -105,7 +106,7 @@ class TrainingStep:
         if self.draw is None:  # an override of `training_step` calls `compute_loss` itself
             with self.of(model, inputs):
                 return self.loss(compute_loss, model, inputs)
-        draw, run = self.draw, self._run
+        draw, run = self._with_rows_of(inputs), self._run
         if draw.rows is not None and UNKNOWN in draw.rows:
             self._accept_unknown_rows(draw)
         size = len(draw.row_weights)
@@ -129,6 +130,13 @@ class TrainingStep:
             weight = weight / weight.mean()  # how many rows there are depends on what is drawn, as with tokens
         return measured.weighted_mean(weight), measured.outputs
 
+    def _with_rows_of(self, inputs: dict[str, Any]) -> Draw:
+        """The draw of this batch, with unknown rows if an override has left some out, or has divided the batch."""
+        draw, names = self.draw, self._run.label_names
+        number = len(draw.row_weights)
+        rows = number if self._run.is_adapted or draw.lengths else number_of_rows(inputs, number, names)
+        return draw if rows == number else replace(draw, rows=[UNKNOWN] * rows)
+
     def _accept_unknown_rows(self, draw: Draw) -> None:
         """Go on with a batch of which it is not known whose rows it has, with their mean weight; say so once.
 
@@ -136,9 +144,9 @@ class TrainingStep:
             UnweightedError: if no batch was measured before.
         """
         line = (
-            f"the collator {name_of(self._run.data_of_loader[1])} made {len(draw.rows)} rows of {len(draw.index)} "
-            f"examples, and it is not known which. Return in batch[{ROWS_KEY!r}] the place of the example of each row "
-            "in the list that the collator got."
+            f"the collator {name_of(self._run.data_of_loader[1])}, or an override, made {len(draw.rows)} rows of "
+            f"{len(draw.index)} examples, and it is not known which. Return from the collator in batch[{ROWS_KEY!r}] "
+            "the place of the example of each row in the list that it got."
         )
         if not (self._has_begun or self._measured):
             raise UnweightedError(line)

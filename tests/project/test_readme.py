@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import tiny
+import torch
 from benchmarks import from_scratch, methods, picture, results, rivals
 from benchmarks.methods import METHODS
 from benchmarks.tasks import Entry
@@ -18,6 +19,7 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.run.reuse import write_importances
 
 PAGES = {
     page.relative_to(benchmark.ROOT).as_posix(): page.read_text(encoding="utf-8")
@@ -34,8 +36,11 @@ def blocks(language, page=README):
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def test_code_blocks_run(tmp_path):
+def test_code_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_importances("outputs/run1", torch.arange(40.0), {"datasets": None, "columns": {}}, "logit_gradient")
     names = {
+        "fold": [3, 5],
         "model": tiny.bert(),
         "training_args": tiny.arguments(tmp_path, max_steps=2),
         "train_dataset": tiny.texts(),
@@ -49,6 +54,7 @@ def test_code_blocks_run(tmp_path):
             continue
         exec(compile(block, "README.md", "exec"), names)
     assert names["trainer"].per_example_loss_func is names["focal_loss"]
+    assert names["known"][names["fold"]].tolist() == [3.0, 5.0]
 
 
 @pytest.mark.parametrize(("sign", "name"), [("+", "ImportanceTrainer"), ("-", "Trainer")])

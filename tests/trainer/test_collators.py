@@ -51,14 +51,12 @@ def trainer(folder, collate, data=None, cls=ImportanceTrainer, epochs=3, learnin
     extra = {name: kwargs.pop(name) for name in ("callbacks", "per_example_loss_func") if name in kwargs}
     args = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=8,
         num_train_epochs=epochs,
         learning_rate=learning_rate,
         use_cpu=True,
         report_to=[],
-        save_strategy="no",
         disable_tqdm=True,
-        **kwargs,
+        **{"per_device_train_batch_size": 8, "save_strategy": "no", **kwargs},
     )
     data = Points() if data is None else data
     return cls(model=Net(), args=args, train_dataset=data, data_collator=collate, **extra, **settings)
@@ -205,10 +203,9 @@ def test_the_check_leaves_the_collator_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_small_batches_are_not_checked(tmp_path, batch_size):
-    ours = trainer(tmp_path, Mixup(), max_steps=2)
-    ours.args.per_device_train_batch_size = ours._train_batch_size = batch_size
-    assert "train_unweighted" not in ours.train().metrics
+def test_combining_shows_in_batches_of_two(tmp_path, batch_size):
+    ours = trainer(tmp_path, Mixup(), max_steps=2, per_device_train_batch_size=batch_size)
+    assert ("train_unweighted" in ours.train().metrics) == (batch_size > 1)
 
 
 # ---- collators that change the order ---------------------------------------------------------------------------------
@@ -290,7 +287,10 @@ def test_rows_of_which_nothing_is_known_have_their_mean_weight(tmp_path, monkeyp
     assert "train_unweighted" not in ours.train().metrics
     told = [line for line in said if "it is not known which" in line]
     assert len(told) == 1
-    assert f"made 5 rows of 8 examples, and it is not known which. Return in batch['{ROWS_KEY}']" in told[0]
+    assert (
+        f"made 5 rows of 8 examples, and it is not known which. Return from the collator in batch['{ROWS_KEY}']"
+        in told[0]
+    )
 
 
 # ---- collators that make several rows --------------------------------------------------------------------------------
@@ -316,7 +316,8 @@ def test_several_rows_of_an_example_are_weighted_if_the_collator_says_so(tmp_pat
     torch.testing.assert_close(ours.importances, squares.sqrt().detach())
     untold = trainer(tmp_path, two_views)
     reason = untold.train().metrics["train_unweighted"]
-    assert f"two_views made 16 rows of 8 examples, and it is not known which. Return in batch['{ROWS_KEY}']" in reason
+    assert "two_views, or an override, made 16 rows of 8 examples, and it is not known which" in reason
+    assert f"Return from the collator in batch['{ROWS_KEY}']" in reason
 
 
 def test_rows_with_equal_weights_train_as_trainer(tmp_path):
@@ -358,4 +359,4 @@ def test_collators_of_transformers_are_not_checked(tmp_path):
         ImportanceTrainer(model=tiny.bert(), args=args, train_dataset=data, data_collator=collate).train()
         return len(seen)
 
-    assert reads(lambda examples: default_data_collator(examples)) == reads(default_data_collator) + 8
+    assert reads(lambda examples: default_data_collator(examples)) == reads(default_data_collator) + 9
