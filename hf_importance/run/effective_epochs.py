@@ -88,8 +88,12 @@ class EffectiveEpochs:
                 f"With effective_epochs=True the learning rate follows the effective epochs, which the schedule "
                 f"{type(scheduler).__name__} does not support. {ALL_STEPS}"
             )
-        start = scheduler.last_epoch - steps
-        scheduler.lr_lambdas = [_following(schedule, self.progress, start) for schedule in scheduler.lr_lambdas]
+        start, before = scheduler.last_epoch - steps, scheduler.lr_lambdas
+        scheduler.lr_lambdas = [_following(schedule, self.progress, start) for schedule in before]
+        if hasattr(
+            before[0], "effective_steps"
+        ):  # its learning rates are scaled by what steps of that training counted
+            _recompute_learning_rates(scheduler)
         self._gradients = GradientSample(model.parameters())
         if self._restored is not None:
             self._gradients.load_state_dict(self._restored)
@@ -136,7 +140,8 @@ class EffectiveEpochs:
             self._is_announced = True
             if self.says_forecast:
                 self._say(self.forecast(step))
-        _recompute_learning_rates(scheduler)
+        if unwrapped_scheduler(scheduler) is not scheduler:  # DeepSpeed steps the schedule before the step is counted
+            _recompute_learning_rates(unwrapped_scheduler(scheduler))
 
     def end_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Set epoch and forecast; end the epoch, or training."""
@@ -268,12 +273,10 @@ def _following(schedule: Callable[[float], float], progress: EffectiveSteps, sta
 
 
 def _recompute_learning_rates(scheduler: LRScheduler) -> None:
-    """Recompute the learning rates, because DeepSpeed steps the schedule before the step is counted."""
-    inner = unwrapped_scheduler(scheduler)
-    if inner is scheduler:
-        return
-    inner._last_lr = [base * factor(0) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
-    for group, learning_rate in zip(inner.optimizer.param_groups, inner._last_lr, strict=True):
+    """Compute the learning rates of a [function of steps][is_function_of_steps] again."""
+    factors = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [base * factor(0) for base, factor in factors]
+    for group, learning_rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = learning_rate
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
+from hf_importance.data import loader
 from hf_importance.data.rows import ROWS_KEY
 from hf_importance.run import step
 
@@ -46,9 +47,9 @@ class Net(nn.Module):
         return {"loss": loss, "logits": logits} if loss is not None else {"logits": logits}
 
 
-def trainer(folder, collate, data=None, cls=ImportanceTrainer, epochs=3, learning_rate=1e-2, **kwargs):
+def trainer(folder, collate, data=None, cls=ImportanceTrainer, epochs=3, learning_rate=1e-2, model=None, **kwargs):
     settings = {"importance": kwargs.pop("importance", ImportanceConfig())} if cls is ImportanceTrainer else {}
-    extra = {name: kwargs.pop(name) for name in ("callbacks", "per_example_loss_func") if name in kwargs}
+    extra = {name: kwargs.pop(name) for name in ("callbacks", "eval_dataset") if name in kwargs}
     args = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -59,7 +60,7 @@ def trainer(folder, collate, data=None, cls=ImportanceTrainer, epochs=3, learnin
         **{"per_device_train_batch_size": 8, "save_strategy": "no", **kwargs},
     )
     data = Points() if data is None else data
-    return cls(model=Net(), args=args, train_dataset=data, data_collator=collate, **extra, **settings)
+    return cls(model=model or Net(), args=args, train_dataset=data, data_collator=collate, **extra, **settings)
 
 
 # ---- collators that combine examples ---------------------------------------------------------------------------------
@@ -360,3 +361,174 @@ def test_collators_of_transformers_are_not_checked(tmp_path):
         return len(seen)
 
     assert reads(lambda examples: default_data_collator(examples)) == reads(default_data_collator) + 9
+
+
+# ---- other ways to other rows ----------------------------------------------------------------------------------------
+
+
+def of_lists(examples):
+    kept = [example for example in examples if example is not None]
+    x = torch.stack([example["x"] for example in kept]) if kept else torch.empty(0, 6)
+    return {"x": x, "labels": torch.tensor([int(example["labels"]) for example in kept])}
+
+
+def test_a_bad_item_on_its_own_may_make_an_empty_batch(tmp_path):
+    ours = trainer(tmp_path, of_lists, Points(bad=[5]), epochs=6)
+    assert "train_unweighted" not in ours.train().metrics
+    assert ours.importances.isnan().nonzero().flatten().tolist() == [5]
+
+
+def refilled(examples):
+    """Bad items are replaced by good ones, so that there are as many rows as examples."""
+    kept = [example for example in examples if example is not None]
+    return default_data_collator((kept + kept)[: len(examples)])
+
+
+def test_a_refilled_batch_has_unknown_rows(tmp_path):
+    reason = trainer(tmp_path, refilled, Points(bad=range(0, N, 3))).train().metrics["train_unweighted"]
+    assert "made 8 rows of 8 examples, and it is not known which" in reason
+
+
+class LeavesOut(Points):
+    """The dataset itself leaves bad items out of a batch, or returns each item `times` times."""
+
+    times = 1
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices if i not in self.bad for _ in range(self.times)]
+
+
+def test_items_that_the_dataset_leaves_out(tmp_path):
+    ours = trainer(tmp_path, default_data_collator, LeavesOut(bad=[5, 9]), epochs=6)
+    assert "train_unweighted" not in ours.train().metrics
+    assert ours.importances.isnan().nonzero().flatten().tolist() == [5, 9]
+    kept = trainer(tmp_path, without_bad, Points(bad=[5, 9]), epochs=6)
+    kept.train()
+    torch.testing.assert_close(ours.importances, kept.importances, equal_nan=True)
+
+
+def test_items_that_the_dataset_returns_several_times(tmp_path):
+    data = LeavesOut()
+    data.times = 2
+    ours = trainer(tmp_path, default_data_collator, data, max_steps=4, learning_rate=0.0)
+    assert "train_unweighted" not in ours.train().metrics
+    once = trainer(tmp_path, default_data_collator, max_steps=4, learning_rate=0.0)
+    once.train()
+    torch.testing.assert_close(ours.importances, 2**0.5 * once.importances)
+
+
+@pytest.mark.parametrize("kind", [np.array, tuple, lambda rows: [np.int64(i) for i in rows], torch.tensor])
+def test_places_of_any_type_and_what_else_sees_them(tmp_path, kind):
+    """They are neither passed to the model in evaluations, nor where draws are not weighted."""
+
+    def told(examples):
+        return default_data_collator(examples) | {ROWS_KEY: kind(list(range(len(examples))))}
+
+    settings = {"eval_strategy": "epoch", "eval_dataset": Points()}
+    ours = trainer(tmp_path, told, importance=ImportanceConfig(backward="selective"), **settings)
+    assert "train_unweighted" not in ours.train().metrics
+    assert len([log for log in ours.state.log_history if "eval_loss" in log]) == 3
+    unweighted = trainer(tmp_path, told, train_sampling_strategy="sequential")
+    assert "train_unweighted" in unweighted.train().metrics
+
+
+class DividesLater(ImportanceTrainer):
+    """Divides batches in two from some step on, as after running out of memory."""
+
+    since = 4
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step < self.since:
+            return super().training_step(model, inputs, *args, **kwargs)
+        losses = []
+        for half in (slice(0, 4), slice(4, 8)):
+            part = {name: x[half] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+            losses.append(super().training_step(model, part, *args, **kwargs))
+        return sum(losses) / 2
+
+
+def test_batches_that_are_divided_later_do_not_end_a_training(tmp_path):
+    ours = trainer(tmp_path, default_data_collator, epochs=4)
+    ours.__class__ = DividesLater
+    assert "train_unweighted" not in ours.train().metrics
+    first = trainer(tmp_path, default_data_collator, epochs=4)
+    first.__class__ = type("DividesAtOnce", (DividesLater,), {"since": 0})
+    assert "made 4 rows of 8 examples" in first.train().metrics["train_unweighted"]
+
+
+class Growing(Points):
+    number = 16
+
+    def __len__(self):
+        return self.number
+
+
+@pytest.mark.parametrize("number", [24, 8])
+def test_data_that_changes_its_length_between_epochs(tmp_path, monkeypatch, number):
+    class Changes(TrainerCallback):
+        def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
+            train_dataloader.dataset.number = number
+
+    said = []
+    monkeypatch.setattr(loader.logger, "warning", said.append)
+    ours = trainer(tmp_path, default_data_collator, Growing(), callbacks=[Changes()])
+    if number < 16:
+        with pytest.raises(ValueError, match="had 16 examples when training started, and has 8 now"):
+            ours.train()
+        return
+    ours.train()
+    assert "and has 24 now" in said[0]
+    assert said[0].endswith("Those that are new are not drawn.")
+
+
+class TwoTowers(nn.Module):
+    """Similarities of all pairs in a batch; the labels are the places of the partners."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, x, labels=None):
+        y = self.layer(x / 10)
+        logits = y @ y.roll(1, 1).T
+        return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
+
+
+def test_similarities_of_all_pairs_in_a_batch_are_not_weighted(tmp_path):
+    def places(examples):
+        return default_data_collator(examples) | {"labels": torch.arange(len(examples))}
+
+    ours = trainer(tmp_path, places, max_steps=3, model=TwoTowers())
+    assert "places 0 … 7 in the batch" in ours.train().metrics["train_unweighted"]
+
+
+class NeedsWholeBatches:
+    """Mixes with numbers that were made for a batch of its own size."""
+
+    def __call__(self, examples):
+        batch = default_data_collator(examples)
+        return batch | {"x": 0.5 * (batch["x"] + batch["x"][torch.randperm(16)])}
+
+
+def test_combining_shows_in_whole_batches_and_beside_bad_items(tmp_path):
+    whole = trainer(tmp_path, NeedsWholeBatches(), max_steps=2, per_device_train_batch_size=16)
+    assert "combines examples" in whole.train().metrics["train_unweighted"]
+    mixed = trainer(tmp_path, lambda e: Mixup()([x for x in e if x is not None]), Points(bad=[0]), max_steps=2)
+    assert "combines examples" in mixed.train().metrics["train_unweighted"]
+
+
+def test_lengths_relative_to_the_longest_are_no_combination(tmp_path):
+    def relative(examples):
+        batch = default_data_collator(examples)
+        return batch | {"relative_length": (length := batch["x"][:, 1].abs()) / length.max()}
+
+    assert "train_unweighted" not in trainer(tmp_path, relative, max_steps=2).train().metrics
+
+
+ORDERS = [lambda examples: examples[::-1], lambda examples: sorted(examples, key=lambda x: int(x["labels"]))]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_other_order_is_told_as_such(tmp_path, order):
+    reason = trainer(tmp_path, lambda examples: default_data_collator(order(examples))).train().metrics
+    assert "changes the order" in reason["train_unweighted"]

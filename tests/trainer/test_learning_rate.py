@@ -8,6 +8,7 @@ from effective_training import watched_trainer
 from tiny import opinionated_bert, texts
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+from transformers.trainer_callback import CallbackHandler
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.run.effective_epochs import EffectiveEpochs
@@ -166,3 +167,64 @@ def test_schedule_kept_between_trainings_is_scaled_once(tmp_path):
         epochs = EffectiveEpochs(progress, None, lambda values: values, print, list, lambda: torch.zeros(2))
         epochs.follow(schedule, nn.Linear(1, 1))
         assert schedule.lr_lambdas[0](0) == 2.0
+
+
+def schedule_of(trainer, since=0):
+    optimizer = trainer.create_optimizer()
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, 180)
+    for _ in range(since):
+        optimizer.step()
+        schedule.step()
+    return optimizer, schedule
+
+
+def test_a_schedule_that_was_used_before_goes_on(tmp_path):
+    """As with `Trainer`: after steps of the user's, and over several trainings, there by effective steps."""
+    first, _ = watched_trainer(tmp_path)
+    optimizer, schedule = schedule_of(first, since=30)
+    trainer, watch = watched_trainer(tmp_path, optimizers=(optimizer, schedule), model=first.model)
+    for start in (30, 90):
+        watch.learning_rates, watch.effective_steps = [], [0.0]
+        trainer.train()
+        steps = list(zip(watch.effective_steps[:-1], watch.effective_steps[1:], strict=True))
+        assert trainer.state.global_step < 60, "premise: fewer steps"
+        expected = [2e-3 * (1 - (start + before) / 180) * (after - before) ** 0.5 for before, after in steps]
+        assert watch.learning_rates == pytest.approx(expected)
+
+
+def test_a_schedule_of_create_scheduler_without_super_is_resumed_where_it_was(tmp_path):
+    class NoSuper(ImportanceTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = get_linear_schedule_with_warmup(self.optimizer, 0, num_training_steps)
+            return self.lr_scheduler
+
+    rates = []
+    for resumes in (False, True):
+        trainer, watch = watched_trainer(tmp_path, save_strategy="steps", save_steps=20)
+        trainer.__class__ = NoSuper
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20") if resumes else None)
+        rates.append(watch.learning_rates)
+    assert rates[1] == pytest.approx(rates[0][20:])
+
+
+def test_schedules_that_users_step_themselves_are_refused(tmp_path):
+    class ByEpochs(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, epoch=None):
+            return None
+
+    trainer, _ = watched_trainer(tmp_path)
+    optimizer = trainer.create_optimizer()
+    schedule = ByEpochs(optimizer, lambda epoch: 0.5**epoch)
+    with pytest.raises(ValueError, match="ByEpochs passed in optimizers"):
+        watched_trainer(tmp_path, optimizers=(optimizer, schedule), model=trainer.model)
+
+
+def test_a_handler_of_callbacks_that_users_replace_still_moves_the_schedule(tmp_path):
+    trainer, watch = watched_trainer(tmp_path)
+    handler = trainer.callback_handler
+    trainer.callback_handler = CallbackHandler(
+        handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+    )
+    trainer.train()
+    assert watch.learning_rates[-1] < 0.2 * max(watch.learning_rates)
+    assert trainer.state.global_step < 60
