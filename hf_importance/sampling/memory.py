@@ -107,21 +107,14 @@ class ImportanceMemory:
         return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))
 
     def least_variance_ratio(self) -> float:
-        """The smallest variance ratio ρ with these importances: (mean q)² / mean q² = 1/(1 + CV²).
-
-        It is reached if every visit measures the remembered importance. It is 1 if all are equal or none is known. With
-        costs it is (mean q√c)² / (mean q² · mean c), and 1 if all q/√c are equal.
+        """[`least_variance_ratio`] of the remembered importances.
 
         >>> memory = ImportanceMemory(2)
         >>> _ = memory.update(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
         >>> memory.least_variance_ratio()
         0.8
         """
-        known = self.importances.isfinite()
-        q = self.importances[known].double()
-        c = torch.ones_like(q) if self.cost is None else self.cost[known].double()
-        second_moment = q.square().sum() * c.sum()
-        return ((q * c.sqrt()).sum().square() / second_moment).item() if second_moment else 1.0
+        return least_variance_ratio(self.importances, self.cost)
 
     def state_dict(self) -> dict[str, Any]:
         """The importances, as tensors."""
@@ -159,6 +152,19 @@ def unimportant(importance: Tensor, mass: float) -> Tensor:
         cumulated = importance.nan_to_num_(nan=0.0).cumsum(0, dtype=torch.float64)
         mask[order[small & (cumulated < mass * cumulated[-1])]] = True
     return mask
+
+
+def least_variance_ratio(importance: Tensor, cost: Tensor | None = None) -> float:
+    """The smallest variance ratio ρ with these importances: (mean q)² / mean q² = 1/(1 + CV²), NaN left out.
+
+    It is reached if every visit measures the remembered importance. It is 1 if all are equal or none is known. With
+    costs it is (mean q√c)² / (mean q² · mean c), and 1 if all q/√c are equal.
+    """
+    known = importance.isfinite()
+    q = importance[known].double()
+    c = torch.ones_like(q) if cost is None else cost[known].double()
+    second_moment = q.square().sum() * c.sum()
+    return ((q * c.sqrt()).sum().square() / second_moment).item() if second_moment else 1.0
 
 
 def mean_importance(memory: ImportanceMemory, importance: Tensor | None = None, pruned: Tensor | None = None) -> float:

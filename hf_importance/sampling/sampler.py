@@ -16,7 +16,7 @@ from hf_importance.sampling.draw import SKIPPED, Draw
 from hf_importance.sampling.first_passes import FirstPasses
 from hf_importance.sampling.groups import LengthGroups
 from hf_importance.sampling.guard import add_in_order
-from hf_importance.sampling.memory import ImportanceMemory
+from hf_importance.sampling.memory import ImportanceMemory, least_variance_ratio
 from hf_importance.sampling.rates import weights
 from hf_importance.sampling.record import VisitRecord, part
 from hf_importance.sampling.replacement import IndependentVisits
@@ -27,6 +27,8 @@ from hf_importance.sampling.suspects import SuspectWeights, doubted
 
 _MAX_WAITING = 64
 """Batches that are buffered before the memory is updated; one update for many costs hardly more than for one."""
+_TOO_EQUAL = 0.95
+"""Smallest possible variance ratio from which on a training starts without the importances of another one."""
 _SUMS = ("visits", "weight", "weight_square", "inverse_rate", "importance", "uniform", "ours", "cost")
 
 
@@ -276,10 +278,14 @@ class ImportanceBatchSampler(Sampler[Draw]):
     def inherit(self, prior: Tensor | None) -> None:
         """Let importances of another training, `[examples]` of all ranks, count where they are unknown in this one.
 
-        Call it before the first draw. They are ≥ 0, NaN where unknown. Independent visits go on without.
+        Call it before the first draw. They are ≥ 0, NaN where unknown. If they are so alike that they could save a
+        twentieth at most, the first pass is that of `Trainer`, as without. Independent visits have no use for them.
         """
-        if prior is not None and isinstance(self.visits, SegmentedVisits):
-            self.visits.prior = self.shard.part(prior).clone()
+        if prior is None or not isinstance(self.visits, SegmentedVisits):
+            return
+        own = self.shard.part(prior)
+        if least_variance_ratio(own, self._memory.cost) < _TOO_EQUAL:
+            self.visits.prior = own.clone()
 
     @property
     def for_another_training(self) -> Tensor:

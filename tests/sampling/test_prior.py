@@ -145,6 +145,15 @@ def test_ranks_inherit_their_examples():
         assert torch.equal(sampler.visits.prior, prior[shard.index])
 
 
+@pytest.mark.parametrize(("spread", "is_used"), [(0.1, False), (0.4, True)])
+def test_nearly_equal_importances_are_not_used(spread, is_used):
+    """The first pass is the permutation of `Trainer` if 1/(1 + spread²) is above .95."""
+    sampler = sampler_of([math.nan] * 40, 5, seed=3)
+    sampler.inherit(tensor([1 - spread, 1 + spread] * 20))
+    assert sampler.has_prior == is_used
+    assert ([i for draw in sampler for i in draw.index] == permutation(40, 3)) == (not is_used)
+
+
 def test_resumed_sampler_has_the_prior():
     """Also if the new sampler has another one, or none."""
     sampler, importance = sampler_of([math.nan] * 40, 5), tensor(random_importance(40, 1))
