@@ -26,6 +26,7 @@ METHODS: dict[str, ImportanceConfig | None] = {
     UNIFORM: None,
     OURS: ImportanceConfig(),
     "ImportanceTrainer, full backward": ImportanceConfig(backward="full"),
+    "ImportanceTrainer, backward_tolerance 0.05": ImportanceConfig(backward_tolerance=0.05),
 }
 """Methods by name; None is `Trainer`."""
 BATCH = 32
