@@ -289,8 +289,10 @@ class ImportanceBatchSampler(Sampler[Draw]):
 
     @property
     def for_another_training(self) -> Tensor:
-        """Importances to [`inherit`] in another training, see [`FirstPasses`]: float32 `[examples of the shard]`."""
-        self.flush()
+        """Importances to [`inherit`] in another training, see [`FirstPasses`]: float32 `[examples of the shard]`.
+
+        Without buffered measurements, which a checkpoint keeps as they are.
+        """
         return self._first_passes.with_current(self._unscaled())
 
     def _unscaled(self) -> Tensor:
