@@ -25,15 +25,20 @@ _REORDERS = (
 )
 
 
+def is_known(collate: Collate) -> bool:
+    """Whether it is a collator of transformers, none of which combines examples."""
+    module = getattr(users_collator(collate), "__module__", None) or ""
+    return module.split(".")[0] == "transformers"
+
+
 def problem_of(collate: Collate, dataset: Any, batch_size: int, label_names: Collection[str]) -> str:
     """Why rows of a batch cannot be weighted as their examples; empty if they can, or if nothing shows.
 
     The same examples are collated with the same random numbers, but with the first and the last one exchanged, with the
-    companions of the first one in another order, and with copies of it as companions. Collators of transformers are
-    known. What cannot be collated or compared is left to the training.
+    companions of the first one in another order, and with copies of it as companions. What cannot be collated or
+    compared is left to the training.
     """
-    module = getattr(users_collator(collate), "__module__", None) or ""
-    if module.split(".")[0] == "transformers" or min(batch_size, len(dataset) - 1) < 2:
+    if min(batch_size, len(dataset) - 1) < 2:
         return ""
     for size in sorted({min(batch_size, _USUAL), min(batch_size, _MOST)}):
         try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from hf_importance.data.combining import problem_of
+from hf_importance.data.combining import is_known, problem_of
 from hf_importance.data.lengths import Lengths, has_token_losses, labels_of, lengths_of
 from hf_importance.data.loader import sampler_of
 from hf_importance.errors import UnweightedError
@@ -27,7 +27,7 @@ def validate_collator(run: Any, base: DataLoader) -> None:
     Raises:
         UnweightedError: if they cannot.
     """
-    if run.is_adapted:
+    if run.is_adapted or is_known(base.collate_fn):
         return
     problem = problem_of(base.collate_fn, base.dataset, run.trainer._train_batch_size, run.label_names)
     if not run.all_agree(not problem):

@@ -165,7 +165,7 @@ class GradientSample:
 
 def local_part(gradient: Tensor) -> Tensor:
     """The gradient, or the part of it on this device if the parameter is sharded."""
-    return gradient.tolocal_part() if hasattr(gradient, "to_local") else gradient
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
 def _choose(parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:

@@ -33,7 +33,7 @@ def draws_places(monkeypatch, *rounds):
     """Let the places of strata that begin be these, in the order in which they are drawn."""
     rounds = iter(rounds)
 
-    def rand(size, generator):
+    def rand(size, generator, **_):
         found = tensor(next(rounds) if size else [])
         assert len(found) == size
         return found
