@@ -60,7 +60,7 @@ def doubted(columns: Mapping[str, Tensor]) -> Tensor | None:
     contradicted = columns["visits"][known] > 1
     for loss in ("mean_loss", "loss"):
         contradicted &= columns[loss][known] > chance
-    share = torch.zeros(len(count)).index_add_(0, label, contradicted.float()) / count
+    share = torch.zeros(len(count), dtype=torch.float32).index_add_(0, label, contradicted.float()) / count
     if share.median() < _NOISY:
         return None
     return torch.zeros(len(columns["label"]), dtype=torch.bool).index_fill_(0, known[contradicted], True)
