@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py accuracy             # tasks × methods × budgets × seeds: hours on two cores
     python scripts/benchmark.py accuracy --quick     # ten minutes
-    python scripts/benchmark.py seconds              # seconds of full trainings, on an otherwise idle machine
+    python scripts/benchmark.py seconds              # seconds that full trainings compute, in one thread
     python scripts/benchmark.py fine_tuning          # seconds of fine-tuning pretrained encoders: hours
     python scripts/benchmark.py backward             # step time and memory with selective backward
     python scripts/benchmark.py families             # models for which gradients become dense in between
