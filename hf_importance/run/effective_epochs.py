@@ -255,8 +255,8 @@ def is_function_of_steps(scheduler: LRScheduler) -> bool:
 
 def _following(schedule: Callable[[float], float], progress: EffectiveSteps, start: int) -> Callable[[int], float]:
     steps_to_factor = getattr(schedule, "steps_to_factor", schedule)
-    if steps_to_factor is not schedule:  # followed an earlier training
-        start = schedule.effective_steps()
+    if steps_to_factor is not schedule:  # followed an earlier training, or this one when an engine made the schedule
+        start = schedule.start if schedule.progress is progress else schedule.effective_steps()
     module = getattr(getattr(steps_to_factor, "func", steps_to_factor), "__module__", None) or ""
     between_steps = module.startswith("transformers.")  # functions of users may look steps up in a table
 
@@ -269,6 +269,7 @@ def _following(schedule: Callable[[float], float], progress: EffectiveSteps, sta
         return steps_to_factor(steps) * learning_rate_factor(progress.gain)
 
     factor.steps_to_factor, factor.effective_steps = steps_to_factor, effective_steps
+    factor.start, factor.progress = start, progress
     return factor
 
 
