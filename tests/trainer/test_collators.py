@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.data import loader
-from hf_importance.data.rows import ROWS_KEY
+from hf_importance.data.rows import ROWS_KEY, UNKNOWN, places_in
 from hf_importance.run import step
+from hf_importance.sampling.draw import Draw
 
 N = 32
 
@@ -532,3 +534,44 @@ ORDERS = [lambda examples: examples[::-1], lambda examples: sorted(examples, key
 def test_any_other_order_is_told_as_such(tmp_path, order):
     reason = trainer(tmp_path, lambda examples: default_data_collator(order(examples))).train().metrics
     assert "changes the order" in reason["train_unweighted"]
+
+
+# ---- weights of rows -------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_rows_are_those_of_their_examples():
+    draw = Draw(0, [7, 8], [0.5, 0.25], [2.0, 4.0])
+    assert draw.row_weights == [2.0, 4.0]
+    assert replace(draw, rows=[1, UNKNOWN, 0, 1]).row_weights == [4.0, 3.0, 2.0, 4.0], "the mean where unknown"
+    assert draw.of([1]) == Draw(0, [8], [0.25], [4.0])
+
+
+class RecordsLosses(ImportanceTrainer):
+    """Records, for each batch, its loss, the losses of its rows and their weights."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        losses = nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")
+        self.recorded = [*getattr(self, "recorded", []), (loss, losses, torch.tensor(self._run.step.draw.row_weights))]
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("uneven", [True, False])
+def test_the_loss_is_over_the_weighted_rows_if_examples_have_different_numbers_of_them(tmp_path, uneven):
+    """As with tokens: how many rows a batch has depends on which examples are drawn."""
+
+    def several(examples):
+        numbers = [1 + 2 * (uneven and int(example["labels"]) == 0) for example in examples]
+        rows = [example for example, number in zip(examples, numbers, strict=True) for _ in range(number)]
+        return default_data_collator(rows) | {ROWS_KEY: places_in(numbers)}
+
+    ours = trainer(tmp_path, several, cls=ImportanceTrainer, epochs=8, learning_rate=5e-2)
+    ours.__class__ = RecordsLosses
+    ours.train()
+    differ = 0
+    for loss, losses, weight in ours.recorded:
+        over_weights, over_rows = (weight * losses).sum() / weight.sum(), (weight * losses).mean()
+        torch.testing.assert_close(loss, over_weights if uneven else over_rows)
+        differ += not torch.isclose(over_weights, over_rows, rtol=1e-3)
+    assert differ > 5, "control: the two are not the same"

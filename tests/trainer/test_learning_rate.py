@@ -228,3 +228,17 @@ def test_a_handler_of_callbacks_that_users_replace_still_moves_the_schedule(tmp_
     trainer.train()
     assert watch.learning_rates[-1] < 0.2 * max(watch.learning_rates)
     assert trainer.state.global_step < 60
+
+
+def test_a_schedule_that_is_followed_again_in_a_training_keeps_its_start():
+    """Engines create the schedule before `Trainer` asks for it, and a resumed training has progress by then."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), lambda step: step)
+    progress = EffectiveSteps(10, 5)
+    for value in (0.0, 4.0, 6.0):
+        progress.value = value
+        epochs = EffectiveEpochs(progress, None, lambda values: values, print, list, lambda: torch.zeros(2))
+        epochs.follow(schedule, nn.Linear(1, 1))
+        assert schedule.lr_lambdas[0](0) == value
+    another = EffectiveEpochs(EffectiveSteps(10, 5), None, lambda values: values, print, list, lambda: torch.zeros(2))
+    another.follow(schedule, nn.Linear(1, 1))
+    assert schedule.lr_lambdas[0](0) == 6.0, "control: in another training it goes on from there"
