@@ -419,6 +419,13 @@ def test_items_that_the_dataset_returns_several_times(tmp_path):
     torch.testing.assert_close(ours.importances, 2**0.5 * once.importances)
 
 
+class Strict(Net):
+    """Takes nothing but its inputs."""
+
+    def forward(self, x, labels=None):
+        return super().forward(x, labels)
+
+
 @pytest.mark.parametrize("kind", [np.array, tuple, lambda rows: [np.int64(i) for i in rows], torch.tensor])
 def test_places_of_any_type_and_what_else_sees_them(tmp_path, kind):
     """They are neither passed to the model in evaluations, nor where draws are not weighted."""
@@ -427,10 +434,10 @@ def test_places_of_any_type_and_what_else_sees_them(tmp_path, kind):
         return default_data_collator(examples) | {ROWS_KEY: kind(list(range(len(examples))))}
 
     settings = {"eval_strategy": "epoch", "eval_dataset": Points()}
-    ours = trainer(tmp_path, told, importance=ImportanceConfig(backward="selective"), **settings)
+    ours = trainer(tmp_path, told, importance=ImportanceConfig(backward="selective"), model=Strict(), **settings)
     assert "train_unweighted" not in ours.train().metrics
     assert len([log for log in ours.state.log_history if "eval_loss" in log]) == 3
-    unweighted = trainer(tmp_path, told, train_sampling_strategy="sequential")
+    unweighted = trainer(tmp_path, told, train_sampling_strategy="sequential", model=Strict())
     assert "train_unweighted" in unweighted.train().metrics
 
 
