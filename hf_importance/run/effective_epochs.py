@@ -90,9 +90,7 @@ class EffectiveEpochs:
             )
         start, before = scheduler.last_epoch - steps, scheduler.lr_lambdas
         scheduler.lr_lambdas = [_following(schedule, self.progress, start) for schedule in before]
-        if hasattr(
-            before[0], "effective_steps"
-        ):  # its learning rates are scaled by what steps of that training counted
+        if hasattr(before[0], "effective_steps"):  # its rates are scaled by what steps of an earlier training counted
             _recompute_learning_rates(scheduler)
         self._gradients = GradientSample(model.parameters())
         if self._restored is not None:
