@@ -4,6 +4,7 @@
     python scripts/benchmark.py accuracy --quick     # ten minutes
     python scripts/benchmark.py seconds              # seconds that full trainings compute, in one thread
     python scripts/benchmark.py fine_tuning          # seconds of fine-tuning pretrained encoders: hours
+    python scripts/benchmark.py networks             # seconds of small networks from scratch: hours
     python scripts/benchmark.py backward             # step time and memory with selective backward
     python scripts/benchmark.py families             # models for which gradients become dense in between
     python scripts/benchmark.py overhead             # step time relative to Trainer, on an otherwise idle machine
@@ -39,10 +40,12 @@ from benchmarks import (
     draws,
     families,
     fine_tuning,
+    fine_tuning_methods,
     fine_tuning_tables,
     grouping,
     label_errors,
     overhead,
+    pages,
     picture,
     results,
     reuse,
@@ -51,30 +54,7 @@ from benchmarks import (
     tables,
 )
 from benchmarks.methods import METHODS
-from benchmarks.plot import plot, plot_savings
 from benchmarks.tasks import TASKS
-
-ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "scripts/results/README.md")
-TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
-    "saved": (("accuracy", "fine_tuning"), fine_tuning_tables.claims),
-    "short": (("accuracy", "seconds"), tables.short_table),
-    "decision": (("accuracy", "seconds"), tables.decision_table),
-    "whole": (("accuracy",), tables.whole_table),
-    "match": (("accuracy",), tables.match_table),
-    "same": (("accuracy",), tables.same_table),
-    "figures": (("accuracy",), tables.figures_table),
-    "fine_tuning": (("fine_tuning",), fine_tuning_tables.table),
-    "backward": (("backward",), backward.tables),
-    "families": (("families",), families.tables),
-    "overhead": (("overhead",), overhead.tables),
-    "draws": (("draws",), draws.tables),
-    "label_errors": (("label_errors",), label_errors.tables),
-    "suspects": (("suspects",), suspects.tables),
-    "grouping": (("grouping",), grouping.tables),
-    "reuse": (("reuse",), reuse.tables),
-}
-"""Tables of the pages by name: the files that they are made from, and the function that makes them."""
 
 
 def run_accuracy(arguments: argparse.Namespace) -> str:
@@ -95,7 +75,7 @@ def run_accuracy(arguments: argparse.Namespace) -> str:
         run = functools.partial(accuracy.run, steps_taken=steps)
         runs = _filled(arguments, accuracy.KEYS, points, run, accuracy.settings)
     parts = [tables.decision_table(runs), tables.whole_table(runs), tables.match_table(runs)]
-    _draw_plots(runs, path)
+    pages.draw_accuracy(runs, path)
     return "\n\n".join([*parts, tables.figures_table(runs)])
 
 
@@ -109,14 +89,30 @@ def run_seconds(arguments: argparse.Namespace) -> str:
 
 def run_fine_tuning(arguments: argparse.Namespace) -> str:
     """Run tasks × methods × seeds, sequentially."""
-    arguments.processes = 1
     if not arguments.show and None in (arguments.data, arguments.models):
         raise SystemExit("error: fine_tuning needs --data and --models (see scripts/results/README.md).")
+    return _run_trainings(arguments)
+
+
+def run_networks(arguments: argparse.Namespace) -> str:
+    """Run tasks × methods × seeds, sequentially."""
+    if not arguments.show and arguments.data is None:
+        raise SystemExit("error: networks needs --data (see scripts/results/README.md).")
+    arguments.models = Path()
+    return _run_trainings(arguments)
+
+
+def _run_trainings(arguments: argparse.Namespace) -> str:
+    arguments.processes = 1
     seeds = range(1, arguments.seeds + 1)
     size = (arguments.examples, arguments.layers, arguments.epochs)
     grid = fine_tuning.points(arguments.tasks, arguments.methods, seeds, *size)
-    run = functools.partial(fine_tuning.run, data=arguments.data, models=arguments.models)
-    return fine_tuning_tables.table(_filled(arguments, fine_tuning.KEYS, grid, run, fine_tuning.settings))
+    done = functools.partial(_runs_in, _file_of(arguments))
+    run = functools.partial(fine_tuning.run, data=arguments.data, models=arguments.models, done=done)
+    for bound in (False, True):  # methods with the number of steps or seconds of another method run after it
+        points = [point for point in grid if bound == (fine_tuning_methods.METHODS[point[-1]].as_long_as is not None)]
+        runs = _filled(arguments, fine_tuning.KEYS, points, run, fine_tuning.settings)
+    return fine_tuning_tables.table(runs)
 
 
 def run_overhead(arguments: argparse.Namespace) -> str:
@@ -188,25 +184,10 @@ def run_reuse(arguments: argparse.Namespace) -> str:
     return reuse.tables(_filled(arguments, reuse.KEYS, grid, reuse.run))
 
 
-def with_tables(text: str, folder: Path = results.FOLDER) -> str:
-    """Insert the tables of the files between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a text."""
-    for name, (parts, table) in TABLES.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if start in text:
-            before, rest = text.split(start)
-            runs = [results.load(folder / f"{part}.json")["runs"] for part in parts]
-            text = f"{before}{start}\n{table(*runs)}\n\n{end}{rest.split(end)[1]}"
-    return text
-
-
 def run_pages(_: argparse.Namespace) -> str:
-    """Update the plots of `accuracy`, and the tables in the pages."""
-    path = results.FOLDER / "accuracy.json"
-    _draw_plots(results.load(path)["runs"], path)
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        (ROOT / page).write_text(with_tables(text), encoding="utf-8")
-    return f"Updated the tables in {' and '.join(PAGES)}"
+    """Update the plots, and the tables in the pages."""
+    pages.update()
+    return f"Updated the tables in {' and '.join(pages.PAGES)}"
 
 
 def run_picture(_: argparse.Namespace) -> str:
@@ -215,14 +196,12 @@ def run_picture(_: argparse.Namespace) -> str:
     return f"Saved the picture as {picture.PICTURE}"
 
 
-def _draw_plots(runs: list[dict[str, Any]], path: Path) -> None:
-    if comparison.tasks(runs):
-        plot(runs, path.with_suffix(".png"))
-        plot_savings(runs, path.with_name("savings.png"))
-
-
 def _file_of(arguments: argparse.Namespace) -> Path:
     return arguments.output or results.FOLDER / f"{arguments.part}.json"
+
+
+def _runs_in(path: Path) -> list[dict[str, Any]]:
+    return results.load(path)["runs"]
 
 
 def _filled(
@@ -260,17 +239,22 @@ def new_parser() -> argparse.ArgumentParser:
     )
     part = parts.add_parser("seconds", parents=[common], help="seconds of full trainings")
     part.add_argument("--tasks", nargs="+", choices=TASKS, default=_tasks_at_hand())
-    part = parts.add_parser("fine_tuning", parents=[common], help="seconds of fine-tuning pretrained encoders")
-    part.set_defaults(seeds=3)
-    for name in ("data", "models"):
-        default = os.environ.get(f"BENCHMARK_{name.upper()}")
-        part.add_argument(f"--{name}", type=Path, default=default and Path(default), help=f"folder of {name}")
-    part.add_argument("--tasks", nargs="+", choices=fine_tuning.TASKS, default=list(fine_tuning.TASKS))
-    both = [fine_tuning.UNIFORM, fine_tuning.OURS]
-    part.add_argument("--methods", nargs="+", choices=fine_tuning.METHODS, default=both)
-    part.add_argument("--examples", type=int, default=4000, help="training examples")
-    part.add_argument("--layers", type=int, help="first layers that are kept (default: all)")
-    part.add_argument("--epochs", type=int, help="epochs (default: those of the task)")
+    both = [fine_tuning_methods.UNIFORM, fine_tuning_methods.OURS]
+    trainings = (
+        ("fine_tuning", fine_tuning.TASKS, 4000, ("data", "models"), "seconds of fine-tuning pretrained encoders"),
+        ("networks", fine_tuning.NETWORKS, 12_000, ("data",), "seconds of training networks from scratch"),
+    )
+    for name, tasks, examples, folders, purpose in trainings:
+        part = parts.add_parser(name, parents=[common], help=purpose)
+        part.set_defaults(seeds=3)
+        for folder in folders:
+            default = os.environ.get(f"BENCHMARK_{folder.upper()}")
+            part.add_argument(f"--{folder}", type=Path, default=default and Path(default), help=f"folder of {folder}")
+        part.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
+        part.add_argument("--methods", nargs="+", choices=fine_tuning_methods.METHODS, default=both)
+        part.add_argument("--examples", type=int, default=examples, help="training examples")
+        part.add_argument("--layers", type=int, help="layers (default: those of the task)")
+        part.add_argument("--epochs", type=int, help="epochs (default: those of the task)")
     part = parts.add_parser("overhead", parents=[common], help="step time relative to Trainer")
     part.add_argument("--models", nargs="+", choices=overhead.MODELS)
     part.add_argument("--workers", nargs="+", type=int, default=[0, 4])
@@ -308,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     run = {
         "accuracy": run_accuracy,
         "fine_tuning": run_fine_tuning,
+        "networks": run_networks,
         "backward": run_backward,
         "families": run_families,
         "overhead": run_overhead,

@@ -1,4 +1,4 @@
-"""Seconds of fine-tuning pretrained encoders, with `Trainer` and ours in turn in one process."""
+"""Seconds and quality of trainings, with `Trainer`, ours and rivals in turn in one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from benchmarks.fine_tuning_methods import METHODS, OURS, UNIFORM
 from benchmarks.fine_tuning_tasks import TASKS, Material, Recipe, Rows
+from benchmarks.gauge import Gauge
+from benchmarks.networks import NETWORKS
+from benchmarks.rivals import RivalTrainer
 from benchmarks.task import IGNORED
-from hf_importance import ImportanceConfig, ImportanceTrainer
+from benchmarks.vcas import VCASTrainer
+from hf_importance.backward.places import Survey
 
 KEYS = ("task", "layers", "examples", "epochs", "seed", "method")
-UNIFORM, OURS = "Trainer", "ImportanceTrainer"
-METHODS: dict[str, ImportanceConfig | None] = {
-    UNIFORM: None,
-    OURS: ImportanceConfig(),
-    "ImportanceTrainer, full backward": ImportanceConfig(backward="full"),
-    "ImportanceTrainer, backward_tolerance 0.05": ImportanceConfig(backward_tolerance=0.05),
-}
-"""Methods by name; None is `Trainer`."""
+RECIPES = TASKS | NETWORKS
+"""All tasks by name."""
 BATCH = 32
 _EVALUATED = 128
 _WARM_UP = 0.1
@@ -38,7 +37,7 @@ _WEIGHT_DECAY = 0.01
 def settings(key: str, value: Any) -> dict[str, Any] | None:
     """What the value of a coordinate stands for."""
     if key == "task":
-        return TASKS[value].settings() | {"batch": BATCH, "weight_decay": _WEIGHT_DECAY, "warm_up": _WARM_UP}
+        return RECIPES[value].settings() | {"batch": BATCH, "weight_decay": _WEIGHT_DECAY, "warm_up": _WARM_UP}
     return None
 
 
@@ -52,6 +51,8 @@ def points(
 ) -> list[tuple[Any, ...]]:
     """The grid: methods of one task and seed follow each other, in an order that changes with the seed.
 
+    Where it is one epoch, without methods that do nothing in the first one.
+
     Args:
         tasks: names of tasks.
         methods: names of methods.
@@ -63,15 +64,24 @@ def points(
     found = []
     for seed in seeds:
         for name in tasks:
-            task = TASKS[name]
-            place = (name, layers or task.layers, examples, epochs or task.epochs, seed)
-            in_turn = list(methods) if seed % 2 else list(methods)[::-1]
+            task = RECIPES[name]
+            place = (name, layers or task.layers, min(examples, task.most or examples), epochs or task.epochs, seed)
+            there = [method for method in methods if place[3] > 1 or not METHODS[method].skips_epochs]
+            in_turn = there if seed % 2 else there[::-1]
             found += [(*place, method) for method in in_turn]
     return found
 
 
 def run(
-    name: str, layers: int, examples: int, epochs: int, seed: int, method: str, data: Path, models: Path
+    name: str,
+    layers: int,
+    examples: int,
+    epochs: int,
+    seed: int,
+    method: str,
+    data: Path,
+    models: Path,
+    done: Callable[[], Iterable[dict[str, Any]]] = list,
 ) -> dict[str, Any]:
     """One training, and what the model then reaches on test data.
 
@@ -84,25 +94,31 @@ def run(
         method: name of the method.
         data: folder of data.
         models: folder of models.
+        done: returns the finished runs of the grid.
     """
     torch.set_num_threads(1)
-    recipe = TASKS[name]
+    recipe = RECIPES[name]
     material = _material(recipe, data, models, examples)
     torch.manual_seed(seed)
     model = recipe.new_model(models, layers, len(material.labels))
+    full = epochs * math.ceil(len(material.train) / BATCH)
+    place = dict(zip(KEYS, (name, layers, examples, epochs, seed), strict=False))
+    steps = METHODS[method].steps(full, _pair(done(), place) if METHODS[method].as_long_as else None)
+    gauge = Gauge()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = _arguments(folder, recipe, len(material.train), epochs, seed)
-        trainer = _trainer(method, model, arguments, material)
+        arguments = _arguments(folder, recipe, epochs, steps, seed)
+        trainer = METHODS[method].new_trainer(model, arguments, material, steps)
+        trainer.add_callback(gauge)
         start, wall = time.process_time(), time.perf_counter()
         metrics = trainer.train().metrics
         seconds, wall = time.process_time() - start, time.perf_counter() - wall
     return {
         **_figures(model, material),
-        "seconds": round(seconds, 2),
+        "seconds": round(seconds - gauge.seconds, 2),
+        "gauge": round(gauge.mean, 6),
         "wall_seconds": round(wall, 2),
         "steps": trainer.state.global_step,
-        "share_of_steps": round(metrics.get("train_share_of_steps", 1.0), 4),
-        "backward_fraction": round(metrics.get("train_backward_fraction", 1.0), 4),
+        **_cost(trainer, material, full, metrics),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
     }
@@ -113,13 +129,49 @@ def _material(recipe: Recipe, data: Path, models: Path, examples: int) -> Materi
     return recipe.read(data, models / recipe.encoder, examples)
 
 
-def _arguments(folder: str, recipe: Recipe, examples: int, epochs: int, seed: int) -> TrainingArguments:
+def _pair(done: Iterable[dict[str, Any]], place: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The finished runs of `Trainer` and ours at a place of the grid."""
+    found = {run["method"]: run for run in done if all(run[name] == value for name, value in place.items())}
+    if not {UNIFORM, OURS} <= found.keys():
+        raise SystemExit(f"error: the number of steps follows from runs of {UNIFORM} and {OURS}; run these first.")
+    return found[UNIFORM], found[OURS]
+
+
+def _cost(trainer: Trainer, material: Material, full: int, metrics: dict[str, float]) -> dict[str, float]:
+    """Steps, rows that were propagated back and operations of matrix products, relative to uniform training.
+
+    Operations are calculated from the other two: a backward pass has twice those of the forward pass. Not counted is
+    that ours also leaves out tokens without a gradient.
+    """
+    share = trainer.state.global_step / full
+    fraction = metrics.get("train_backward_fraction", 1.0)
+    operations = share
+    if isinstance(trainer, VCASTrainer):
+        fraction = trainer.rows[0] / trainer.rows[1]
+        operations = share * (1 + 2 * fraction) / 3
+    elif isinstance(trainer, RivalTrainer):
+        operations = (trainer.trained + trainer.looked_at / 3) / (full * BATCH)
+    elif fraction < 1:
+        operations = share * (1 - selectable(trainer.model, material) * (1 - fraction))
+    found = {"share_of_steps": share, "backward_fraction": fraction, "operations": operations}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def selectable(model: nn.Module, material: Material) -> float:
+    """Share of the operations of a step that is in proportion to the rows which are propagated back."""
+    model.train()
+    survey = Survey(model, BATCH)
+    model(**material.collate(material.train[:BATCH]))
+    return survey.end(recomputes=False).share
+
+
+def _arguments(folder: str, recipe: Recipe, epochs: int, steps: int, seed: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=BATCH,
         num_train_epochs=epochs,
         learning_rate=recipe.learning_rate,
-        warmup_steps=math.ceil(_WARM_UP * examples * epochs / BATCH),
+        warmup_steps=math.ceil(_WARM_UP * steps),
         weight_decay=_WEIGHT_DECAY,
         seed=seed,
         save_strategy="no",
@@ -129,12 +181,6 @@ def _arguments(folder: str, recipe: Recipe, examples: int, epochs: int, seed: in
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-
-
-def _trainer(method: str, model: nn.Module, arguments: TrainingArguments, material: Material) -> Trainer:
-    config = METHODS[method]
-    what = {"model": model, "args": arguments, "train_dataset": material.train, "data_collator": material.collate}
-    return Trainer(**what) if config is None else ImportanceTrainer(importance=config, **what)
 
 
 # ---- figures of a trained model --------------------------------------------------------------------------------------
@@ -164,6 +210,7 @@ def _predict(model: nn.Module, rows: Rows, material: Material) -> tuple[list[Ten
     """Outputs `[tokens, classes]` and labels `[tokens]` of each example; a single "token" if it has one label."""
     model.eval()
     outputs, labels = [], []
+    rows = sorted(rows, key=lambda row: len(row.get("input_ids", ())))  # less padding
     for start in range(0, len(rows), _EVALUATED):
         batch = material.collate(rows[start : start + _EVALUATED])
         wanted = batch.pop("labels")

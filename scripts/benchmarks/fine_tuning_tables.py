@@ -1,113 +1,158 @@
-"""Tables of the runs of `fine_tuning`: seconds and quality relative to `Trainer`, paired by seed."""
+"""Tables of the runs of `fine_tuning` and `networks`: seconds and quality relative to `Trainer`, paired by seed."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from benchmarks import tables
-from benchmarks.fine_tuning import METHODS, OURS, UNIFORM
-from benchmarks.fine_tuning_tasks import TASKS
+from benchmarks.fine_tuning import RECIPES
+from benchmarks.fine_tuning_methods import METHODS, OURS
+from benchmarks.fine_tuning_tasks import ENCODERS
+from benchmarks.pairs import Pairs, Runs, kind, largest, mean_over_tasks, means_of, pairs, parts
 from benchmarks.results import mean_and_error
 
-Runs = Sequence[dict[str, Any]]
-_SETTING = ("task", "layers", "examples", "epochs")
-_ENCODERS = {"all-MiniLM-L6-v2": "MiniLM", "dinov2-small": "DINOv2-small"}
+# ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Trainings of `Trainer` and of a method in one setting, by the seeds that both have.
-
-    Args:
-        task: name of the task.
-        layers: layers of the model.
-        examples: training examples.
-        epochs: epochs.
-        method: name of the method.
-        runs: run of `Trainer` and run of the method, for each seed.
-    """
-
-    task: str
-    layers: int
-    examples: int
-    epochs: int
-    method: str
-    runs: list[tuple[dict[str, Any], dict[str, Any]]]
-
-    @property
-    def metric(self) -> str:
-        """By which the task is judged: accuracy, or F1 where entities are found."""
-        return "f1" if "f1" in self.runs[0][0] else "accuracy"
-
-    @property
-    def ratios(self) -> list[float]:
-        """Seconds relative to `Trainer`."""
-        return [ours["seconds"] / uniform["seconds"] for uniform, ours in self.runs]
-
-    def differences(self, figure: str) -> list[float]:
-        """Differences to `Trainer`."""
-        return [ours[figure] - uniform[figure] for uniform, ours in self.runs]
-
-    def mean(self, figure: str, of_ours: bool = True) -> float:
-        """Mean over seeds of a figure, of the method or of `Trainer`."""
-        return statistics.mean(pair[of_ours][figure] for pair in self.runs)
+def minutes_table(fine_tuning: Runs, networks: Runs) -> str:
+    """What default settings take and reach, a row per task: the table of the README."""
+    head = ("task", "`Trainer`, minutes", "ours, minutes", "seconds", "accuracy or F1", "`Trainer` in these seconds")
+    lines = [tables.row(head), tables.rule(head)]
+    for title, listed, control in parts(fine_tuning, networks):
+        lines.append(_line_of_part(title, len(head)))
+        for each in listed:
+            minutes = each.mean("seconds", of_ours=False) / 60
+            ratio = statistics.mean(each.ratios)
+            cells = (each.what, f"{minutes:.1f}", f"{minutes * ratio:.1f}", tables.percent(ratio))
+            other = control.get(each.setting)
+            lines.append(tables.row((*cells, told_points(each), "" if other is None else told_points(other))))
+    return "\n".join(lines)
 
 
-def pairs(runs: Runs, methods: Iterable[str] = METHODS) -> list[Pairs]:
-    """The pairs of all settings, in the order of the tasks; without settings where one of both was not run."""
-    settings: dict[tuple[Any, ...], dict[str, dict[int, Any]]] = {}
-    for run in runs:
-        of_setting = settings.setdefault(tuple(run[name] for name in _SETTING), {})
-        of_setting.setdefault(run["method"], {})[run["seed"]] = run
-    listed = []
-    for setting, found in sorted(settings.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0])):
-        uniform = found.get(UNIFORM, {})
-        for method in [method for method in methods if method != UNIFORM and method in found]:
-            seeds = sorted(uniform.keys() & found[method].keys())
-            if seeds:
-                listed.append(Pairs(*setting, method, [(uniform[seed], found[method][seed]) for seed in seeds]))
-    return listed
+def headline_table(fine_tuning: Runs, networks: Runs) -> str:
+    """The same in full: seconds, operations, steps, rows, and quality with errors; a mean per part."""
+    head = (
+        *("task", "examples × epochs", "seeds", "seconds", "operations", "steps", "rows propagated back"),
+        *("`Trainer`: accuracy or F1, %", "difference, points", "`Trainer`: cross-entropy", "difference"),
+        "`Trainer` in these seconds, points",
+    )
+    lines = [tables.row(head), tables.rule(head)]
+    for title, listed, control in parts(fine_tuning, networks):
+        lines.append(_line_of_part(title, len(head)))
+        lines += [tables.row(_headline_cells(each, control.get(each.setting))) for each in listed]
+        controls = [control[each.setting] for each in listed if each.setting in control]
+        lines.append(tables.row(_mean_cells(listed, controls)))
+    return "\n".join(lines)
+
+
+def _line_of_part(title: str, columns: int) -> str:
+    return tables.row([f"*{title}*", *[""] * (columns - 1)])
+
+
+def _headline_cells(each: Pairs, control: Pairs | None) -> list[str]:
+    return [
+        *(f"**{each.task}**: {each.what}", f"{each.examples:,} × {each.epochs}", str(len(each.runs))),
+        f"{_with_error([100 * ratio for ratio in each.ratios], '.1f')} %",
+        *(tables.percent(each.mean(name)) for name in ("operations", "share_of_steps", "backward_fraction")),
+        f"{100 * each.mean(each.metric, of_ours=False):.2f}",
+        _marked(each.points, ".2f", sign=1),
+        f"{each.mean('cross_entropy', of_ours=False):.3f}",
+        _marked(each.differences("cross_entropy"), ".3f", sign=-1),
+        "" if control is None else _marked(control.points, ".2f", sign=1),
+    ]
+
+
+def _mean_cells(listed: Sequence[Pairs], controls: Sequence[Pairs]) -> list[str]:
+    """Means over tasks, with the standard error that follows from those of the tasks."""
+    costs = [statistics.mean(each.mean(name) for each in listed) for name in _COSTS]
+    entropy = mean_over_tasks(listed, lambda each: each.differences("cross_entropy"))
+    return [
+        f"**mean of {len(listed)}**",
+        *("", ""),
+        tables.percent(statistics.mean(statistics.mean(each.ratios) for each in listed)),
+        *map(tables.percent, costs),
+        "",
+        _told_with(*mean_over_tasks(listed, lambda each: each.points), "+.2f"),
+        "",
+        _told_with(*entropy, "+.3f"),
+        _told_with(*mean_over_tasks(controls, lambda each: each.points), "+.2f") if controls else "",
+    ]
+
+
+_COSTS = ("operations", "share_of_steps", "backward_fraction")
+
+
+# ---- all methods -----------------------------------------------------------------------------------------------------
+
+
+def methods_table(runs: Runs) -> str:
+    """A row per method: its means, and seconds and points of each task."""
+    found = {method: means_of(runs, method) for method in METHODS}
+    found = {method: means for method, means in found.items() if means is not None}
+    tasks = list(next(iter(found.values())).of_tasks) if found else []
+    head = ("method", "seconds", "operations", "points", *tasks)
+    lines = [tables.row(head), tables.rule(head)]
+    for method, means in found.items():
+        cells = tables.percent(means.seconds), tables.percent(means.operations), _told(means.points, "+.2f")
+        of_tasks = ["as `Trainer`" if each is None else _short(each) for each in means.of_tasks.values()]
+        lines.append(tables.row((method, *cells, *of_tasks)))
+    return "\n".join(lines)
+
+
+def _short(each: Pairs) -> str:
+    return f"{tables.percent(statistics.mean(each.ratios))}, {_told(statistics.mean(each.points), '+.1f')}"
 
 
 def table(runs: Runs) -> str:
-    """Table in Markdown with a row per setting and method."""
+    """All trainings: a row per setting and method."""
     setting = ("task", "layers", "examples × epochs", "seeds", "method")
-    cost = ("`Trainer`, seconds", "seconds", "steps", "rows propagated back")
+    cost = ("`Trainer`, seconds", "seconds", "operations", "steps", "rows propagated back")
     head = (*setting, *cost, "`Trainer`: accuracy or F1, %", "difference, points", "cross-entropy", "difference")
     lines = [tables.row(head), tables.rule(head)]
     lines += [tables.row(_cells(each)) for each in pairs(runs)]
     return "\n".join(lines)
 
 
+def all_table(fine_tuning: Runs, networks: Runs) -> str:
+    """[`table`] of both parts."""
+    return table([*fine_tuning, *networks])
+
+
 def _cells(each: Pairs) -> list[str]:
-    what = f"**{each.task}**: {TASKS[each.task].what}; {_ENCODERS[TASKS[each.task].encoder]}"
     size = f"{each.examples:,} × {each.epochs}"
     return [
-        *(what, str(each.layers), size, str(len(each.runs)), each.method),
+        *(f"**{each.task}**", str(each.layers), size, str(len(each.runs)), each.method),
         f"{each.mean('seconds', of_ours=False):,.0f}",
         f"{_with_error([100 * ratio for ratio in each.ratios], '.1f')} %",
-        tables.percent(each.mean("share_of_steps")),
-        tables.percent(each.mean("backward_fraction")),
+        *(tables.percent(each.mean(name)) for name in _COSTS),
         f"{100 * each.mean(each.metric, of_ours=False):.2f}",
-        _difference(each, each.metric, 100, ".2f", sign=1),
+        _marked(each.points, ".2f", sign=1),
         f"{each.mean('cross_entropy', of_ours=False):.3f}",
-        _difference(each, "cross_entropy", 1, ".3f", sign=-1),
+        _marked(each.differences("cross_entropy"), ".3f", sign=-1),
     ]
 
 
-def _difference(each: Pairs, figure: str, scale: float, form: str, sign: int) -> str:
-    """The mean ± standard error of a difference; marked if it is worse by more than this error."""
-    values = [scale * value for value in each.differences(figure)]
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+def told_points(each: Pairs) -> str:
+    """Difference in points, marked if it is worse."""
+    return _marked(each.points, ".2f", sign=1, unit=" points")
+
+
+def _marked(values: Sequence[float], form: str, sign: int, unit: str = "") -> str:
+    """The mean ± standard error of differences; marked if it is worse by more than this error."""
     mean, error = mean_and_error(values)
-    return _with_error(values, "+" + form) + (", worse" if sign * mean < -error else "")
+    return _with_error(values, "+" + form) + unit + (", worse" if sign * mean < -error else "")
 
 
 def _with_error(values: Sequence[float], form: str) -> str:
-    mean, error = mean_and_error(values)
+    return _told_with(*mean_and_error(values), form)
+
+
+def _told_with(mean: float, error: float, form: str) -> str:
     return _told(mean, form) + ("" if math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
 
 
@@ -116,45 +161,68 @@ def _told(value: float, form: str) -> str:
     return (told.replace("-", "+") if float(told) == 0 else told).replace("-", "−")
 
 
-# ---- claim -----------------------------------------------------------------------------------------------------------
+# ---- claims ----------------------------------------------------------------------------------------------------------
 
 
-def claims(runs: Runs, fine_tuning: Runs) -> str:
-    """The claim on seconds, and those of `accuracy` on steps."""
-    return "\n".join(filter(None, [claim(fine_tuning), tables.claims(runs)]))
+def claims(accuracy: Runs, fine_tuning: Runs, networks: Runs) -> str:
+    """The claims on seconds, and those of `accuracy` on steps."""
+    return "\n".join(filter(None, [claim(fine_tuning), claim_of_networks(networks), tables.claims(accuracy)]))
 
 
 def claim(runs: Runs) -> str:
     """What fine-tuning takes with default settings, and on what it was measured; empty without runs."""
-    listed = pairs(runs, [OURS])
+    listed = largest(pairs(runs, [OURS]))
     if not listed:
         return ""
-    shares = [statistics.mean(each.ratios) for each in listed]
-    number = len(listed)
-    over = f"in the mean over {number} tasks, from {_percents(shares)}" if number > 1 else "on one task"
     return (
-        f"- **Fine-tuning** takes {tables.percent(statistics.mean(shares))} of the seconds of `Trainer` {over}, with "
-        f"{_quality(listed)}. Measured with {_measured_with(listed)}."
+        f"- **Fine-tuning** takes {_share(listed)} of the seconds of `Trainer` {_over(listed)}, with "
+        f"{_quality(listed)}.{_untouched(listed)} Measured with {_measured_with(listed)}."
     )
 
 
-def _percents(shares: Sequence[float]) -> str:
-    return f"{tables.percent(min(shares))} to {tables.percent(max(shares))}"
+def claim_of_networks(runs: Runs) -> str:
+    """What training from scratch takes, in seconds; empty without runs."""
+    listed = largest(pairs(runs, [OURS]))
+    if not listed:
+        return ""
+    epochs = _range([each.epochs for each in listed])
+    return (
+        f"- **Convolutional networks and a ViT from scratch** take {_share(listed)} of the seconds {_over(listed)}, "
+        f"with {_quality(listed)} (CIFAR-10, {_range([each.examples for each in listed])} images, {epochs} epochs)."
+    )
+
+
+def _share(listed: Sequence[Pairs]) -> str:
+    return tables.percent(statistics.mean(statistics.mean(each.ratios) for each in listed))
+
+
+def _over(listed: Sequence[Pairs]) -> str:
+    shares = [statistics.mean(each.ratios) for each in listed]
+    if len(listed) == 1:
+        return "on one task"
+    return f"in the mean over {len(listed)} tasks, from {tables.percent(min(shares))} to {tables.percent(max(shares))}"
+
+
+def _untouched(listed: Sequence[Pairs]) -> str:
+    """The same for the tasks that had no influence on constants."""
+    found = [each for each in listed if kind(each) == "untouched"]
+    if not found or len(found) == len(listed):
+        return ""
+    number = f"{len(found)} task{_s(str(len(found)))}"
+    return f" On the {number} that had no influence on its constants: {_share(found)}, {_quality(found)}."
 
 
 def _quality(listed: Sequence[Pairs]) -> str:
     """Mean over tasks of the mean differences, ± its standard error, where all tasks have several seeds."""
-    found = [mean_and_error([100 * value for value in each.differences(each.metric)]) for each in listed]
-    mean = _told(statistics.mean(mean for mean, _ in found), "+.2f")
-    error = math.hypot(*(error for _, error in found)) / len(found)
     names = {"accuracy": "accuracy", "f1": "F1"}
     metric = " or ".join(names[name] for name in names if any(each.metric == name for each in listed))
-    return f"{mean} {'' if math.isnan(error) else f'± {error:.2f} '}points of {metric}"
+    mean, error = mean_over_tasks(listed, lambda each: each.points)
+    return f"{_told_with(mean, error, '+.2f')} points of {metric}"
 
 
 def _measured_with(listed: Sequence[Pairs]) -> str:
     """Models, size and seeds of the trainings."""
-    encoders = " and ".join(dict.fromkeys(_ENCODERS[TASKS[each.task].encoder] for each in listed))
+    encoders = " and ".join(dict.fromkeys(ENCODERS[RECIPES[each.task].encoder] for each in listed))
     examples = _range([each.examples for each in listed])
     epochs = _range([each.epochs for each in listed])
     seeds = _range([len(each.runs) for each in listed])

@@ -1,4 +1,4 @@
-"""Tasks of `fine_tuning`: pretrained encoders on data of natural length.
+"""Tasks of `fine_tuning`: pretrained encoders on data of natural length; and of `networks`: networks from scratch.
 
 Data and models are folders of the user: `sst2/train.tsv`, …, see scripts/results/README.md.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from run_text_classification import docstrings
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
@@ -23,11 +24,15 @@ from transformers import (
     AutoTokenizer,
 )
 
+from benchmarks.pretrained import KINDS, functions
 from benchmarks.task import IGNORED
 
 Rows = list[dict[str, Any]]
+ENCODERS = {"all-MiniLM-L6-v2": "MiniLM", "dinov2-small": "DINOv2-small"}
+"""Names of the encoders by their folder."""
 TESTED = 3000
 """Most examples that a model is tested on."""
+_FUNCTIONS_TESTED = 1000
 _LONGEST = 64  # tokens
 _SIDE = 56  # pixels, four patches
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the photographs that the model was trained on
@@ -42,12 +47,18 @@ class Material:
         test: test examples.
         collate: makes a batch.
         labels: names or numbers of the labels; strings "B-…", "I-…" and "O" are those of entities.
+        augment: changes the batches of the training at random.
     """
 
     train: Rows
     test: Rows
     collate: Callable[[Rows], dict[str, Tensor]]
     labels: list[Any]
+    augment: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+
+    def collate_train(self, rows: Rows) -> dict[str, Tensor]:
+        """A batch of the training."""
+        return self.augment(self.collate(rows))
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,9 @@ class Recipe:
         model: class of the model.
         epochs: epochs of a training.
         learning_rate: peak of the learning rate.
+        most: most examples of the training.
+        is_untouched: whether it was not looked at when constants of selective backward were chosen.
+        network: makes a new network with so many layers, from a number of labels; None for the pretrained encoder.
     """
 
     what: str
@@ -71,13 +85,18 @@ class Recipe:
     model: Any = AutoModelForSequenceClassification
     epochs: int = 1
     learning_rate: float = 2e-4
+    most: int | None = None
+    is_untouched: bool = False
+    network: Callable[[int, int], nn.Module] | None = None
 
     def settings(self) -> dict[str, Any]:
         """What is not in the coordinates of a run."""
         return {"encoder": self.encoder, "learning_rate": self.learning_rate}
 
     def new_model(self, models: Path, layers: int, labels: int) -> nn.Module:
-        """The pretrained model with its first layers, and a new head."""
+        """The pretrained model with its first layers, and a new head; or a new network."""
+        if self.network is not None:
+            return self.network(layers, labels)
         return self.model.from_pretrained(
             models / self.encoder, dtype=torch.float32, num_labels=labels, num_hidden_layers=layers
         )
@@ -87,8 +106,25 @@ class Recipe:
 
 
 def _classified(data: Path, model: Path, examples: int, train: str, test: str, label: str = "label") -> Material:
-    """Texts, or pairs of them, with a label each."""
+    """Texts, or pairs of them, with a label each, in files."""
     tables = {split: _table(data / name) for split, name in (("train", train), ("test", test))}
+    return _encoded(tables, model, examples, label)
+
+
+def _signs(data: Path, model: Path, examples: int) -> Material:
+    """Tweets, with the sign of the score of their sentiment."""
+    tables = {split: _table(data / f"tweets_sentiment/{split}.csv") for split in ("train", "test")}
+    signed = {split: table.assign(label=table.pop("score") > 0) for split, table in tables.items()}
+    return _encoded(signed, model, examples)
+
+
+def _docstrings(data: Path, model: Path, examples: int) -> Material:
+    """Whole docstrings of installed packages, with the package."""
+    tables = {split: rows.to_pandas() for split, rows in docstrings(per_package=600, whole=True).items()}
+    return _encoded(tables, model, examples)
+
+
+def _encoded(tables: dict[str, pd.DataFrame], model: Path, examples: int, label: str = "label") -> Material:
     names = sorted(tables["train"][label].unique().tolist())
     tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -113,9 +149,23 @@ def _sample(table: pd.DataFrame, examples: int) -> pd.DataFrame:
 
 
 def _tagged(data: Path, model: Path, examples: int) -> Material:
-    """Sentences with a tag per word; the first token of each word has a loss."""
+    """Sentences with a tag per word, in files."""
     tables = {split: _sentences(data / f"conll2003/{split}.jsonl") for split in ("train", "test")}
     names = sorted({tag for tags in tables["train"]["tags"] for tag in tags})
+    return _of_words(tables, names, model, examples)
+
+
+def _functions(data: Path, model: Path, examples: int) -> Material:
+    """Sources of the standard library, with the kind of every word."""
+    sources = list(functions(examples + _FUNCTIONS_TESTED, fewest=8, most=_LONGEST))
+    rows = [{"tokens": [word for word, _ in source], "tags": [KINDS[kind] for _, kind in source]} for source in sources]
+    table = pd.DataFrame(rows).sample(frac=1, random_state=0)
+    tables = {"train": table[_FUNCTIONS_TESTED:], "test": table[:_FUNCTIONS_TESTED]}
+    return _of_words(tables, sorted(KINDS), model, examples)
+
+
+def _of_words(tables: dict[str, pd.DataFrame], names: list[str], model: Path, examples: int) -> Material:
+    """The first token of each word has a loss."""
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def rows(table: pd.DataFrame) -> Rows:
@@ -160,8 +210,8 @@ def collate_texts(rows: Rows) -> dict[str, Tensor]:
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
-def _photographs(data: Path, model: Path, examples: int) -> Material:
-    """Small photographs, enlarged."""
+def photographs(data: Path, model: Path, examples: int, side: int = _SIDE) -> Material:
+    """Small photographs, enlarged to this number of pixels."""
     arrays = np.load(data / "cifar10/cifar10_12k.npz")
     order = _sample(pd.DataFrame(index=range(len(arrays["train_labels"]))), examples).index.to_numpy()
 
@@ -172,14 +222,16 @@ def _photographs(data: Path, model: Path, examples: int) -> Material:
             for image, label in zip(images, labels, strict=True)
         ]
 
-    return Material(rows("train", order), rows("test", slice(TESTED)), collate_images, list(range(10)))
+    collate = functools.partial(collate_images, side=side)
+    return Material(rows("train", order), rows("test", slice(TESTED)), collate, list(range(10)))
 
 
-def collate_images(rows: Rows) -> dict[str, Tensor]:
+def collate_images(rows: Rows, side: int) -> dict[str, Tensor]:
     """A batch of normalised images."""
     images = torch.stack([row["pixel_values"] for row in rows]).permute(0, 3, 1, 2) / 255
     images = (images - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_DEVIATION).view(3, 1, 1)
-    images = nn.functional.interpolate(images, size=_SIDE, mode="bilinear", align_corners=False)
+    if side != images.shape[-1]:
+        images = nn.functional.interpolate(images, size=side, mode="bilinear", align_corners=False)
     return {"pixel_values": images, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
@@ -199,12 +251,22 @@ TASKS = {
     ),
     "cifar10": Recipe(
         "CIFAR-10, photographs",
-        _photographs,
+        photographs,
         encoder="dinov2-small",
         layers=12,
         model=AutoModelForImageClassification,
         epochs=2,
         learning_rate=5e-5,
+    ),
+    "tweets": Recipe("tweets, sign of the sentiment", _signs, epochs=3, most=3400, is_untouched=True),
+    "docstrings": Recipe("docstrings, package", _docstrings, epochs=2, is_untouched=True),
+    "functions": Recipe(
+        "words of Python code, kind",
+        _functions,
+        model=AutoModelForTokenClassification,
+        epochs=2,
+        learning_rate=1e-4,
+        is_untouched=True,
     ),
 }
 """Tasks by name."""

@@ -117,7 +117,7 @@ KINDS = ("keyword", "defined", "called", "attribute", "named argument", "other n
 def names_task(examples: int = 2500, tested: int = 500, longest: int = 96) -> Task:
     """Kinds of words in sources of the standard library without punctuation; labels per token."""
     tokenizer = _tokenizer()
-    sources = list(_functions(examples + tested, fewest=8, most=longest))
+    sources = list(functions(examples + tested, fewest=8, most=longest))
     order = np.random.default_rng(0).permutation(len(sources))
 
     def columns(part: np.ndarray) -> Columns:
@@ -145,7 +145,7 @@ def names_task(examples: int = 2500, tested: int = 500, longest: int = 96) -> Ta
     )
 
 
-def _functions(number: int, fewest: int, most: int) -> Iterator[list[tuple[str, int]]]:
+def functions(number: int, fewest: int, most: int) -> Iterator[list[tuple[str, int]]]:
     """Words of functions of the standard library with their kinds, from functions with a suitable length."""
     found = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):

@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from benchmarks.task import Columns, Rows, collate
 from hf_importance.losses.objective import Measured, Objective
@@ -63,15 +63,17 @@ class Rival:
     Args:
         examples: number of examples.
         batch: examples per step.
-        steps: steps of the whole training.
+        steps: steps of the whole training; those of uniform training where it is one of epochs.
     """
 
     cost = 1.0
     """Cost of a step, in steps of uniform training."""
+    ends_by_epochs = False
+    """Whether training ends with as many epochs as uniform training, however few steps these take."""
 
     def __init__(self, examples: int, batch: int, steps: int) -> None:
         self.examples, self.batch, self.steps = examples, batch, steps
-        self.step = self.epoch = 0
+        self.epoch, self.step, self.stride = 0, 0.0, 1.0
         self.look: Callable[[Tensor], Observed] | None = None
         """Observes examples without training on them; set by the trainer."""
 
@@ -85,7 +87,15 @@ class Rival:
         while True:
             index, weight = self.choose()
             self.epoch += 1
-            yield from zip(index.split(self.batch), weight.split(self.batch), strict=True)
+            parts = index.split(self.batch)
+            if self.ends_by_epochs:
+                self.stride = math.ceil(self.examples / self.batch) / len(parts)
+            yield from zip(parts, weight.split(self.batch), strict=True)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all steps or epochs are done."""
+        return self.step > self.steps - 1e-6
 
     def choose(self) -> tuple[Tensor, Tensor]:
         """Examples of the next epoch in order, and their weights."""
@@ -256,15 +266,34 @@ class ESWP(EvolvedSampling):
         return index, torch.ones(len(index))
 
 
+class SelectiveBackprop(Rival):
+    """Jiang et al. 2019, with the settings of Composer: forward pass over a batch, training on half of it.
+
+    Between half and nine tenths of the training, in every second batch. The half is drawn without replacement, in
+    proportion to the rank of the loss within the batch. There are no weights.
+    """
+
+    first, last, every, kept = 0.5, 0.9, 2, 0.5
+    cost = 1 - (last - first) / every * (1 - kept - _FORWARD)
+
+    def select(self, index: Tensor, look: Callable[[], Observed]) -> Tensor:
+        if not self.first <= self.progress < self.last or round(self.step) % self.every == 0:
+            return super().select(index, look)
+        rank = look().losses.argsort().argsort() + 0.5
+        return torch.multinomial(rank ** (1 / self.kept - 1), max(1, int(self.kept * len(index))))
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
 class RivalTrainer(Trainer):
-    """`Trainer` with the batches and weights of a rival method."""
+    """`Trainer` with the batches and weights of a rival method; `max_steps` must be its steps."""
 
     def __init__(self, *args: Any, rival: Rival, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rival = rival
+        self.trained = self.looked_at = 0  # examples with and without a backward pass
+        self.add_callback(_End(rival))
         self.loss_is_scaled_for_ga = False
         self._objective = Objective(self.model)
         rival.look = self._look
@@ -277,7 +306,8 @@ class RivalTrainer(Trainer):
         """Scale the schedule by the factor of the rival method."""
         schedule = super().create_scheduler(*args, **kwargs)
         schedule.lr_lambdas = [
-            lambda step, usual=usual: usual(step) * self.rival.learning_rate_factor() for usual in schedule.lr_lambdas
+            lambda _, usual=usual: usual(self.rival.step) * self.rival.learning_rate_factor()
+            for usual in schedule.lr_lambdas
         ]
         return schedule
 
@@ -289,8 +319,9 @@ class RivalTrainer(Trainer):
         chosen = self.rival.select(index, lambda: self._forward(model, inputs))
         inputs = {name: column[chosen] for name, column in inputs.items()}
         measured = self._measure(model, inputs)
+        self.trained += len(chosen)
         self.rival.observe(index[chosen], Observed.of(measured))
-        self.rival.step += 1
+        self.rival.step += self.rival.stride
         return measured.weighted_mean(weight[chosen])
 
     def _measure(self, model: nn.Module, inputs: Columns) -> Measured:
@@ -300,12 +331,23 @@ class RivalTrainer(Trainer):
 
     @torch.no_grad()
     def _forward(self, model: nn.Module, inputs: Columns) -> Observed:
+        self.looked_at += len(inputs["labels"])
         return Observed.of(self._measure(model, inputs))
 
     def _look(self, index: Tensor) -> Observed:
         parts = [self._forward(self.model, self.train_dataset.take(part)) for part in index.split(self.rival.batch)]
         found = zip(*((part.losses, part.confidence, part.right) for part in parts), strict=True)
         return Observed(*map(torch.cat, found))
+
+
+class _End(TrainerCallback):
+    """Ends the training where a rival does."""
+
+    def __init__(self, rival: Rival) -> None:
+        self._rival = rival
+
+    def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
+        control.should_training_stop |= self._rival.has_ended
 
 
 class _Batches:

@@ -42,24 +42,20 @@ _MINUS = str.maketrans("-", "−")
 def claims(runs: Runs) -> str:
     """List of claims: mean shares of the steps, tasks without a loss of quality, comparison with the control."""
     names = tasks(runs)
-    kinds = {
-        "Training from scratch": [task for task in names if not TASKS[task].fine_tuning],
-        "Fine-tuning without selective backward": [task for task in names if TASKS[task].fine_tuning],
-    }
     lines = []
-    for kind, of_kind in kinds.items():
-        shares = [share(runs, task, OURS) for task in of_kind]
-        if shares:
-            lines.append(
-                f"- **{kind}** took {percent(statistics.mean(shares))} of the steps on average over "
-                f"{_number(of_kind)}, from {percent(min(shares))} to {percent(max(shares))}."
-            )
+    shares = [share(runs, task, OURS) for task in names if not TASKS[task].fine_tuning]
+    if shares:
+        lines.append(
+            f"- **Training from scratch** took {percent(statistics.mean(shares))} of the steps on average over "
+            f"{len(shares)} task{'s' * (len(shares) > 1)}, from {percent(min(shares))} to {percent(max(shares))}."
+        )
     if names:
         good = [task for task in names if is_as_good(runs, task)]
         mean = statistics.mean(whole_share(runs, task) for task in names)
         lines.append(
-            f"- **Quality**: on {len(good)} of {_number(names)} every metric was at least as good as with all steps of "
-            "`Trainer`, within one standard error of the difference. On the others at least one was "
+            f"- **Quality**, judged without selective backward: on {len(good)} of {_number(names)} every metric was at "
+            "least as good as with all steps of `Trainer`, within one standard error of the difference. On the others "
+            "at least one was "
             f"worse; with these counted as no saving, the mean share of the steps is {percent(mean)}."
         )
     judged = [task for task in names if saves_steps(runs, task) and of(runs, task, CONTROLS[0])]
@@ -83,23 +79,6 @@ def claims(runs: Runs) -> str:
 
 def _number(names: list[str]) -> str:
     return f"{len(names)} task{'s' * (len(names) > 1)}"
-
-
-def short_table(runs: Runs, seconds: Runs = (), rows: int = 4) -> str:
-    """Table of the tasks with the largest and the smallest savings, with the first metric of each.
-
-    The fine-tuning task with the largest savings is among them.
-    """
-    head = ("task", "steps", "seconds", "test metric, ours", "`Trainer`, as few steps")
-    lines = [row(head), rule(head)]
-    by_share = sorted(tasks(runs), key=lambda task: share(runs, task, OURS))
-    fine_tuning = [task for task in by_share if TASKS[task].fine_tuning]
-    for task in dict.fromkeys([*by_share[:rows], *fine_tuning[:1], *by_share[-rows:]]):
-        figure = figures(runs, task)[0]
-        control = relative(runs, task, CONTROLS[0], figure) if saves_steps(runs, task) else ""
-        shares = percent(share(runs, task, OURS)), percent(share_of_seconds(seconds, task))
-        lines.append(row([TASKS[task].what, *shares, relative(runs, task, OURS, figure), control]))
-    return "\n".join(lines)
 
 
 def relative(runs: Runs, task: str, method: str, figure: Figure) -> str:

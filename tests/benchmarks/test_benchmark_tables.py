@@ -104,8 +104,7 @@ def test_claims_count_tasks_and_average_shares():
     assert claims.endswith("all had a worse accuracy or error on 1 of the 2 tasks where they were run.")
     assert "Fine-tuning" not in claims
     fine_tuned = changed(runs, {"task": "digits"}, task="clothes")
-    wanted = "- **Fine-tuning without selective backward** took 60 % of the steps on average over 1 task, from"
-    assert wanted in tables.claims(fine_tuned)
+    assert "took 60 % of the steps on average over 1 task, from" in tables.claims(fine_tuned), "from scratch only"
     without_control = [run for run in runs if run["method"] != "uniform, as many steps"]
     assert "Control" not in tables.claims(without_control)
     claims = tables.claims(changed(runs, {"task": "image"}, steps=100))
@@ -136,14 +135,6 @@ def test_methods_are_compared_at_the_steps_of_ours():
     without_rivals = [run for run in runs if run["method"] != "InfoBatch"]
     assert "digits" not in tables.same_table(without_rivals)
     assert "Competing" not in tables.claims(without_rivals)
-
-
-def test_short_table_has_the_largest_and_the_smallest_savings():
-    seconds = [{"task": "digits", "ours": 3.0, "uniform": 4.0}]
-    lines = tables.short_table(example_runs(), seconds, rows=1).splitlines()
-    assert len(lines) == 4, "a heading of two lines, and two tasks"
-    assert lines[2] == f"| {TASKS['digits'].what} | 60 % | 75 % | +0.50 ± 0.00 points | −5.00 ± 0.00 points, worse |"
-    assert lines[3] == f"| {TASKS['image'].what} | 60 % |  | +35.0 ± 5.0 % error, worse | +10.0 ± 0.0 % error, worse |"
 
 
 def test_one_seed_is_only_shown_in_the_table_of_all_steps():

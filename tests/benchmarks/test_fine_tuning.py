@@ -5,13 +5,14 @@ import json
 import benchmark
 import pytest
 import torch
-from benchmarks import fine_tuning, fine_tuning_tables
+from benchmarks import fine_tuning, fine_tuning_tables, fine_tuning_tasks, networks, pairs, plot_seconds
+from benchmarks.fine_tuning_methods import AS_MANY_SECONDS, METHODS, OURS, UNIFORM, share_of_seconds
 from benchmarks.fine_tuning_tasks import TASKS, collate_texts
+from benchmarks.gauge import Gauge
 from benchmarks.task import IGNORED
+from PIL import Image
 from small_encoders import write_entities, write_models, write_photographs, write_texts
 from small_tasks import use_same_process
-
-UNIFORM, OURS = fine_tuning.UNIFORM, fine_tuning.OURS
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def folders(tmp_path, monkeypatch):
 
 def fill(folders, path, *more):
     data, models = folders
-    size = ["--examples", "32", "--layers", "1", "--epochs", "1"]
+    size = ["--examples", "32", "--layers", "1", "--epochs", "1"]  # of the same flags, the last one counts
     benchmark.main(
         [
             "fine_tuning",
@@ -60,8 +61,72 @@ def test_both_trainers_are_run_on_all_kinds_of_tasks(folders, tmp_path, capsys):
         assert run["cross_entropy"] > 0 < run["backward_fraction"]
         assert ("f1" in run) == (run["task"] == "conll2003")
         assert str(tmp_path) not in json.dumps(run), "folders of a machine are not in the file"
-    assert "| **snli**: " in capsys.readouterr().out
+    assert "| **snli** |" in capsys.readouterr().out
     assert str(tmp_path) not in path.read_text()
+
+
+def test_all_methods_are_run(folders, tmp_path):
+    """Three epochs of three steps of 16 of the 40 rows."""
+    path, size = tmp_path / "runs.json", ["--layers", "2", "--epochs", "3", "--examples", "40"]
+    runs = fill(folders, path, *size, "--tasks", "sst2", "conll2003", "--methods", *METHODS)
+    assert [(run["task"], run["method"]) for run in runs] == [
+        (task, method) for task in ("conll2003", "sst2") for method in sorted(METHODS)
+    ]
+    for run in runs:
+        assert 0 < run["steps"] <= 6 or run["method"] == AS_MANY_SECONDS
+        assert 0 < run["operations"] < 1.3 or run["method"] == AS_MANY_SECONDS
+        assert run["gauge"] > 0
+        assert run["share_of_steps"] == pytest.approx(run["steps"] / 6, abs=1e-4)
+    found = {(run["task"], run["method"]): run for run in runs}
+    uniform, ours, control = (found["sst2", name] for name in (UNIFORM, OURS, AS_MANY_SECONDS))
+    assert control["steps"] == round(6 * share_of_seconds(uniform, ours))
+    assert found["sst2", "Trainer, as many steps"]["accuracy"] == uniform["accuracy"]
+
+
+def test_methods_that_follow_ours_need_its_runs(folders):
+    with pytest.raises(SystemExit, match="run these first"):
+        fine_tuning.run("sst2", 1, 32, 1, 1, AS_MANY_SECONDS, *folders)
+
+
+def test_methods_that_do_nothing_in_one_epoch_are_left_out():
+    methods = [UNIFORM, "InfoBatch", "SeTa"]
+    one, three = (fine_tuning.points(["sst2"], methods, [1], 100, epochs=epochs) for epochs in (1, 3))
+    assert [point[-1] for point in one] == [UNIFORM, "SeTa"]
+    assert [point[-1] for point in three] == methods
+
+
+def test_networks_are_trained_from_scratch(folders, tmp_path):
+    data, _ = folders
+    path = tmp_path / "networks.json"
+    size = ["--examples", "32", "--epochs", "1", "--seeds", "1", "--layers", "1"]
+    benchmark.main(["networks", "--data", str(data), "--output", str(path), *size])
+    runs = json.loads(path.read_text())["runs"]
+    assert {run["task"] for run in runs} == set(networks.NETWORKS)
+    assert len(runs) == 6
+    names = [type(m).__name__ for m in networks.resnet_with_groups(1, 3).modules()]
+    assert "BatchNorm2d" not in names
+    assert names.count("GroupNorm") == [type(m).__name__ for m in networks.resnet(1, 3).modules()].count("BatchNorm2d")
+
+
+def test_half_of_the_images_are_mirrored():
+    images = torch.arange(6.0).view(1, 1, 2, 3).expand(400, 1, 2, 3)
+    torch.manual_seed(0)
+    flipped = networks.flipped({"pixel_values": images, "labels": 1})
+    mirrored = (flipped["pixel_values"] == images.flip(-1)).flatten(1).all(1)
+    assert ((flipped["pixel_values"] == images).flatten(1).all(1) ^ mirrored).all()
+    assert 150 < mirrored.sum() < 250
+    assert flipped["labels"] == 1
+
+
+def test_gauge_measures_a_fixed_piece_of_work(folders):
+    gauge = Gauge()
+    assert gauge.mean == 0
+    state = torch.random.get_rng_state()
+    for _ in range(3):
+        gauge.on_step_end()
+    assert gauge.seconds == pytest.approx(3 * gauge.mean)
+    assert gauge.mean > 0
+    assert torch.equal(torch.random.get_rng_state(), state), "trainings are not changed"
 
 
 def test_finished_runs_are_skipped(folders, tmp_path, capsys):
@@ -128,6 +193,29 @@ def test_entities_have_a_label_at_the_first_token_of_each_word(folders):
     assert (short.tolist(), long.tolist()) == ([2, IGNORED], [2, 0])
 
 
+def test_tweets_have_the_sign_of_their_score(folders):
+    data, models = folders
+    scores = [1.5, -0.2, 0.0, 3.0]
+    (data / "tweets_sentiment").mkdir()
+    for split in ("train", "test"):
+        lines = ["text,score", *(f"film {i},{score}" for i, score in enumerate(scores))]
+        (data / f"tweets_sentiment/{split}.csv").write_text("\n".join(lines) + "\n")
+    material = TASKS["tweets"].read(data, models / "all-MiniLM-L6-v2", 4)
+    assert [row["labels"] for row in material.test] == [1, 0, 0, 1]
+    assert all(len(row["input_ids"]) > 2 for row in material.train), "the score is not the text"
+
+
+def test_words_of_functions_have_their_kinds(folders, monkeypatch):
+    monkeypatch.setattr(fine_tuning_tasks, "_FUNCTIONS_TESTED", 5)
+    data, models = folders
+    material = TASKS["functions"].read(data, models / "all-MiniLM-L6-v2", 20)
+    assert (len(material.train), len(material.test)) == (20, 5)
+    assert material.labels == sorted(material.labels)
+    words = [label for row in material.train for label in row["labels"] if label != IGNORED]
+    assert {material.labels[label] for label in words} >= {"keyword", "defined", "other name"}
+    assert all(material.labels[row["labels"][1]] == "keyword" for row in material.train), "each starts with def"
+
+
 def test_images_are_normalised_and_enlarged(folders):
     data, models = folders
     material = TASKS["cifar10"].read(data, models / "dinov2-small", 40)
@@ -154,33 +242,112 @@ def example_runs(seeds=(1, 2), task="sst2", **more):
     runs = []
     for seed in seeds:
         head = {"task": task, "layers": 6, "examples": 4000, "epochs": 1, "seed": seed, "share_of_steps": 1.0}
-        uniform = {"seconds": 100.0 * seed, "accuracy": 0.8, "cross_entropy": 0.5, "backward_fraction": 1.0}
+        head["steps"] = 125
+        uniform = {"seconds": 100.0 * seed, "accuracy": 0.8, "cross_entropy": 0.5}
         ours = {"seconds": (40 + 20 * seed) * seed, "accuracy": 0.76 + 0.03 * seed, "cross_entropy": 0.48 + 0.01 * seed}
-        runs.append({**head, "method": UNIFORM, **uniform, **more})
-        runs.append({**head, "method": OURS, "backward_fraction": 0.5, **ours, **more})
+        runs.append({**head, "method": UNIFORM, "backward_fraction": 1.0, "operations": 1.0, **uniform, **more})
+        runs.append({**head, "method": OURS, "backward_fraction": 0.5, "operations": 0.75, **ours, **more})
     return runs
+
+
+def by(method, runs, **changes):
+    """The runs of ours as those of another method."""
+    return [run | {"method": method} | changes for run in runs if run["method"] == OURS]
 
 
 def test_table_has_ratios_and_differences_paired_by_seed():
     table = fine_tuning_tables.table(example_runs())
-    ours = "| 6 | 4,000 × 1 | 2 | ImportanceTrainer | 150 | 70.0 ± 10.0 % | 100 % | 50 % |"
+    ours = "| 6 | 4,000 × 1 | 2 | ImportanceTrainer | 150 | 70.0 ± 10.0 % | 75 % | 100 % | 50 % |"
     assert f"{ours} 80.00 | +0.50 ± 1.50 | 0.500 | −0.005 ± 0.005 |" in table
     runs = example_runs()
     worse = [run | ({"cross_entropy": 0.6} if run["method"] == OURS else {}) for run in runs]
     assert "+0.100 ± 0.000, worse |" in fine_tuning_tables.table(worse)
     unpaired = [run for run in runs if (run["seed"], run["method"]) != (2, UNIFORM)]
-    assert "| 1 | ImportanceTrainer | 100 | 60.0 % | 100 % | 50 % | 80.00 | −1.00 | 0.500 | −0.010 |" in (
+    assert "| 1 | ImportanceTrainer | 100 | 60.0 % | 75 % | 100 % | 50 % | 80.00 | −1.00 | 0.500 | −0.010 |" in (
         fine_tuning_tables.table(unpaired)
     )
 
 
 def test_rows_are_in_the_order_of_the_tasks_and_have_other_methods():
-    full = [run | {"method": "ImportanceTrainer, full backward"} for run in example_runs() if run["method"] == OURS]
+    full = by("ImportanceTrainer, full backward", example_runs())
     runs = [*example_runs(task="conll2003", f1=0.9), *full, *example_runs()]
     rows = fine_tuning_tables.table(runs).splitlines()[2:]
     assert [row.split("**")[1] for row in rows] == ["sst2", "sst2", "conll2003"]
     assert "ImportanceTrainer, full backward" in rows[1]
     assert "| 90.00 | +0.00 ± 0.00 |" in rows[2], "entities are judged by F1"
+
+
+def test_seconds_are_those_of_a_machine_that_is_equally_fast_for_both():
+    uniform, ours = {"seconds": 100.0, "gauge": 0.01}, {"seconds": 120.0, "gauge": 0.02}
+    assert share_of_seconds(uniform, ours) == pytest.approx(0.6)
+    assert share_of_seconds({"seconds": 100.0}, ours) == pytest.approx(1.2), "one of both was not gauged"
+
+
+def test_headline_has_parts_means_and_the_control_with_as_many_seconds():
+    untouched, network = example_runs(task="tweets"), example_runs(task="vit", layers=3, epochs=10)
+    control = by(AS_MANY_SECONDS, example_runs(), accuracy=0.79, share_of_steps=0.7)
+    table = fine_tuning_tables.headline_table([*example_runs(), *control, *untouched], network).splitlines()[2:]
+    titles = [row for row in table if row.startswith("| *")]
+    assert [row.split("*")[1].split(";")[0] for row in titles if "**" not in row] == [
+        "fine-tuning",
+        "fine-tuning",
+        "from scratch",
+    ]
+    assert "**sst2**" in table[1]
+    assert table[1].endswith("| −1.00 ± 0.00, worse |")
+    assert "**mean of 1** |  |  | 70 % | 75 % | 100 % | 50 % |" in table[2]
+    assert "**tweets**" in table[4]
+    assert table[4].endswith("|  |"), "no control"
+    assert "**vit**: CIFAR-10; ViT |" in table[7]
+    assert "| 4,000 × 10 |" in table[7]
+
+
+def test_minutes_of_both():
+    minutes = fine_tuning_tables.minutes_table(example_runs(), [])
+    assert "| SST-2, sentiment; MiniLM | 2.5 | 1.8 | 70 % | +0.50 ± 1.50 points |  |" in minutes
+
+
+def test_settings_with_the_most_examples_are_those_of_the_claim():
+    fewer = example_runs(examples=2000, seconds=7.0)
+    assert fine_tuning_tables.claim([*fewer, *example_runs()]) == fine_tuning_tables.claim(example_runs())
+    assert fine_tuning_tables.claim(fewer) != fine_tuning_tables.claim(example_runs()), "control"
+
+
+def test_methods_are_compared_where_rivals_were_run():
+    one, two = example_runs(seeds=(1,)), example_runs(seeds=(1,), task="banking77", epochs=3)
+    rivals = [*by("VCAS-like", [*one, *two], seconds=90.0), *by("InfoBatch", two, seconds=80.0, accuracy=0.8)]
+    elsewhere = example_runs(task="conll2003", f1=0.9)
+    rows = fine_tuning_tables.methods_table([*one, *two, *rivals, *elsewhere]).splitlines()
+    assert rows[0] == "| method | seconds | operations | points | sst2 | banking77 |"
+    assert rows[2] == "| ImportanceTrainer | 60 % | 75 % | −1.00 | 60 %, −1.0 | 60 %, −1.0 |"
+    assert rows[3] == "| VCAS-like | 90 % | 75 % | −1.00 | 90 %, −1.0 | 90 %, −1.0 |"
+    assert rows[4] == "| InfoBatch | 90 % | 88 % | +0.00 | as `Trainer` | 80 %, +0.0 |", "nothing in one epoch"
+    assert len(rows) == 5
+    missing = [*one, *two, *by("VCAS-like", one), *by("InfoBatch", two)]
+    assert pairs.means_of(missing, "VCAS-like") is None, "not run on all tasks"
+
+
+def test_methods_of_less_steps_are_judged_by_these():
+    """Seconds of `Trainer` with fewer steps are not measured again: a step takes as long."""
+    (found,) = pairs.pairs(
+        [*example_runs(), *by(AS_MANY_SECONDS, example_runs(), share_of_steps=0.64)], [AS_MANY_SECONDS]
+    )
+    assert found.ratios == [0.64, 0.64]
+
+
+def of_points(task, *points):
+    """The pairs of a task with these differences in points."""
+    runs = [({"accuracy": 0.5}, {"accuracy": 0.5 + each / 100}) for each in points]
+    return pairs.Pairs(task, 6, 4000, 1, OURS, runs)
+
+
+def test_worse_tasks_with_the_correction_of_holm():
+    bad, weak, good = of_points("a", -1.0, -1.1, -0.9), of_points("b", -0.2, -0.1, 0.1), of_points("c", 0.1, 0.0, 0.2)
+    assert pairs.worse_by_holm([bad, weak, good]) == ["a"]
+    assert pairs.worse_by_holm([of_points("b", -0.2, -0.1, -0.02)]) == ["b"], "p = .08 of one task"
+    assert pairs.worse_by_holm([of_points(name, -0.2, -0.1, -0.02) for name in "bcd"]) == [], "not of three"
+    assert pairs.worse_by_holm([of_points("a", -5.0)]) == [], "one seed says nothing"
+    assert pairs.worse_by_holm([of_points("a", 0.0, 0.0), of_points("b", -1.0, -1.0)]) == ["b"]
 
 
 def test_claim_says_what_was_measured():
@@ -192,7 +359,24 @@ def test_claim_says_what_was_measured():
     assert "takes 75 % of the seconds of `Trainer` in the mean over 2 tasks, from 70 % to 80 %, with" in claim
     assert "+0.25 ± 0.75 points of accuracy or F1." in claim
     assert "2 to 3 seeds per task" in claim
+    assert "no influence" not in claim
     images = fine_tuning_tables.claim(example_runs(task="cifar10"))
     assert "(DINOv2-small)" in images
-    assert fine_tuning_tables.claim([]) == fine_tuning_tables.claims([], []) == ""
+    untouched = fine_tuning_tables.claim([*example_runs(), *example_runs(task="tweets", seconds=90.0)])
+    assert "On the 1 task that had no influence on its constants: 100 %, +0.50 ± 1.50 points of accuracy." in untouched
+    assert fine_tuning_tables.claim([]) == fine_tuning_tables.claims([], [], []) == ""
     assert fine_tuning_tables.claim(example_runs()[:1]) == "", "without pairs"
+
+
+def test_claim_of_networks():
+    network = example_runs(task="vit", layers=3, epochs=10, examples=12_000)
+    claim = fine_tuning_tables.claim_of_networks(network)
+    assert "take 70 % of the seconds on one task, with +0.50 ± 1.50 points of accuracy" in claim
+    assert "(CIFAR-10, 12,000 images, 10 epochs)" in claim
+
+
+def test_picture_is_drawn(tmp_path):
+    runs = [*example_runs(), *by("VCAS-like", example_runs(), seconds=90.0)]
+    plot_seconds.plot_seconds(runs, example_runs(task="vit"), tmp_path / "seconds.png")
+    with Image.open(tmp_path / "seconds.png") as image:
+        assert image.width > 2 * image.height > 400

@@ -11,6 +11,7 @@ from benchmarks.rivals import (
     Observed,
     Rival,
     RivalTrainer,
+    SelectiveBackprop,
     SeTa,
     SeTaHalf,
 )
@@ -139,12 +140,56 @@ def test_eswp_draws_the_examples_of_an_epoch_in_proportion_to_the_average():
     assert len(at_progress(rival, 0.97).choose()[0]) == 100
 
 
+def test_selective_backprop_trains_on_a_half_by_rank_in_every_second_batch():
+    torch.manual_seed(0)
+    rival, index = SelectiveBackprop(40, 8, 100), torch.arange(8)
+    losses = torch.tensor([5.0, 1.0, 7.0, 3.0, 2.0, 8.0, 4.0, 6.0])
+    whole = list(range(8))
+    assert at_progress(rival, 0.49).select(index, lambda: pytest.fail("observed without need")).tolist() == whole
+    assert at_progress(rival, 0.9).select(index, lambda: pytest.fail("observed without need")).tolist() == whole
+    rival.step = 60
+    assert rival.select(index, lambda: pytest.fail("observed without need")).tolist() == whole
+    rival.step, counts = 61, torch.zeros(8)
+    for _ in range(2000):
+        chosen = rival.select(index, lambda: observed(losses))
+        assert len(chosen) == len(chosen.unique()) == 4
+        counts[chosen] += 1
+    assert counts.argsort().tolist() == losses.argsort().tolist(), "the higher the loss, the more often"
+    first = torch.arange(8) + 0.5  # of the first of four draws
+    assert counts.sort().values[0] / counts.sum() == pytest.approx(first[0] / first.sum(), rel=0.5)
+
+
+class Halving(Rival):
+    """Visits a half of the examples from the second epoch on."""
+
+    def choose(self):
+        index, weight = super().choose()
+        return (index[: len(index) // 2], weight[: len(index) // 2]) if self.epoch else (index, weight)
+
+
+def test_rival_ends_with_as_many_epochs(tmp_path):
+    """Three epochs of 6, 3 and 3 steps, in which the schedule comes to its end."""
+    rival = Halving(96, 16, 18)
+    rival.ends_by_epochs = True
+    trainer = new_trainer(cluster_task(), rival, tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert rival.epoch == 3
+    assert rival.progress == pytest.approx(1.0)
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-9)
+    assert (trainer.trained, trainer.looked_at) == (192, 0)
+    control = new_trainer(cluster_task(), Halving(96, 16, 18), tmp_path)
+    control.train()
+    assert control.state.global_step == 18, "control: by steps"
+
+
 def test_costs_of_rivals_include_forward_passes():
     """A forward pass is a third of a step."""
     assert EvolvedSampling.cost == pytest.approx(0.9 * (1 / 3 + 1 / 4) + 0.1)
     shares = [0.3 * 0.3, 0.3 * 0.24, 0.2 * 0.18, 0.2 * 0.12]
     assert KAKURENBO.cost == pytest.approx(1 + sum(shares) / 3 / (1 - sum(shares)), abs=2e-3)
     assert InfoBatch.cost == SeTa.cost == 1
+    assert SelectiveBackprop.cost == pytest.approx(0.8 + 0.2 * (1 / 3 + 1 / 2))
 
 
 def new_trainer(task, rival, folder):

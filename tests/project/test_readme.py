@@ -12,7 +12,7 @@ import benchmark
 import pytest
 import tiny
 import torch
-from benchmarks import from_scratch, methods, picture, results, rivals
+from benchmarks import from_scratch, methods, pages, picture, results, rivals
 from benchmarks.methods import METHODS
 from benchmarks.tasks import Entry
 from PIL import Image
@@ -22,9 +22,9 @@ from hf_importance import ImportanceConfig, ImportanceTrainer
 from hf_importance.run.reuse import write_importances
 
 PAGES = {
-    page.relative_to(benchmark.ROOT).as_posix(): page.read_text(encoding="utf-8")
+    page.relative_to(pages.ROOT).as_posix(): page.read_text(encoding="utf-8")
     for folder in (".", "hf_importance", "hf_importance/report", "scripts", "scripts/results")
-    for page in (benchmark.ROOT / folder).glob("README.md")
+    for page in (pages.ROOT / folder).glob("README.md")
 }
 README, METHOD, SCRIPTS, RESULTS = (
     PAGES[f"{folder}README.md"] for folder in ("", "hf_importance/", "scripts/", "scripts/results/")
@@ -92,7 +92,7 @@ def links(page):
 def broken_links(name, page):
     for link in links(page):
         path, _, anchor = link.partition("#")
-        target = (benchmark.ROOT / name).parent / path if path else benchmark.ROOT / name
+        target = (pages.ROOT / name).parent / path if path else pages.ROOT / name
         text = page if not path else target.read_text(encoding="utf-8") if target.suffix == ".md" else ""
         if not target.exists() or (anchor and anchor not in anchors(text)):
             yield link
@@ -146,6 +146,14 @@ def test_instructions_for_a_new_method_and_a_new_task_work(tmp_path):
         benchmark.new_parser().parse_args(["accuracy", "--methods", "hardest"])
 
 
+def test_gpu_check_runs_parts_of_the_benchmark_that_exist():
+    script = (pages.ROOT / "scripts/gpu_check.sh").read_text(encoding="utf-8")
+    found = re.findall(r'^"\$VENV/bin/python" scripts/benchmark\.py (.+)', script, flags=re.MULTILINE)
+    assert [words.split()[0] for words in found] == ["backward", "overhead"]
+    for words in found:
+        benchmark.new_parser().parse_args(shlex.split(words))
+
+
 @pytest.mark.parametrize("command", commands("run"), ids=lambda words: words[0])
 def test_flags_of_the_scripts_exist(command):
     script = importlib.import_module(Path(command[0]).stem)
@@ -179,13 +187,15 @@ def test_table_of_settings_has_the_fields_and_defaults_of_the_config():
 
 FIGURES = {
     "saved": ("steps", "seconds"),
-    "short": ("steps", "accuracy", "error"),
+    "minutes": ("seconds",),
+    "headline": ("seconds",),
+    "methods": ("seconds",),
+    "trainings": ("seconds",),
     "decision": ("steps", "ours"),
     "whole": ("accuracy", "error"),
     "match": ("accuracy", "error"),
     "same": ("accuracy", "error"),
     "figures": ("accuracy", "error"),
-    "fine_tuning": ("seconds",),
     "backward": ("milliseconds",),
     "families": ("model",),
     "overhead": ("ratio",),
@@ -198,34 +208,32 @@ FIGURES = {
 """For each table, figures of the runs that it shows."""
 
 
-def runs_of(part):
-    """Published runs of a part of the benchmark."""
-    return results.load(results.FOLDER / f"{part}.json")["runs"]
-
-
 def changed(run, figures, factor):
     """The run with some figures multiplied by a factor."""
     return {name: factor * value if name in figures else value for name, value in run.items()}
 
 
 def test_tables_match_the_results():
-    pages = {page: (benchmark.ROOT / page).read_text(encoding="utf-8") for page in benchmark.PAGES}
-    marks = {page: re.findall(r"^<!-- (\w+) -->$", text, flags=re.MULTILINE) for page, text in pages.items()}
-    assert {mark for names in marks.values() for mark in names} == set(benchmark.TABLES)
-    for text in pages.values():
-        assert benchmark.with_tables(text) == text, "run: python scripts/benchmark.py pages"
-    for name, (parts, tables) in benchmark.TABLES.items():
-        runs = [runs_of(part) for part in parts]
+    texts = {page: (pages.ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES}
+    marks = {page: re.findall(r"^<!-- (\w+) -->$", text, flags=re.MULTILINE) for page, text in texts.items()}
+    assert {mark for names in marks.values() for mark in names} == set(pages.TABLES)
+    for text in texts.values():
+        assert pages.with_tables(text) == text, "run: python scripts/benchmark.py pages"
+    for name, (parts, tables) in pages.TABLES.items():
+        runs = [pages.runs_of(part) for part in parts]
         assert len(runs[0]) >= 4
         other = [[changed(run, FIGURES[name], 1 + i % 3) for i, run in enumerate(part)] for part in runs]
-        for text in (text for page, text in pages.items() if name in marks[page]):
+        for text in (text for page, text in texts.items() if name in marks[page]):
             assert tables(*runs) in text
             assert tables(*other) not in text, f"control: other runs, {name}"
 
 
-@pytest.mark.parametrize("name", ["accuracy.png", "savings.png"])
-def test_plots_match_the_results(name):
-    runs = runs_of("accuracy")
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("accuracy.png", ["accuracy"]), ("savings.png", ["accuracy"]), ("seconds.png", ["fine_tuning", "networks"])],
+)
+def test_plots_match_the_results(name, parts):
+    runs = [run for part in parts for run in pages.runs_of(part)]
     assert Image.open(results.FOLDER / name).text["Source"] == results.digest(runs)
     assert results.digest(runs[1:]) != results.digest(runs), "control: other runs"
 

@@ -1,0 +1,92 @@
+"""The picture of the seconds: what each task takes, and quality against seconds for each method."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fine_tuning_methods import AS_MANY_SECONDS, METHODS, OURS, UNIFORM
+from benchmarks.fine_tuning_tables import told_points
+from benchmarks.pairs import LOOKED_AT, UNTOUCHED, Pairs, Runs, means_of, parts
+from benchmarks.results import digest
+
+_OURS, _GREY, _DARK, _LIGHT = "#d1495b", "#7d8794", "#374151", "#e5e7eb"
+_METRIC = 104
+"""Position of the differences beside the bars, in percent."""
+_LABELS = {
+    OURS: "ours",
+    "ImportanceTrainer, full backward": "ours, full backward",
+    AS_MANY_SECONDS: "Trainer, fewer steps",
+}
+
+
+def plot_seconds(fine_tuning: Runs, networks: Runs, path: Path) -> None:
+    """Bars with the seconds of ours per task, and the methods as points: seconds and quality relative to `Trainer`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (bars, points) = plt.subplots(
+        1, 2, figsize=(13, 5), layout="constrained", gridspec_kw={"width_ratios": [1.15, 1]}
+    )
+    _bars(bars, parts(fine_tuning, networks))
+    _points(points, fine_tuning)
+    figure.savefig(path, dpi=100, metadata={"Source": digest([*fine_tuning, *networks])})
+    plt.close(figure)
+
+
+def _bars(panel: Any, listed: Sequence[tuple[str, list[Pairs], Any]]) -> None:
+    short = {LOOKED_AT: "fine-tuning", UNTOUCHED: "fine-tuning, not looked at before"}
+    place, ticks = 0.0, []
+    for title, pairs, _ in listed:
+        head = next((name for end, name in short.items() if title.endswith(end)), "from scratch")
+        panel.text(0, place, head, fontsize=9, weight="bold", va="center", color=_DARK)
+        for each in pairs:
+            place += 1
+            share = 100 * statistics.mean(each.ratios)
+            panel.barh(place, 100, color=_LIGHT, height=0.66)
+            panel.barh(place, share, color=_OURS, height=0.66)
+            panel.text(share - 1, place, f"{share:.0f} %", color="white", ha="right", va="center", fontsize=9)
+            told = told_points(each)
+            style = {"color": _OURS, "weight": "bold"} if "worse" in told else {"color": _DARK}
+            panel.text(_METRIC, place, told, fontsize=9, va="center", **style)
+            ticks.append((place, each.what))
+        place += 1.2
+    panel.text(_METRIC, 0, "accuracy or F1", fontsize=9, weight="bold", va="center", color=_DARK)
+    panel.axvline(100, color=_DARK, linewidth=0.8)
+    panel.set_yticks(*zip(*ticks, strict=True), fontsize=9)
+    panel.set(xlim=(0, 150), xticks=[0, 25, 50, 75, 100], xlabel="seconds, in % of those of Trainer")
+    panel.invert_yaxis()
+    panel.spines[["top", "right", "bottom"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
+
+
+def _points(panel: Any, runs: Runs) -> None:
+    found = {method: means_of(runs, method) for method in METHODS}
+    panel.axhline(0, color=_DARK, linewidth=0.8, zorder=1)
+    panel.plot(100, 0, "o", color=_DARK, markersize=8)
+    panel.annotate("Trainer", (100, 0), xytext=(6, 6), textcoords="offset points", fontsize=9, color=_DARK)
+    for method, cell in found.items():
+        if cell is None or method == UNIFORM:
+            continue
+        of_ours = method == OURS
+        colour = _OURS if of_ours else _DARK if METHODS[method].as_long_as else _GREY
+        panel.plot(100 * cell.seconds, cell.points, "o", color=colour, markersize=11 if of_ours else 7, zorder=3)
+        style = {"weight": "bold"} if of_ours else {}
+        place = 100 * cell.seconds, cell.points
+        panel.annotate(
+            _LABELS.get(method, method),
+            place,
+            xytext=(6, 6),
+            textcoords="offset points",
+            fontsize=9,
+            color=colour,
+            **style,
+        )
+    panel.set(xlabel="seconds, in % of those of Trainer", ylabel="accuracy or F1, points")
+    panel.set_title("means over tasks: up and left is better", loc="left", fontsize=9)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(alpha=0.2)
