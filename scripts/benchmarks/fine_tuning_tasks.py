@@ -259,13 +259,14 @@ TASKS = {
         learning_rate=5e-5,
     ),
     "tweets": Recipe("tweets, sign of the sentiment", _signs, epochs=3, most=3400, is_untouched=True),
-    "docstrings": Recipe("docstrings, package", _docstrings, epochs=2, is_untouched=True),
+    "docstrings": Recipe("docstrings, package", _docstrings, epochs=2, most=2000, is_untouched=True),
     "functions": Recipe(
         "words of Python code, kind",
         _functions,
         model=AutoModelForTokenClassification,
         epochs=2,
         learning_rate=1e-4,
+        most=2000,
         is_untouched=True,
     ),
 }
