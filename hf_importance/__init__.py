@@ -21,4 +21,4 @@ from hf_importance.report.hub import PushError
 from hf_importance.trainer import ImportanceTrainer, ImportanceTrainerMixin
 
 __all__ = ["ImportanceConfig", "ImportanceTrainer", "ImportanceTrainerMixin", "PushError"]
-__version__ = "0.3.0.dev0"
+__version__ = "0.3.0"

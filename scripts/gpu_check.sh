@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a machine with a GPU can tell, in about ten minutes: the tests that need one, step time and memory of
+# What only a machine with a GPU can tell: the tests that need one, step time and memory of
 # selective backward for BERT-base and ViT-base in bf16, with 128 and 512 tokens, and the overhead per step.
 # The figures are added to scripts/results/backward.json and overhead.json, or to these files in the folder that is
 # passed: bash scripts/gpu_check.sh outputs. Then `python scripts/benchmark.py pages` adds them to the tables.

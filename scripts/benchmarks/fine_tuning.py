@@ -99,9 +99,10 @@ def run(
     torch.set_num_threads(1)
     recipe = RECIPES[name]
     material = _material(recipe, data, models, examples)
+    _warm_up(recipe, data, models)
     torch.manual_seed(seed)
     model = recipe.new_model(models, layers, len(material.labels))
-    full = epochs * math.ceil(len(material.train) / BATCH)
+    full = _steps(material, epochs)
     place = dict(zip(KEYS, (name, layers, examples, epochs, seed), strict=False))
     steps = METHODS[method].steps(full, _pair(done(), place) if METHODS[method].as_long_as else None)
     gauge = Gauge()
@@ -118,7 +119,7 @@ def run(
         "gauge": round(gauge.mean, 6),
         "wall_seconds": round(wall, 2),
         "steps": trainer.state.global_step,
-        **_cost(trainer, material, full, metrics),
+        **_cost(trainer, material, epochs, metrics),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
     }
@@ -129,6 +130,22 @@ def _material(recipe: Recipe, data: Path, models: Path, examples: int) -> Materi
     return recipe.read(data, models / recipe.encoder, examples)
 
 
+def _steps(material: Material, epochs: int) -> int:
+    """Steps of uniform training."""
+    return epochs * math.ceil(len(material.train) / BATCH)
+
+
+@functools.cache
+def _warm_up(recipe: Recipe, data: Path, models: Path) -> None:
+    """Two steps of both trainers, so that the first training of a process does not pay for what is loaded once."""
+    material = _material(recipe, data, models, BATCH)
+    for method in (UNIFORM, OURS):
+        model = recipe.new_model(models, 1, len(material.labels))
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = _arguments(folder, recipe, epochs=2, steps=2, seed=0)
+            METHODS[method].new_trainer(model, arguments, material, steps=2).train()
+
+
 def _pair(done: Iterable[dict[str, Any]], place: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The finished runs of `Trainer` and ours at a place of the grid."""
     found = {run["method"]: run for run in done if all(run[name] == value for name, value in place.items())}
@@ -137,20 +154,21 @@ def _pair(done: Iterable[dict[str, Any]], place: dict[str, Any]) -> tuple[dict[s
     return found[UNIFORM], found[OURS]
 
 
-def _cost(trainer: Trainer, material: Material, full: int, metrics: dict[str, float]) -> dict[str, float]:
+def _cost(trainer: Trainer, material: Material, epochs: int, metrics: dict[str, float]) -> dict[str, float]:
     """Steps, rows that were propagated back and operations of matrix products, relative to uniform training.
 
     Operations are calculated from the other two: a backward pass has twice those of the forward pass. Not counted is
     that ours also leaves out tokens without a gradient.
     """
-    share = trainer.state.global_step / full
+    share = trainer.state.global_step / _steps(material, epochs)
     fraction = metrics.get("train_backward_fraction", 1.0)
     operations = share
     if isinstance(trainer, VCASTrainer):
         fraction = trainer.rows[0] / trainer.rows[1]
         operations = share * (1 + 2 * fraction) / 3
     elif isinstance(trainer, RivalTrainer):
-        operations = (trainer.trained + trainer.looked_at / 3) / (full * BATCH)
+        operations = (trainer.trained + trainer.looked_at / 3) / (epochs * len(material.train))
+        fraction = trainer.trained / trainer.visited
     elif fraction < 1:
         operations = share * (1 - selectable(trainer.model, material) * (1 - fraction))
     found = {"share_of_steps": share, "backward_fraction": fraction, "operations": operations}

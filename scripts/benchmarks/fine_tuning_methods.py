@@ -40,6 +40,11 @@ class Method:
     as_long_as: Literal["steps", "seconds"] | None = None
     skips_epochs: bool = False
 
+    @property
+    def is_rival(self) -> bool:
+        """Whether it is a method of others."""
+        return self.rival is not None or self.trainer is not Trainer
+
     def new_trainer(self, model: nn.Module, arguments: TrainingArguments, material: Material, steps: int) -> Trainer:
         """A trainer, with the steps of the schedule of its learning rate."""
         if self.as_long_as is not None or self.rival is not None:
@@ -67,10 +72,21 @@ class Method:
         return max(1, round(full * ratio))
 
 
+def are_comparable(uniform: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Whether seconds can be compared: both runs were gauged; or neither was, as when both were run in turn."""
+    return ("gauge" in uniform) == ("gauge" in run)
+
+
 def share_of_seconds(uniform: dict[str, Any], run: dict[str, Any]) -> float:
-    """Seconds relative to `Trainer`, of a machine that is equally fast for both if it was gauged."""
+    """Seconds relative to `Trainer`, of a machine that is equally fast for both if it was gauged.
+
+    Raises:
+        ValueError: if only one of both was gauged.
+    """
+    if not are_comparable(uniform, run):
+        raise ValueError("Seconds cannot be compared: only one of both runs was gauged.")
     ratio = run["seconds"] / uniform["seconds"]
-    return ratio * uniform["gauge"] / run["gauge"] if "gauge" in run and "gauge" in uniform else ratio
+    return ratio * uniform["gauge"] / run["gauge"] if "gauge" in run else ratio
 
 
 class Examples(torch.utils.data.Dataset):
@@ -98,6 +114,7 @@ METHODS = {
     OURS: Method(ImportanceConfig()),
     "ImportanceTrainer, full backward": Method(ImportanceConfig(backward="full")),
     "uniform draws, selective backward": Method(ImportanceConfig(metric="uniform")),
+    "uniform draws, all rows": Method(ImportanceConfig(metric="uniform", backward_tolerance=1e-9)),  # skips tokens
     "VCAS-like": Method(trainer=VCASTrainer),
     "Selective-Backprop": Method(rival=SelectiveBackprop),
     "InfoBatch": Method(rival=InfoBatch, skips_epochs=True),

@@ -10,24 +10,38 @@ from benchmarks import tables
 from benchmarks.fine_tuning import RECIPES
 from benchmarks.fine_tuning_methods import METHODS, OURS
 from benchmarks.fine_tuning_tasks import ENCODERS
-from benchmarks.pairs import Pairs, Runs, kind, largest, mean_over_tasks, means_of, pairs, parts
+from benchmarks.pairs import (
+    UNTOUCHED,
+    Pairs,
+    Runs,
+    largest,
+    mean_over_tasks,
+    means_of,
+    pairs,
+    parts_of,
+    title_of,
+    worse_by_holm,
+)
 from benchmarks.results import mean_and_error
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
 def minutes_table(fine_tuning: Runs, networks: Runs) -> str:
-    """What default settings take and reach, a row per task: the table of the README."""
+    """What default settings take and reach, a row per task: the table of the README.
+
+    Minutes of ours are those of `Trainer`, times the mean ratio.
+    """
     head = ("task", "`Trainer`, minutes", "ours, minutes", "seconds", "accuracy or F1", "`Trainer` in these seconds")
     lines = [tables.row(head), tables.rule(head)]
-    for title, listed, control in parts(fine_tuning, networks):
-        lines.append(_line_of_part(title, len(head)))
-        for each in listed:
+    for part in parts_of(fine_tuning, networks):
+        lines.append(_line_of_part(part.title, len(head)))
+        for each in part.ours:
             minutes = each.mean("seconds", of_ours=False) / 60
             ratio = statistics.mean(each.ratios)
             cells = (each.what, f"{minutes:.1f}", f"{minutes * ratio:.1f}", tables.percent(ratio))
-            other = control.get(each.setting)
-            lines.append(tables.row((*cells, told_points(each), "" if other is None else told_points(other))))
+            control = part.controls.get(each.setting)
+            lines.append(tables.row((*cells, told_points(each), "" if control is None else told_points(control))))
     return "\n".join(lines)
 
 
@@ -39,11 +53,11 @@ def headline_table(fine_tuning: Runs, networks: Runs) -> str:
         "`Trainer` in these seconds, points",
     )
     lines = [tables.row(head), tables.rule(head)]
-    for title, listed, control in parts(fine_tuning, networks):
-        lines.append(_line_of_part(title, len(head)))
-        lines += [tables.row(_headline_cells(each, control.get(each.setting))) for each in listed]
-        controls = [control[each.setting] for each in listed if each.setting in control]
-        lines.append(tables.row(_mean_cells(listed, controls)))
+    for part in parts_of(fine_tuning, networks):
+        lines.append(_line_of_part(part.title, len(head)))
+        lines += [tables.row(_headline_cells(each, part.controls.get(each.setting))) for each in part.ours]
+        controls = [part.controls[each.setting] for each in part.ours if each.setting in part.controls]
+        lines.append(tables.row(_mean_cells(part.ours, controls)))
     return "\n".join(lines)
 
 
@@ -105,19 +119,14 @@ def _short(each: Pairs) -> str:
     return f"{tables.percent(statistics.mean(each.ratios))}, {_told(statistics.mean(each.points), '+.1f')}"
 
 
-def table(runs: Runs) -> str:
+def table(*parts: Runs) -> str:
     """All trainings: a row per setting and method."""
     setting = ("task", "layers", "examples × epochs", "seeds", "method")
     cost = ("`Trainer`, seconds", "seconds", "operations", "steps", "rows propagated back")
     head = (*setting, *cost, "`Trainer`: accuracy or F1, %", "difference, points", "cross-entropy", "difference")
     lines = [tables.row(head), tables.rule(head)]
-    lines += [tables.row(_cells(each)) for each in pairs(runs)]
+    lines += [tables.row(_cells(each)) for each in pairs([run for part in parts for run in part])]
     return "\n".join(lines)
-
-
-def all_table(fine_tuning: Runs, networks: Runs) -> str:
-    """[`table`] of both parts."""
-    return table([*fine_tuning, *networks])
 
 
 def _cells(each: Pairs) -> list[str]:
@@ -176,7 +185,7 @@ def claim(runs: Runs) -> str:
         return ""
     return (
         f"- **Fine-tuning** takes {_share(listed)} of the seconds of `Trainer` {_over(listed)}, with "
-        f"{_quality(listed)}.{_untouched(listed)} Measured with {_measured_with(listed)}."
+        f"{_quality(listed)}{_worse(listed)}.{_untouched(listed)} Measured with {_measured_with(listed)}."
     )
 
 
@@ -205,11 +214,20 @@ def _over(listed: Sequence[Pairs]) -> str:
 
 def _untouched(listed: Sequence[Pairs]) -> str:
     """The same for the tasks that had no influence on constants."""
-    found = [each for each in listed if kind(each) == "untouched"]
+    found = [each for each in listed if title_of(each) == UNTOUCHED]
     if not found or len(found) == len(listed):
         return ""
     number = f"{len(found)} task{_s(str(len(found)))}"
     return f" On the {number} that had no influence on its constants: {_share(found)}, {_quality(found)}."
+
+
+def _worse(listed: Sequence[Pairs]) -> str:
+    """On which tasks it is worse, corrected for their number; empty if none was run with several seeds."""
+    judged = [each for each in listed if len(each.runs) > 1]
+    if not judged:
+        return ""
+    worse = [RECIPES[task].what for task in worse_by_holm(judged)]
+    return f"; with Holm's correction worse on {' and on '.join(worse) if worse else 'none'}"
 
 
 def _quality(listed: Sequence[Pairs]) -> str:

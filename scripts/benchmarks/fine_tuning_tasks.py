@@ -244,10 +244,13 @@ TASKS = {
     "agnews": Recipe("AG News, topics", _files("agnews/train_10k.tsv", "agnews/official_test.tsv")),
     "snli": Recipe("SNLI, inference from pairs", _files("snli/train.tsv", "snli/official_test.tsv")),
     "banking77": Recipe(
-        "Banking77, 77 intents", _files("banking77/train.csv", "banking77/test.csv", label="category"), epochs=3
+        "Banking77, 77 intents",
+        _files("banking77/train.csv", "banking77/test.csv", label="category"),
+        epochs=3,
+        learning_rate=8e-4,
     ),
     "conll2003": Recipe(
-        "CoNLL-2003, entities", _tagged, model=AutoModelForTokenClassification, epochs=2, learning_rate=1e-4
+        "CoNLL-2003, entities", _tagged, model=AutoModelForTokenClassification, epochs=2, learning_rate=4e-4
     ),
     "cifar10": Recipe(
         "CIFAR-10, photographs",
@@ -265,7 +268,7 @@ TASKS = {
         _functions,
         model=AutoModelForTokenClassification,
         epochs=2,
-        learning_rate=1e-4,
+        learning_rate=4e-4,
         most=2000,
         is_untouched=True,
     ),

@@ -30,7 +30,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "minutes": (("fine_tuning", "networks"), fine_tuning_tables.minutes_table),
     "headline": (("fine_tuning", "networks"), fine_tuning_tables.headline_table),
     "methods": (("fine_tuning",), fine_tuning_tables.methods_table),
-    "trainings": (("fine_tuning", "networks"), fine_tuning_tables.all_table),
+    "trainings": (("fine_tuning", "networks"), fine_tuning_tables.table),
     "decision": (("accuracy", "seconds"), tables.decision_table),
     "whole": (("accuracy",), tables.whole_table),
     "match": (("accuracy",), tables.match_table),

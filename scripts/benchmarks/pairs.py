@@ -11,7 +11,7 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.fine_tuning import RECIPES
-from benchmarks.fine_tuning_methods import AS_MANY_SECONDS, METHODS, OURS, UNIFORM, share_of_seconds
+from benchmarks.fine_tuning_methods import AS_MANY_SECONDS, METHODS, OURS, UNIFORM, are_comparable, share_of_seconds
 from benchmarks.fine_tuning_tasks import ENCODERS
 from benchmarks.networks import NETWORKS
 from benchmarks.results import mean_and_error
@@ -20,8 +20,9 @@ Runs = Sequence[dict[str, Any]]
 _SETTING = ("task", "layers", "examples", "epochs")
 _ONE_ERROR = 0.16
 """Probability of a normal variable to be below minus one standard deviation."""
-LOOKED_AT = "constants of selective backward were chosen with these tasks in view"
-UNTOUCHED = "not looked at when they were chosen"
+LOOKED_AT = "fine-tuning: constants of selective backward were chosen with these in view"
+UNTOUCHED = "fine-tuning: not looked at before"
+FROM_SCRATCH = "from scratch: not looked at before"
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,21 @@ def pairs(runs: Runs, methods: Iterable[str] = METHODS) -> list[Pairs]:
     for setting, found in sorted(settings.items(), key=lambda item: (list(RECIPES).index(item[0][0]), item[0])):
         uniform = found.get(UNIFORM, {})
         for method in [method for method in methods if method != UNIFORM and method in found]:
-            seeds = sorted(uniform.keys() & found[method].keys())
+            both = uniform.keys() & found[method].keys()
+            follows = METHODS[method].as_long_as is not None  # its seconds are not compared
+            seeds = [seed for seed in sorted(both) if follows or are_comparable(uniform[seed], found[method][seed])]
             if seeds:
                 listed.append(Pairs(*setting, method, [(uniform[seed], found[method][seed]) for seed in seeds]))
     return listed
 
 
 def largest(listed: Iterable[Pairs]) -> list[Pairs]:
-    """Of each task and method the setting with the most examples."""
+    """Of each task and method the setting with the most examples, and with the layers and epochs of the task."""
     found: dict[tuple[str, str], Pairs] = {}
     for each in listed:
-        key = each.task, each.method
-        if key not in found or each.examples > found[key].examples:
+        key, recipe = (each.task, each.method), RECIPES[each.task]
+        is_usual = (each.layers, each.epochs) == (recipe.layers, recipe.epochs)
+        if is_usual and (key not in found or each.examples > found[key].examples):
             found[key] = each
     return list(found.values())
 
@@ -110,22 +114,35 @@ def largest(listed: Iterable[Pairs]) -> list[Pairs]:
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 
-def parts(fine_tuning: Runs, networks: Runs) -> list[tuple[str, list[Pairs], dict[tuple[Any, ...], Pairs]]]:
-    """Title, pairs of ours, and pairs of `Trainer` with as many seconds by their setting."""
-    control = {each.setting: each for each in pairs([*fine_tuning, *networks], [AS_MANY_SECONDS])}
-    listed = largest(pairs([*fine_tuning, *networks], [OURS]))
-    parts = {
-        f"fine-tuning; {LOOKED_AT}": [each for each in listed if kind(each) == "looked at"],
-        f"fine-tuning; {UNTOUCHED}": [each for each in listed if kind(each) == "untouched"],
-        "from scratch; not looked at": [each for each in listed if kind(each) == "network"],
-    }
-    return [(title, found, control) for title, found in parts.items() if found]
+@dataclass(frozen=True)
+class Part:
+    """Tasks of one kind, with default settings.
+
+    Args:
+        title: the kind.
+        ours: pairs of ours.
+        controls: pairs of `Trainer` with as many seconds, by their setting.
+    """
+
+    title: str
+    ours: list[Pairs]
+    controls: dict[tuple[Any, ...], Pairs]
 
 
-def kind(each: Pairs) -> str:
+def parts_of(fine_tuning: Runs, networks: Runs) -> list[Part]:
+    """The tasks with which constants were chosen, those that were not looked at, and networks from scratch."""
+    controls = {each.setting: each for each in pairs([*fine_tuning, *networks], [AS_MANY_SECONDS])}
+    by_title: dict[str, list[Pairs]] = {title: [] for title in (LOOKED_AT, UNTOUCHED, FROM_SCRATCH)}
+    for each in largest(pairs([*fine_tuning, *networks], [OURS])):
+        by_title[title_of(each)].append(each)
+    return [Part(title, ours, controls) for title, ours in by_title.items() if ours]
+
+
+def title_of(each: Pairs) -> str:
+    """The kind of a task."""
     if each.task in NETWORKS:
-        return "network"
-    return "untouched" if RECIPES[each.task].is_untouched else "looked at"
+        return FROM_SCRATCH
+    return UNTOUCHED if RECIPES[each.task].is_untouched else LOOKED_AT
 
 
 def mean_over_tasks(listed: Sequence[Pairs], of: Callable[[Pairs], list[float]]) -> tuple[float, float]:
@@ -169,13 +186,13 @@ class Means:
 
 def means_of(runs: Runs, method: str) -> Means | None:
     """The means over the tasks of the settings in which rivals were run; None if the method was not run on all."""
-    listed = _compared(pairs(runs))
-    tasks = list(dict.fromkeys(each.task for each in listed))
-    found = {each.task: each for each in listed if each.method == method}
-    missing = set(tasks) - found.keys()
-    if not found or (missing and not METHODS[method].skips_epochs):
+    compared = compared_with_rivals(runs)
+    found = {each.setting: each for each in compared if each.method == method}
+    settings = list(dict.fromkeys(each.setting for each in compared))
+    as_trainer = {setting for setting in settings if METHODS[method].skips_epochs and setting[-1] == 1}
+    if not found or set(settings) - found.keys() - as_trainer:
         return None
-    of_tasks = {task: found.get(task) for task in tasks}
+    of_tasks = {setting[0]: found.get(setting) for setting in settings}
 
     def mean(of: Callable[[Pairs], float], as_trainer: float) -> float:
         return statistics.mean(as_trainer if each is None else of(each) for each in of_tasks.values())
@@ -188,8 +205,13 @@ def means_of(runs: Runs, method: str) -> Means | None:
     )
 
 
-def _compared(listed: Sequence[Pairs]) -> list[Pairs]:
-    """The pairs of settings where methods of others were run."""
-    of_others = {"VCAS-like", *(name for name, method in METHODS.items() if method.rival is not None)}
-    settings = {each.setting for each in listed if each.method in of_others}
-    return [each for each in listed if each.setting in settings]
+def compared_with_rivals(runs: Runs) -> list[Pairs]:
+    """The pairs of the settings of each task where most methods were run, if one of these is of others."""
+    by_setting: dict[tuple[Any, ...], list[Pairs]] = {}
+    for each in pairs(runs):
+        by_setting.setdefault(each.setting, []).append(each)
+    best: dict[str, list[Pairs]] = {}
+    for (task, *_), found in by_setting.items():
+        if any(METHODS[each.method].is_rival for each in found) and len(found) > len(best.get(task, ())):
+            best[task] = found
+    return [each for found in best.values() for each in found]

@@ -9,21 +9,27 @@ from typing import Any
 
 from benchmarks.fine_tuning_methods import AS_MANY_SECONDS, METHODS, OURS, UNIFORM
 from benchmarks.fine_tuning_tables import told_points
-from benchmarks.pairs import LOOKED_AT, UNTOUCHED, Pairs, Runs, means_of, parts
+from benchmarks.pairs import Part, Runs, compared_with_rivals, means_of, parts_of
 from benchmarks.results import digest
 
 _OURS, _GREY, _DARK, _LIGHT = "#d1495b", "#7d8794", "#374151", "#e5e7eb"
 _METRIC = 104
 """Position of the differences beside the bars, in percent."""
-_LABELS = {
+_LEAST = 0.5
+"""Points above and below 0 that are shown at least."""
+_NAMES = {
     OURS: "ours",
     "ImportanceTrainer, full backward": "ours, full backward",
-    AS_MANY_SECONDS: "Trainer, fewer steps",
+    AS_MANY_SECONDS: "Trainer, as many seconds",
 }
 
 
-def plot_seconds(fine_tuning: Runs, networks: Runs, path: Path) -> None:
-    """Bars with the seconds of ours per task, and the methods as points: seconds and quality relative to `Trainer`."""
+def plot_seconds(fine_tuning: Runs, networks: Runs, path: Path) -> Any:
+    """Bars with the seconds of ours per task, and the methods as points: seconds and quality relative to `Trainer`.
+
+    Returns:
+        The figure.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,19 +38,18 @@ def plot_seconds(fine_tuning: Runs, networks: Runs, path: Path) -> None:
     figure, (bars, points) = plt.subplots(
         1, 2, figsize=(13, 5), layout="constrained", gridspec_kw={"width_ratios": [1.15, 1]}
     )
-    _bars(bars, parts(fine_tuning, networks))
+    _bars(bars, parts_of(fine_tuning, networks))
     _points(points, fine_tuning)
     figure.savefig(path, dpi=100, metadata={"Source": digest([*fine_tuning, *networks])})
     plt.close(figure)
+    return figure
 
 
-def _bars(panel: Any, listed: Sequence[tuple[str, list[Pairs], Any]]) -> None:
-    short = {LOOKED_AT: "fine-tuning", UNTOUCHED: "fine-tuning, not looked at before"}
+def _bars(panel: Any, parts: Sequence[Part]) -> None:
     place, ticks = 0.0, []
-    for title, pairs, _ in listed:
-        head = next((name for end, name in short.items() if title.endswith(end)), "from scratch")
-        panel.text(0, place, head, fontsize=9, weight="bold", va="center", color=_DARK)
-        for each in pairs:
+    for part in parts:
+        panel.text(0, place, part.title.split(": constants")[0], fontsize=9, weight="bold", va="center", color=_DARK)
+        for each in part.ours:
             place += 1
             share = 100 * statistics.mean(each.ratios)
             panel.barh(place, 100, color=_LIGHT, height=0.66)
@@ -78,7 +83,7 @@ def _points(panel: Any, runs: Runs) -> None:
         style = {"weight": "bold"} if of_ours else {}
         place = 100 * cell.seconds, cell.points
         panel.annotate(
-            _LABELS.get(method, method),
+            _NAMES.get(method, method),
             place,
             xytext=(6, 6),
             textcoords="offset points",
@@ -87,6 +92,12 @@ def _points(panel: Any, runs: Runs) -> None:
             **style,
         )
     panel.set(xlabel="seconds, in % of those of Trainer", ylabel="accuracy or F1, points")
-    panel.set_title("means over tasks: up and left is better", loc="left", fontsize=9)
+    listed = compared_with_rivals(runs)
+    tasks, examples = len({each.task for each in listed}), max((each.examples for each in listed), default=0)
+    seeds = min((len(each.runs) for each in listed), default=0)
+    title = f"means over {tasks} task(s), {examples:,} examples, {seeds} seed(s); up and left is better"
+    panel.set_title(title, loc="left", fontsize=9)
+    low, high = panel.get_ylim()
+    panel.set_ylim(min(low, -_LEAST), max(high, _LEAST))
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.2)

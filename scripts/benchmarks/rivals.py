@@ -80,7 +80,7 @@ class Rival:
     @property
     def progress(self) -> float:
         """Completed share of the training."""
-        return self.step / self.steps
+        return round(self.step / self.steps, 9)  # strides need not sum up to a whole number of steps exactly
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless batches of positions and weights, `[batch]` each."""
@@ -95,7 +95,7 @@ class Rival:
     @property
     def has_ended(self) -> bool:
         """Whether all steps or epochs are done."""
-        return self.step > self.steps - 1e-6
+        return self.progress >= 1
 
     def choose(self) -> tuple[Tensor, Tensor]:
         """Examples of the next epoch in order, and their weights."""
@@ -292,7 +292,7 @@ class RivalTrainer(Trainer):
     def __init__(self, *args: Any, rival: Rival, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rival = rival
-        self.trained = self.looked_at = 0  # examples with and without a backward pass
+        self.visited = self.trained = self.looked_at = 0  # examples drawn, propagated back, only propagated forward
         self.add_callback(_End(rival))
         self.loss_is_scaled_for_ga = False
         self._objective = Objective(self.model)
@@ -319,6 +319,7 @@ class RivalTrainer(Trainer):
         chosen = self.rival.select(index, lambda: self._forward(model, inputs))
         inputs = {name: column[chosen] for name, column in inputs.items()}
         measured = self._measure(model, inputs)
+        self.visited += len(index)
         self.trained += len(chosen)
         self.rival.observe(index[chosen], Observed.of(measured))
         self.rival.step += self.rival.stride

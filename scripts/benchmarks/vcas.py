@@ -28,11 +28,11 @@ class VCASTrainer(Trainer):
     """Wang et al., ICLR 2024: at the output of every block, rows are dropped by the norm of their gradient, unbiased.
 
     The share of the rows that are kept at a block is the smallest one that holds a share s of the sum of the norms, and
-    not larger than at the block above. VCAS adapts s by .01 every 100 steps, from the variance in six extra batches. In
-    trainings of a few hundred steps that would never save anything. So here s is, from the norms in every eighth batch,
-    the smallest one that keeps the added variance below the tolerance: where its schedule would go, without its cost.
-    All operations, not just those of linear layers, get the kept rows only. Its sample of the tokens in the gradients
-    of weights is left out.
+    not larger than at the block above; where it is equal, nothing more is dropped. VCAS adapts s by .01, from the
+    variance in six extra passes, every 100 steps or fifty times in a training. In trainings of a hundred steps that
+    costs more than it saves. So here s is the smallest one that keeps the added variance below the tolerance, by the
+    norms in every eighth batch, which is propagated back as a whole. All operations, not just those of linears, get
+    the kept rows only. Its sample of the tokens in the gradients of weights is left out.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,8 +50,8 @@ class VCASTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if self._norms:
             new = shares_of(self._norms[::-1])
-            mixed = zip(self.shares, new, strict=True)
-            self.shares = [_DECAY * old + (1 - _DECAY) * share for old, share in mixed]
+            decay = _DECAY if self._batches else 0.0
+            self.shares = [decay * old + (1 - decay) * share for old, share in zip(self.shares, new, strict=True)]
             self._norms.clear()
         self._batches += 1
         return loss
@@ -70,6 +70,9 @@ class VCASTrainer(Trainer):
         if self._batches % _EVERY == 0:
             self._norms.append(norm)
             self.rows[0] += len(gradient)
+            return gradient
+        if self.shares[place : place + 2] == 2 * self.shares[place : place + 1]:  # as many as at the block above
+            self.rows[0] += len(norm)
             return gradient
         probability = probabilities(norm, max(1, int(len(gradient) * self.shares[place])))
         kept = (torch.rand(len(norm), dtype=torch.float64) < probability).nonzero().flatten()

@@ -183,6 +183,19 @@ def test_rival_ends_with_as_many_epochs(tmp_path):
     assert control.state.global_step == 18, "control: by steps"
 
 
+@pytest.mark.parametrize("epochs", [2, 3, 7])
+def test_kakurenbo_comes_to_its_end_with_epochs_of_any_number_of_steps(epochs):
+    """Strides of 63/49 and the like do not sum up to a whole number of steps exactly."""
+    for steps in range(40, 63):
+        rival = KAKURENBO(2000, 32, 63 * epochs)
+        rival.epoch = epochs
+        for _ in range(steps * epochs):
+            assert not rival.has_ended
+            rival.step += 63 / steps
+        assert rival.has_ended
+        assert rival.learning_rate_factor() == pytest.approx(1 / 0.88)
+
+
 def test_costs_of_rivals_include_forward_passes():
     """A forward pass is a third of a step."""
     assert EvolvedSampling.cost == pytest.approx(0.9 * (1 / 3 + 1 / 4) + 0.1)

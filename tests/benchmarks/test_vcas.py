@@ -3,14 +3,20 @@
 import pytest
 import tiny
 import torch
+from benchmarks import vcas
 from benchmarks.vcas import VCASTrainer, shares_of, smallest_share
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_importance.backward.rows import RowGradient, dense
 
 
 @pytest.fixture
 def trainer(tmp_path):
-    return VCASTrainer(tiny.bert(), tiny.arguments(tmp_path, max_steps=12), train_dataset=tiny.texts())
+    """Of a model with two blocks."""
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=tiny.WORDS, num_labels=tiny.CLASSES, **size))
+    return VCASTrainer(model, tiny.arguments(tmp_path, max_steps=12), train_dataset=tiny.texts())
 
 
 def test_selected_gradients_are_unbiased_also_at_the_next_block(trainer):
@@ -31,14 +37,49 @@ def test_selected_gradients_are_unbiased_also_at_the_next_block(trainer):
     assert trainer.rows[0] < 0.7 * trainer.rows[1]
 
 
-def test_a_training_selects_after_the_first_batch(trainer):
-    gradients = []
-    trainer.model.bert.encoder.layer[0].register_full_backward_hook(lambda *args: gradients.append(args))
+def test_a_training_adapts_the_shares_from_every_eighth_batch(trainer, monkeypatch):
+    adapted = []
+
+    def shares_of(norms):
+        adapted.append((trainer._batches, [float(norm.mean()) for norm in norms], trainer.rows[0] / trainer.rows[1]))
+        return [0.3, 0.5] if len(adapted) == 1 else [0.5, 0.5]
+
+    monkeypatch.setattr(vcas, "shares_of", shares_of)
     trainer.train()
     assert trainer.state.global_step == 12
-    assert len(gradients) == 12
-    assert trainer.rows[1] == 12 * len(trainer.shares) * trainer.args.per_device_train_batch_size
-    assert 0 < trainer.rows[0] <= trainer.rows[1]
+    assert [batch for batch, *_ in adapted] == [0, 8]
+    assert adapted[0][2] == 1 > adapted[1][2], "the first batch is whole"
+    low, high = adapted[0][1]
+    assert low != high
+    assert trainer.shares == pytest.approx([0.6 * 0.3 + 0.4 * 0.5, 0.5]), "the first shares as they are, then a mean"
+    assert trainer.rows[1] == 12 * 2 * trainer.args.per_device_train_batch_size
+
+
+def test_nothing_is_dropped_where_the_share_is_that_of_the_block_above(trainer):
+    torch.manual_seed(0)
+    trainer.shares, trainer._batches = [0.5, 0.5], 1
+    gradient = torch.randn(8, 3, 2)
+    above = trainer._select(1, gradient)
+    assert above.kept.count < 8
+    assert trainer._select(0, above) is above
+    trainer.shares = [0.1, 0.5]
+    assert trainer._select(0, above).kept.count < above.kept.count, "control"
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.3, 0.6]])
+def test_added_variance_is_that_of_the_draws(trainer, shares):
+    torch.manual_seed(0)
+    gradient = torch.randn(8, 3, 2, dtype=torch.float64) * torch.arange(1.0, 9.0).view(8, 1, 1) ** 2
+    norm = gradient.flatten(1).norm(dim=1)
+    trainer.shares, trainer._batches, draws = shares, 1, 3000
+    squares = 0.0
+    for _ in range(draws):
+        found = gradient
+        for place in (1, 0):
+            found = trainer._select(place, found)
+            whole = dense(found) if isinstance(found, RowGradient) else found
+            squares += float((whole - gradient).square().sum() / gradient.square().sum()) / 2 / draws
+    assert squares == pytest.approx(vcas._added_variance([norm, norm], shares), rel=0.25)
 
 
 def test_smallest_share_of_the_rows():
