@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from benchmarks import tables
 from benchmarks.fine_tuning import RECIPES
-from benchmarks.fine_tuning_methods import METHODS, OURS
+from benchmarks.fine_tuning_methods import AS_MANY_SECONDS, METHODS, OURS
 from benchmarks.fine_tuning_tasks import ENCODERS
 from benchmarks.pairs import (
     UNTOUCHED,
     Pairs,
     Runs,
+    compared_with_rivals,
     largest,
     mean_over_tasks,
     means_of,
@@ -27,20 +28,20 @@ from benchmarks.results import mean_and_error
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-def minutes_table(fine_tuning: Runs, networks: Runs) -> str:
-    """What default settings take and reach, a row per task: the table of the README.
+def minutes_table(runs: Runs) -> str:
+    """What fine-tuning takes and reaches with default settings, a row per task: the table of the README.
 
     Minutes of ours are those of `Trainer`, times the mean ratio.
     """
     head = ("task", "`Trainer`, minutes", "ours, minutes", "seconds", "accuracy or F1", "`Trainer` in these seconds")
     lines = [tables.row(head), tables.rule(head)]
-    for part in parts_of(fine_tuning, networks):
+    for part in parts_of(runs, []):
         lines.append(_line_of_part(part.title, len(head)))
         for each in part.ours:
             minutes = each.mean("seconds", of_ours=False) / 60
             ratio = statistics.mean(each.ratios)
             cells = (each.what, f"{minutes:.1f}", f"{minutes * ratio:.1f}", tables.percent(ratio))
-            control = part.controls.get(each.setting)
+            control = part.controls.get(each.task)
             lines.append(tables.row((*cells, told_points(each), "" if control is None else told_points(control))))
     return "\n".join(lines)
 
@@ -55,8 +56,8 @@ def headline_table(fine_tuning: Runs, networks: Runs) -> str:
     lines = [tables.row(head), tables.rule(head)]
     for part in parts_of(fine_tuning, networks):
         lines.append(_line_of_part(part.title, len(head)))
-        lines += [tables.row(_headline_cells(each, part.controls.get(each.setting))) for each in part.ours]
-        controls = [part.controls[each.setting] for each in part.ours if each.setting in part.controls]
+        lines += [tables.row(_headline_cells(each, part.controls.get(each.task))) for each in part.ours]
+        controls = [part.controls[each.task] for each in part.ours if each.task in part.controls]
         lines.append(tables.row(_mean_cells(part.ours, controls)))
     return "\n".join(lines)
 
@@ -175,7 +176,8 @@ def _told(value: float, form: str) -> str:
 
 def claims(accuracy: Runs, fine_tuning: Runs, networks: Runs) -> str:
     """The claims on seconds, and those of `accuracy` on steps."""
-    return "\n".join(filter(None, [claim(fine_tuning), claim_of_networks(networks), tables.claims(accuracy)]))
+    in_seconds = claim(fine_tuning), claim_of_methods(fine_tuning), claim_of_networks(networks)
+    return "\n".join(filter(None, [*in_seconds, tables.claims(accuracy)]))
 
 
 def claim(runs: Runs) -> str:
@@ -186,6 +188,24 @@ def claim(runs: Runs) -> str:
     return (
         f"- **Fine-tuning** takes {_share(listed)} of the seconds of `Trainer` {_over(listed)}, with "
         f"{_quality(listed)}{_worse(listed)}.{_untouched(listed)} Measured with {_measured_with(listed)}."
+    )
+
+
+def claim_of_methods(runs: Runs) -> str:
+    """What `Trainer` reaches in the same seconds, and what methods of others take; empty if these were not run."""
+    ours, control = means_of(runs, OURS), means_of(runs, AS_MANY_SECONDS)
+    others = [means_of(runs, name) for name, method in METHODS.items() if method.is_rival]
+    shares = [means.seconds for means in others if means is not None]
+    if ours is None or control is None or not shares:
+        return ""
+    listed = compared_with_rivals(runs)
+    examples, seeds = _range([each.examples for each in listed]), _range([len(each.runs) for each in listed])
+    size = f"{len(ours.of_tasks)} tasks with {examples} examples, {seeds} seed{_s(seeds)}"
+    control, own = (_told(means.points, "+.1f") for means in (control, ours))
+    return (
+        f"- **In the same seconds**, `Trainer` with its schedule shortened to match ends at {control} points, and ours at "
+        f"{own} (mean over {size}). There ours takes {tables.percent(ours.seconds)} of the seconds, and methods of others "
+        f"{tables.percent(min(shares))} to {tables.percent(max(shares))}."
     )
 
 

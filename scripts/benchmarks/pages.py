@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = ("README.md", "scripts/results/README.md")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "saved": (("accuracy", "fine_tuning", "networks"), fine_tuning_tables.claims),
-    "minutes": (("fine_tuning", "networks"), fine_tuning_tables.minutes_table),
+    "minutes": (("fine_tuning",), fine_tuning_tables.minutes_table),
     "headline": (("fine_tuning", "networks"), fine_tuning_tables.headline_table),
     "methods": (("fine_tuning",), fine_tuning_tables.methods_table),
     "trainings": (("fine_tuning", "networks"), fine_tuning_tables.table),

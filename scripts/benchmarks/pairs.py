@@ -121,17 +121,17 @@ class Part:
     Args:
         title: the kind.
         ours: pairs of ours.
-        controls: pairs of `Trainer` with as many seconds, by their setting.
+        controls: pairs of `Trainer` with as many seconds by task, in the setting with the most examples.
     """
 
     title: str
     ours: list[Pairs]
-    controls: dict[tuple[Any, ...], Pairs]
+    controls: dict[str, Pairs]
 
 
 def parts_of(fine_tuning: Runs, networks: Runs) -> list[Part]:
     """The tasks with which constants were chosen, those that were not looked at, and networks from scratch."""
-    controls = {each.setting: each for each in pairs([*fine_tuning, *networks], [AS_MANY_SECONDS])}
+    controls = {each.task: each for each in largest(pairs([*fine_tuning, *networks], [AS_MANY_SECONDS]))}
     by_title: dict[str, list[Pairs]] = {title: [] for title in (LOOKED_AT, UNTOUCHED, FROM_SCRATCH)}
     for each in largest(pairs([*fine_tuning, *networks], [OURS])):
         by_title[title_of(each)].append(each)

@@ -311,7 +311,7 @@ def test_headline_has_parts_means_and_the_control_with_as_many_seconds():
 
 
 def test_minutes_of_both():
-    minutes = fine_tuning_tables.minutes_table(example_runs(), [])
+    minutes = fine_tuning_tables.minutes_table(example_runs())
     assert "| SST-2, sentiment; MiniLM | 2.5 | 1.8 | 70 % | +0.50 ± 1.50 points |  |" in minutes
 
 
@@ -382,6 +382,16 @@ def test_claim_says_what_was_measured():
     assert "On the 1 task that had no influence on its constants: 100 %, +0.50 ± 1.50 points of accuracy." in untouched
     assert fine_tuning_tables.claim([]) == fine_tuning_tables.claims([], [], []) == ""
     assert fine_tuning_tables.claim(example_runs()[:1]) == "", "without pairs"
+
+
+def test_claim_of_methods_compares_with_the_same_seconds():
+    ours = [*example_runs(seeds=(1,)), *example_runs(seeds=(1,), task="banking77")]
+    control = by(AS_MANY_SECONDS, ours, accuracy=0.77, share_of_steps=0.6)
+    rivals = [*by("VCAS-like", ours, seconds=90.0), *by("SeTa", ours, seconds=80.0)]
+    claim = fine_tuning_tables.claim_of_methods([*ours, *control, *rivals])
+    assert "ends at −3.0 points, and ours at −1.0 (mean over 2 tasks with 4,000 examples, 1 seed)" in claim
+    assert "ours takes 60 % of the seconds, and methods of others 80 % to 90 %." in claim
+    assert fine_tuning_tables.claim_of_methods([*ours, *control]) == "", "without rivals"
 
 
 def test_claim_of_networks():
