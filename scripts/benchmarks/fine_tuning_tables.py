@@ -203,9 +203,9 @@ def claim_of_methods(runs: Runs) -> str:
     size = f"{len(ours.of_tasks)} tasks with {examples} examples, {seeds} seed{_s(seeds)}"
     control, own = (_told(means.points, "+.1f") for means in (control, ours))
     return (
-        f"- **In the same seconds**, `Trainer` with its schedule shortened to match ends at {control} points, and ours at "
-        f"{own} (mean over {size}). There ours takes {tables.percent(ours.seconds)} of the seconds, and methods of others "
-        f"{tables.percent(min(shares))} to {tables.percent(max(shares))}."
+        f"- **In the same seconds**, `Trainer` with its schedule shortened to match ends at {control} points, and ours "
+        f"at {own} (mean over {size}). There ours takes {tables.percent(ours.seconds)} of the seconds, and methods of "
+        f"others {tables.percent(min(shares))} to {tables.percent(max(shares))}."
     )
 
 
