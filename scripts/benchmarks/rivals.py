@@ -4,7 +4,7 @@ They are our own implementations of the selection of examples, from the publishe
 same for all methods: model, data, optimizer, schedule, number of steps. Forward passes without training are charged as
 a third of a step.
 
-To add a method, derive from [`Rival`] and add it to `methods.METHODS`.
+To add a method, derive from [`Rival`] and add it to `METHODS` of `methods`, or of `fine_tuning_methods`.
 """
 
 from __future__ import annotations
