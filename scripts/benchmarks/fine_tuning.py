@@ -18,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 
 from benchmarks.fine_tuning_methods import METHODS, OURS, UNIFORM
 from benchmarks.fine_tuning_tasks import TASKS, Material, Recipe, Rows
-from benchmarks.gauge import Gauge
 from benchmarks.networks import NETWORKS
 from benchmarks.rivals import RivalTrainer
 from benchmarks.task import IGNORED
@@ -105,18 +104,15 @@ def run(
     full = _steps(material, epochs)
     place = dict(zip(KEYS, (name, layers, examples, epochs, seed), strict=False))
     steps = METHODS[method].steps(full, _pair(done(), place) if METHODS[method].as_long_as else None)
-    gauge = Gauge()
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(folder, recipe, epochs, steps, seed)
         trainer = METHODS[method].new_trainer(model, arguments, material, steps)
-        trainer.add_callback(gauge)
         start, wall = time.process_time(), time.perf_counter()
         metrics = trainer.train().metrics
         seconds, wall = time.process_time() - start, time.perf_counter() - wall
     return {
         **_figures(model, material),
-        "seconds": round(seconds - gauge.seconds, 2),
-        "gauge": round(gauge.mean, 6),
+        "seconds": round(seconds, 2),
         "wall_seconds": round(wall, 2),
         "steps": trainer.state.global_step,
         **_cost(trainer, material, epochs, metrics),

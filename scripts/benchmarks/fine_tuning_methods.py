@@ -68,25 +68,7 @@ class Method:
         if self.as_long_as is None:
             return full
         uniform, ours = pair
-        ratio = ours["steps"] / uniform["steps"] if self.as_long_as == "steps" else share_of_seconds(uniform, ours)
-        return max(1, round(full * ratio))
-
-
-def are_comparable(uniform: dict[str, Any], run: dict[str, Any]) -> bool:
-    """Whether seconds can be compared: both runs were gauged; or neither was, as when both were run in turn."""
-    return ("gauge" in uniform) == ("gauge" in run)
-
-
-def share_of_seconds(uniform: dict[str, Any], run: dict[str, Any]) -> float:
-    """Seconds relative to `Trainer`, of a machine that is equally fast for both if it was gauged.
-
-    Raises:
-        ValueError: if only one of both was gauged.
-    """
-    if not are_comparable(uniform, run):
-        raise ValueError("Seconds cannot be compared: only one of both runs was gauged.")
-    ratio = run["seconds"] / uniform["seconds"]
-    return ratio * uniform["gauge"] / run["gauge"] if "gauge" in run else ratio
+        return max(1, round(full * ours[self.as_long_as] / uniform[self.as_long_as]))
 
 
 class Examples(torch.utils.data.Dataset):

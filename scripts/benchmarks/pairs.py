@@ -11,7 +11,7 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.fine_tuning import RECIPES
-from benchmarks.fine_tuning_methods import AS_MANY_SECONDS, METHODS, OURS, UNIFORM, are_comparable, share_of_seconds
+from benchmarks.fine_tuning_methods import AS_MANY_SECONDS, METHODS, OURS, UNIFORM
 from benchmarks.fine_tuning_tasks import ENCODERS
 from benchmarks.networks import NETWORKS
 from benchmarks.results import mean_and_error
@@ -66,7 +66,7 @@ class Pairs:
         """Seconds relative to `Trainer`; where `Trainer` itself makes fewer steps, these."""
         if METHODS[self.method].as_long_as is not None:
             return [run["share_of_steps"] for _, run in self.runs]
-        return [share_of_seconds(uniform, run) for uniform, run in self.runs]
+        return [run["seconds"] / uniform["seconds"] for uniform, run in self.runs]
 
     @property
     def points(self) -> list[float]:
@@ -92,9 +92,7 @@ def pairs(runs: Runs, methods: Iterable[str] = METHODS) -> list[Pairs]:
     for setting, found in sorted(settings.items(), key=lambda item: (list(RECIPES).index(item[0][0]), item[0])):
         uniform = found.get(UNIFORM, {})
         for method in [method for method in methods if method != UNIFORM and method in found]:
-            both = uniform.keys() & found[method].keys()
-            follows = METHODS[method].as_long_as is not None  # its seconds are not compared
-            seeds = [seed for seed in sorted(both) if follows or are_comparable(uniform[seed], found[method][seed])]
+            seeds = sorted(uniform.keys() & found[method].keys())
             if seeds:
                 listed.append(Pairs(*setting, method, [(uniform[seed], found[method][seed]) for seed in seeds]))
     return listed
