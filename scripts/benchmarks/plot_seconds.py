@@ -17,6 +17,8 @@ _METRIC = 104
 """Position of the differences beside the bars, in percent."""
 _LEAST = 0.5
 """Points above and below 0 that are shown at least."""
+_EDGE = 0.98
+"""Share of the seconds from which on names are left of their points."""
 _NAMES = {
     OURS: "ours",
     "ImportanceTrainer, full backward": "ours, full backward",
@@ -74,28 +76,25 @@ def _points(panel: Any, runs: Runs) -> None:
     panel.axhline(0, color=_DARK, linewidth=0.8, zorder=1)
     panel.plot(100, 0, "o", color=_DARK, markersize=8)
     panel.annotate("Trainer", (100, 0), xytext=(6, 6), textcoords="offset points", fontsize=9, color=_DARK)
+    right = 0  # labels at the right edge, which go to the left of their points, below each other
     for method, cell in found.items():
         if cell is None or method == UNIFORM:
             continue
-        of_ours = method == OURS
-        colour = _OURS if of_ours else _DARK if METHODS[method].as_long_as else _GREY
-        panel.plot(100 * cell.seconds, cell.points, "o", color=colour, markersize=11 if of_ours else 7, zorder=3)
-        style = {"weight": "bold"} if of_ours else {}
-        place = 100 * cell.seconds, cell.points
-        panel.annotate(
-            _NAMES.get(method, method),
-            place,
-            xytext=(6, 6),
-            textcoords="offset points",
-            fontsize=9,
-            color=colour,
-            **style,
-        )
+        follows, of_ours = METHODS[method].as_long_as is not None, METHODS[method].settings is not None
+        colour = _DARK if follows else _OURS if of_ours else _GREY
+        style = {"color": colour, "markersize": 11 if method == OURS else 7, "zorder": 3}
+        panel.plot(100 * cell.seconds, cell.points, "o", fillstyle="full" if method == OURS else "none", **style)
+        offset, side = (6, 6), "left"
+        if cell.seconds > _EDGE:
+            offset, side, right = (-8, -12 - 12 * right), "right", right + 1
+        place = {"xy": (100 * cell.seconds, cell.points), "xytext": offset, "textcoords": "offset points", "ha": side}
+        weight = "bold" if method == OURS else "normal"
+        panel.annotate(_NAMES.get(method, method), **place, fontsize=9, color=colour, weight=weight)
     panel.set(xlabel="seconds, in % of those of Trainer", ylabel="accuracy or F1, points")
     listed = compared_with_rivals(runs)
     tasks, examples = len({each.task for each in listed}), max((each.examples for each in listed), default=0)
     seeds = min((len(each.runs) for each in listed), default=0)
-    title = f"means over {tasks} task(s), {examples:,} examples, {seeds} seed(s); up and left is better"
+    title = f"{tasks} tasks, {examples:,} examples, {seeds} seed{'s' * (seeds != 1)}: up and left is better"
     panel.set_title(title, loc="left", fontsize=9)
     low, high = panel.get_ylim()
     panel.set_ylim(min(low, -_LEAST), max(high, _LEAST))

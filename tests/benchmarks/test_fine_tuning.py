@@ -380,5 +380,5 @@ def test_picture_has_a_bar_per_task_and_a_point_per_method(tmp_path):
     found = {text.get_text(): text.xy for text in points.texts}
     assert found["ours"] == pytest.approx((60, -1))
     assert found["VCAS-like"] == pytest.approx((90, -1))
-    assert "1 task" in points.get_title(loc="left")
+    assert "1 tasks" in points.get_title(loc="left")
     assert (tmp_path / "seconds.png").stat().st_size > 1000
