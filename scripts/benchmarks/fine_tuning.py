@@ -65,7 +65,7 @@ def points(
         for name in tasks:
             task = RECIPES[name]
             place = (name, layers or task.layers, min(examples, task.most or examples), epochs or task.epochs, seed)
-            there = [method for method in methods if place[3] > 1 or not METHODS[method].skips_epochs]
+            there = [method for method in methods if place[3] > 1 or not METHODS[method].acts_from_second_epoch]
             in_turn = there if seed % 2 else there[::-1]
             found += [(*place, method) for method in in_turn]
     return found

@@ -31,14 +31,14 @@ class Method:
         rival: class of a rival method that chooses examples.
         trainer: class of the trainer, where it is neither of these.
         as_long_as: what the number of steps of `Trainer` follows: steps or seconds that ours took with the same seed.
-        skips_epochs: whether it does nothing in a training of one epoch, and is not run there.
+        acts_from_second_epoch: whether it is `Trainer` in the first epoch, and thus not run in trainings of one.
     """
 
     settings: ImportanceConfig | None = None
     rival: type[Rival] | None = None
     trainer: type[Trainer] = Trainer
     as_long_as: Literal["steps", "seconds"] | None = None
-    skips_epochs: bool = False
+    acts_from_second_epoch: bool = False
 
     @property
     def is_rival(self) -> bool:
@@ -99,9 +99,9 @@ METHODS = {
     "uniform draws, all rows": Method(ImportanceConfig(metric="uniform", backward_tolerance=1e-9)),  # skips tokens
     "VCAS-like": Method(trainer=VCASTrainer),
     "Selective-Backprop": Method(rival=SelectiveBackprop),
-    "InfoBatch": Method(rival=InfoBatch, skips_epochs=True),
+    "InfoBatch": Method(rival=InfoBatch, acts_from_second_epoch=True),
     "SeTa": Method(rival=SeTa),
-    "KAKURENBO": Method(rival=KAKURENBO, skips_epochs=True),
+    "KAKURENBO": Method(rival=KAKURENBO, acts_from_second_epoch=True),
     "Trainer, as many steps": Method(as_long_as="steps"),
     AS_MANY_SECONDS: Method(as_long_as="seconds"),
 }

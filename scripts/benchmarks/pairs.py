@@ -187,7 +187,7 @@ def means_of(runs: Runs, method: str) -> Means | None:
     compared = compared_with_rivals(runs)
     found = {each.setting: each for each in compared if each.method == method}
     settings = list(dict.fromkeys(each.setting for each in compared))
-    as_trainer = {setting for setting in settings if METHODS[method].skips_epochs and setting[-1] == 1}
+    as_trainer = {setting for setting in settings if METHODS[method].acts_from_second_epoch and setting[-1] == 1}
     if not found or set(settings) - found.keys() - as_trainer:
         return None
     of_tasks = {setting[0]: found.get(setting) for setting in settings}

@@ -311,6 +311,12 @@ def test_methods_are_compared_where_rivals_were_run():
     assert pairs.means_of(more, "InfoBatch") is None, "of two epochs, and not run there"
 
 
+def test_methods_are_compared_in_the_setting_with_most_of_them():
+    most, more_examples = example_runs(seeds=(1,)), example_runs(seeds=(1,), examples=5000)
+    runs = [*most, *by("VCAS-like", most), *by("SeTa", most), *more_examples, *by("VCAS-like", more_examples)]
+    assert {each.examples for each in pairs.compared_with_rivals(runs)} == {4000}
+
+
 def test_methods_of_less_steps_are_judged_by_these():
     """Seconds of `Trainer` with fewer steps are not measured again: a step takes as long."""
     (found,) = pairs.pairs(

@@ -44,13 +44,21 @@ def test_a_training_adapts_the_shares_from_every_eighth_batch(trainer, monkeypat
         adapted.append((trainer._batches, [float(norm.mean()) for norm in norms], trainer.rows[0] / trainer.rows[1]))
         return [0.3, 0.5] if len(adapted) == 1 else [0.5, 0.5]
 
+    arrived, select = {}, trainer._select
+
+    def recorded(place, gradient):
+        arrived.setdefault(place, gradient)
+        return select(place, gradient)
+
+    monkeypatch.setattr(trainer, "_select", recorded)
     monkeypatch.setattr(vcas, "shares_of", shares_of)
     trainer.train()
     assert trainer.state.global_step == 12
     assert [batch for batch, *_ in adapted] == [0, 8]
     assert adapted[0][2] == 1 > adapted[1][2], "the first batch is whole"
-    low, high = adapted[0][1]
-    assert low != high
+    norms = [float(arrived[place].flatten(1).norm(dim=1).double().mean()) for place in (0, 1)]
+    assert adapted[0][1] == pytest.approx(norms), "from the first block to the last"
+    assert norms[0] != pytest.approx(norms[1])
     assert trainer.shares == pytest.approx([0.6 * 0.3 + 0.4 * 0.5, 0.5]), "the first shares as they are, then a mean"
     assert trainer.rows[1] == 12 * 2 * trainer.args.per_device_train_batch_size
 
@@ -80,6 +88,21 @@ def test_added_variance_is_that_of_the_draws(trainer, shares):
             whole = dense(found) if isinstance(found, RowGradient) else found
             squares += float((whole - gradient).square().sum() / gradient.square().sum()) / 2 / draws
     assert squares == pytest.approx(vcas._added_variance([norm, norm], shares), rel=0.25)
+
+
+def test_a_row_that_was_dropped_above_is_missing_below():
+    """Probabilities 3/4, 1/4 above and 1/4, 3/4 below, so that both rows arrive with 1/4."""
+    above, below = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 3.0])
+    assert vcas._added_variance([below, above], [0.5, 0.5]) == pytest.approx(((9 / 3 + 3) / 10 + (3 + 9 * 3) / 10) / 2)
+
+
+def test_no_block_keeps_more_than_the_one_above():
+    equal = torch.ones(16, dtype=torch.float64)
+    uneven = torch.where(torch.arange(16) < 4, 1.0, 1e-3).double()
+    alone = [smallest_share(equal, 0.5), smallest_share(uneven, 0.5)]
+    assert alone[0] > alone[1], "premise"
+    low, high = shares_of([equal, uneven], tolerance=1.001 * vcas._added_variance([equal, uneven], alone))
+    assert 1 / 16 < low <= high < 1
 
 
 def test_smallest_share_of_the_rows():
